@@ -1,0 +1,129 @@
+"""Prune large language models with gradients, one decoder block in memory at a time.
+
+The Python API has the shape of the command line:
+
+    >>> import lowmem_gblm
+    >>> record = lowmem_gblm.prune("demo", "pruned", nsamples=16)
+    >>> lowmem_gblm.evaluate("pruned", text="demo")["perplexity"]
+    >>> lowmem_gblm.verify("pruned", against="demo")
+    >>> lowmem_gblm.plan("demo", method="wanda")["flops"]
+
+Options are those of `lowmem-gblm prune --help`, as keywords with underscores. Everything that can
+go wrong is a `LowmemGblmError`; its subclasses are in `lowmem_gblm.errors`.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_gblm.errors import LowmemGblmError
+
+if TYPE_CHECKING:
+    from lowmem_gblm.progress import Listener
+
+__version__ = "0.1.0"
+__all__ = ["LowmemGblmError", "compare", "evaluate", "plan", "prune", "verify"]
+
+# The functions import what they need when they are called: `lowmem-gblm --help` waits for nothing.
+
+
+def prune(
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    listener: Listener | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune `model` into the new folder `output`; returns the content of its pruning.json.
+
+    Args:
+        model: Folder, Hub id, or "demo".
+        output: Folder to create.
+        listener: Called with a `lowmem_gblm.progress.Tick` after every step.
+        options: Fields of `lowmem_gblm.request.PruneRequest`.
+
+    Raises:
+        LowmemGblmError: Nothing is left under the name `output`.
+    """
+    from lowmem_gblm.pipeline import prune as run
+    from lowmem_gblm.request import PruneRequest
+
+    return run(PruneRequest(model=fspath(model), output=Path(output), **options), listener)
+
+
+def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
+    """What pruning `model` would take; reads headers only. Options as for `prune`.
+
+    Raises:
+        BudgetError: It does not fit `cpu_memory`, `gpu_memory` or `disk`.
+        LowmemGblmError: The request is bad, or the model cannot be used.
+    """
+    from lowmem_gblm.pipeline import make_plan
+    from lowmem_gblm.request import PruneRequest
+
+    return make_plan(PruneRequest(model=fspath(model), **options)).as_json()
+
+
+def evaluate(
+    model: str | PathLike[str], *, listener: Listener | None = None, **options: Any
+) -> dict[str, Any]:
+    """Perplexity of `model`. Options are the fields of `lowmem_gblm.request.EvalRequest`.
+
+    Raises:
+        LowmemGblmError: The request is bad, or the model cannot be used.
+    """
+    from lowmem_gblm.evaluate import evaluate as run
+    from lowmem_gblm.request import EvalRequest
+
+    return run(EvalRequest(model=fspath(model), **options), listener)
+
+
+def compare(
+    model: str | PathLike[str],
+    methods: list[str],
+    folder: str | PathLike[str],
+    *,
+    text: str | None = None,
+    windows: int | None = None,
+    listener: Listener | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Prune `model` with several methods into `folder/METHOD` and measure each.
+
+    Args:
+        model: Folder, Hub id, or "demo".
+        methods: Names of methods.
+        folder: Gets the checkpoints.
+        text: What perplexity is measured on, as for `evaluate`.
+        windows: How many windows of it.
+        listener: Called after every step.
+        options: As for `prune`, the same for every method.
+
+    Raises:
+        LowmemGblmError: As for `prune`.
+    """
+    from lowmem_gblm.compare import compare as run
+    from lowmem_gblm.request import EvalRequest, PruneRequest, shared_resources
+
+    request = PruneRequest(model=fspath(model), **options)
+    evaluation = EvalRequest(
+        model=request.model, text=text, windows=windows, seqlen=request.seqlen,
+        **shared_resources(request),
+    )  # fmt: skip
+    return run(request, methods, evaluation, Path(folder), listener)
+
+
+def verify(
+    output: str | PathLike[str], against: str | PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Prove that `output` keeps its promises; `against` is the model it was made from.
+
+    Raises:
+        VerificationError: Names the first violations.
+        LowmemGblmError: A folder cannot be read.
+    """
+    from lowmem_gblm.verify import verify as run
+
+    return run(fspath(output), None if against is None else fspath(against))

@@ -1,0 +1,5 @@
+"""`python -m lowmem_gblm` is `lowmem-gblm`."""
+
+from lowmem_gblm.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""The command line: argv to a request, one call, an exit code.
+
+Nothing else in the package prints.
+
+Results go to stdout (with `--json`, exactly one JSON object), progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm import __version__
+from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
+from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
+from lowmem_gblm.methods import method_names
+from lowmem_gblm.request import (
+    DEMO,
+    EvalRequest,
+    PruneRequest,
+    Resources,
+    options,
+    shared_resources,
+)
+
+_DEMO_FOLDER = "lowmem-gblm-demo"
+_DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
+_DEMO_SEQLEN = 256
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
+    arguments = _parser().parse_args(argv)
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except LowmemGblmError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        command = shlex.join(["lowmem-gblm", *(sys.argv[1:] if argv is None else argv)])
+        return _fail(f"interrupted. To run it again:\n{command}", INTERRUPTED)
+    except OSError as error:
+        code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
+        return _fail(f"{error.strerror}: {error.filename or 'while writing'}", code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lowmem-gblm: {message}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Before the first import: what libraries print is not for the person at the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.pipeline import prune
+
+    request = _request(PruneRequest, arguments, output=Path(arguments.output))
+    with Display(sys.stderr) as display:
+        record = prune(request, display)
+    _print(arguments, record, lambda: prune_lines(record, arguments.output))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.pipeline import make_plan
+
+    made = make_plan(_request(PruneRequest, arguments)).as_json()
+    _print(arguments, made, lambda: plan_lines(made))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.evaluate import evaluate
+
+    with Display(sys.stderr) as display:
+        result = evaluate(_request(EvalRequest, arguments), display)
+    _print(
+        arguments,
+        result,
+        lambda: [
+            f"perplexity {result['perplexity']:.4f} on {result['text']} "
+            f"({result['windows']} windows of {result['seqlen']} tokens)"
+        ],
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.verify import verify
+
+    result = verify(arguments.output, arguments.against)
+    checked = f"against {arguments.against}" if arguments.against else "by itself"
+    _print(
+        arguments,
+        result,
+        lambda: [
+            f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
+            f"tensors, {result['pruned_tensors']} of them pruned to "
+            f"{result['sparsity_measured']:.2%} zeros"
+        ],
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    request = _request(PruneRequest, arguments)
+    evaluation = EvalRequest(
+        model=request.model,
+        text=arguments.text,
+        seqlen=request.seqlen,
+        windows=arguments.windows,
+        **shared_resources(request),
+    )
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
+    request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    evaluation = EvalRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
+    return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
+
+
+def _free_folder(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, … that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _run_comparison(
+    arguments: argparse.Namespace,
+    request: PruneRequest,
+    methods: Sequence[str],
+    evaluation: EvalRequest,
+    folder: Path,
+) -> int:
+    from lowmem_gblm.compare import compare
+
+    with Display(sys.stderr) as display:
+        rows = compare(request, methods, evaluation, folder, display, display.announce)
+    result = {"model": request.model, "pattern": str(request.target), "rows": rows}
+    _print(arguments, result, lambda: comparison_table(rows))
+    return 0
+
+
+def _print(
+    arguments: argparse.Namespace, result: dict[str, Any], lines: Callable[[], Sequence[str]]
+) -> None:
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print("\n".join(lines()))
+
+
+def _request(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
+    values = {one.name: getattr(arguments, one.name) for one in options(kind)}
+    repeated = {one.name for one in options(kind) if one.metadata["repeat"]}
+    values |= {name: tuple(values[name] or ()) for name in repeated}
+    return kind(model=arguments.model, **values, **more)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowmem-gblm",
+        description="Prune large language models with gradients, one decoder block in memory at "
+        "a time.",
+        epilog="Exit codes: 0 done, 2 bad request, 3 checkpoint unusable, 4 does not fit the "
+        "budget, 5 output exists or is in use, 6 non-finite numbers, 7 verification failed, "
+        "130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    model_help = "a model folder, a Hub id, or demo (the embedded model)"
+
+    command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    command.add_argument("output", metavar="OUTPUT", help="folder to create")
+    _add_options(command, PruneRequest)
+
+    command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    _add_options(command, PruneRequest)
+
+    command = _command(commands, "eval", _eval, "perplexity, streamed")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    _add_options(command, EvalRequest)
+
+    command = _command(commands, "compare", _compare, "several methods on one model, one table")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    command.add_argument(
+        "--methods",
+        default="magnitude,wanda,sparsegpt,gblm",
+        metavar="A,B,…",
+        help=f"of {', '.join(method_names())} [%(default)s]",
+    )
+    command.add_argument(
+        "--output", default="comparison", metavar="DIR", help="gets DIR/METHOD [%(default)s]"
+    )
+    command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
+    command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
+    _add_options(command, PruneRequest, without=("method",))
+
+    command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
+    command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
+    command.add_argument("--against", metavar="MODEL", help="the model it was made from")
+
+    command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
+    command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
+    _add_options(command, Resources)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return command
+
+
+def _add_options(
+    command: argparse.ArgumentParser, kind: type[Any], without: Sequence[str] = ()
+) -> None:
+    for one in options(kind):
+        if one.name in without:
+            command.set_defaults(**{one.name: one.default})
+            continue
+        described = one.metadata
+        shown = "" if one.default in (None, ()) else " [%(default)s]"
+        help = described["help"]
+        if one.name == "method":
+            help = f"one of {', '.join(method_names())}"
+        command.add_argument(
+            f"--{one.name.replace('_', '-')}",
+            default=None if described["repeat"] else one.default,
+            type=_typed(described["parse"]),
+            choices=described["choices"] or None,
+            metavar=None if described["choices"] else described["metavar"],
+            action="append" if described["repeat"] else "store",
+            help=help + shown,
+        )
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser whose `RequestError` becomes argparse's own."""
+
+    def typed(text: str) -> Any:
+        try:
+            return parse(text)
+        except RequestError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    typed.__name__ = getattr(parse, "__name__", "value")
+    return typed

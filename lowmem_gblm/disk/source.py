@@ -1,0 +1,45 @@
+"""Where a model is: a folder, the embedded one, or the Hub."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from lowmem_gblm.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+
+
+def locate(model: str) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: A folder; "demo" for the embedded model; or a Hub id, which is downloaded into the
+            Hub's own cache (safetensors and side files only).
+
+    Raises:
+        CheckpointError: None of these.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if model == "demo":
+        return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"there is no model folder {model}")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"there is no model folder {model}, and the Hub does not give it: {reason[0]}"
+        ) from None

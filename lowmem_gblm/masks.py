@@ -1,0 +1,177 @@
+"""Which weights stay: exact counts, ties broken by position, N:M along the input dimension.
+
+Arithmetic only: no file, no device choice, no model. A *score* is larger for a weight that should
+stay; a *keep* mask is True where the weight stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Literal
+
+from lowmem_gblm.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Group = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Each comparison group of n weights loses exactly `floor(n * sparsity)` of them."""
+
+    sparsity: Decimal
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise RequestError(
+                f"the sparsity must lie between 0 and 1, both excluded; got {self.sparsity}"
+            )
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def removed(self, group_size: int) -> int:
+        """How many of `group_size` weights are removed: `floor(group_size * sparsity)`, exactly."""
+        return int(group_size * self.sparsity)
+
+
+@dataclass(frozen=True)
+class NofM:
+    """Of every M consecutive weights along the input dimension, exactly N stay.
+
+    `keep_ragged_tail` says what happens to the last `width mod M` columns of a matrix whose width
+    M does not divide: True leaves them dense, False makes such a width an error.
+    """
+
+    n: int
+    m: int
+    keep_ragged_tail: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise RequestError(
+                f"a pattern N:M needs 0 < N < M (N weights stay of every M); got {self}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> Decimal:
+        """Fraction of zeros in a matrix whose width M divides."""
+        return 1 - Decimal(self.n) / Decimal(self.m)
+
+    def check_width(self, name: str, in_features: int) -> None:
+        """Raise `RequestError` if M does not divide the width of the named matrix."""
+        if in_features % self.m and not self.keep_ragged_tail:
+            raise RequestError(
+                f"{name} has {in_features} inputs, which {self.m} does not divide: the pattern "
+                f"{self} leaves a tail of {in_features % self.m}. Choose another pattern, "
+                f"--exclude the tensor, or leave such tails dense with --on-ragged keep."
+            )
+
+
+Pattern = Unstructured | NofM
+
+
+def parse_pattern(
+    sparsity: str | float | Decimal | None,
+    pattern: str | None = None,
+    *,
+    keep_ragged_tail: bool = False,
+) -> Pattern:
+    """The pattern meant by a sparsity, an "N:M", or both where they agree.
+
+    Args:
+        sparsity: Fraction of zeros; a float is taken as the decimal that it prints as. None: 0.5.
+        pattern: "2:4" keeps 2 of every 4; "unstructured" or None means no pattern.
+        keep_ragged_tail: See `NofM`.
+
+    Raises:
+        RequestError: Not a number, outside (0, 1), not "N:M", or the two contradict each other.
+    """
+    if pattern is None or pattern == "unstructured":
+        return Unstructured(_decimal("0.5" if sparsity is None else sparsity))
+    try:
+        n, m = (int(part) for part in pattern.split(":"))
+    except ValueError:
+        raise RequestError(
+            f'the pattern must read "N:M", as in 2:4 for 2 kept of every 4; got {pattern!r}'
+        ) from None
+    parsed = NofM(n, m, keep_ragged_tail)
+    if sparsity is not None and _decimal(sparsity) != parsed.sparsity:
+        raise RequestError(
+            f"--sparsity {sparsity} contradicts --pattern {parsed}, which is a sparsity of "
+            f"{parsed.sparsity}: give one of the two"
+        )
+    return parsed
+
+
+def _decimal(value: str | float | Decimal) -> Decimal:
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        raise RequestError(f"the sparsity must be a number such as 0.5; got {value!r}") from None
+
+
+def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
+    """Choose the weights of one matrix that stay.
+
+    Args:
+        score_OI: Finite scores [out, in], floating point, any device. Not modified.
+        pattern: How many stay.
+        group: What is compared with what where the pattern is unstructured.
+
+    Returns:
+        keep, bool [out, in], on the same device.
+    """
+    if isinstance(pattern, NofM):
+        return keep_n_of_m(score_OI, pattern)
+    groups_GN = score_OI if group == "row" else score_OI.reshape(1, -1)
+    keep_GN = keep_largest(groups_GN, pattern.removed(groups_GN.shape[1]))
+    return keep_GN.view(score_OI.shape)
+
+
+def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
+    """Remove the `removed` smallest scores of every row; among equals the lower index goes first.
+
+    The k-th smallest value of each row decides; only rows in which it occurs more often than may
+    be removed are looked at position by position.
+
+    Args:
+        score_GN: Finite scores [groups, group size].
+        removed: How many of each row go, 0 <= removed <= group size.
+
+    Returns:
+        keep, bool [groups, group size].
+    """
+    import torch
+
+    if removed == 0:
+        return torch.ones_like(score_GN, dtype=torch.bool)
+    threshold_G1: Tensor = score_GN.kthvalue(removed, dim=1, keepdim=True).values
+    keep_GN: Tensor = score_GN > threshold_G1
+    short = (keep_GN.sum(dim=1) < score_GN.shape[1] - removed).nonzero().flatten()
+    for row in short.tolist():
+        tied = (score_GN[row] == threshold_G1[row]).nonzero().flatten()
+        missing = score_GN.shape[1] - removed - int(keep_GN[row].sum())
+        keep_GN[row, tied[len(tied) - missing :]] = True
+    return keep_GN
+
+
+def keep_n_of_m(score_OI: Tensor, pattern: NofM) -> Tensor:
+    """Keep the N largest of every M consecutive scores of a row; ties as in `keep_largest`."""
+    import torch
+
+    rows, width = score_OI.shape
+    whole = width - width % pattern.m
+    keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
+    groups = score_OI[:, :whole].reshape(rows, -1, pattern.m)
+    order = groups.argsort(dim=2, stable=True)
+    keep = torch.ones_like(groups, dtype=torch.bool)
+    keep.scatter_(2, order[:, :, : pattern.m - pattern.n], False)
+    keep_OI[:, :whole] = keep.view(rows, whole)
+    return keep_OI

@@ -1,0 +1,52 @@
+"""How much memory this process has used at most, as the operating system counts it."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+def host_peak_bytes() -> int:
+    """Largest resident set since the process began, or since `reset_peaks`."""
+    if _STATUS.exists():
+        match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+        if match:
+            return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_peak_bytes(device: torch.device) -> int:
+    """Largest memory held on a GPU since `reset_peaks`; 0 for a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def reset_peaks() -> None:
+    """Begin to count anew, so that several runs in one process are told apart.
+
+    Of host memory only Linux can; elsewhere, and where the kernel forbids it, the peak stays that
+    of the process.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError:
+        return
+
+
+def host_resident_bytes() -> int:
+    """Resident set now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def host_free_bytes() -> int:
+    """What can still be taken before the system swaps."""
+    return int(psutil.virtual_memory().available)

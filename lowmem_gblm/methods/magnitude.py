@@ -1,0 +1,25 @@
+"""Magnitude pruning: the smallest weights of each matrix go.
+
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowmem_gblm.methods import Method, Statistics, by_score
+
+
+def magnitude_scores(weight_OI: Tensor, statistics: Statistics, alpha: float) -> Tensor:
+    """`|W|`, [out, in]; reads no statistic."""
+    return weight_OI.abs()
+
+
+METHOD = Method(
+    name="magnitude",
+    title="|W|",
+    paper="Han et al. 2015, arXiv 1506.02626",
+    needs=(),
+    group="matrix",
+    decide=by_score(magnitude_scores, "matrix"),
+)

@@ -1,0 +1,25 @@
+"""Wanda: weights times the norm of the activations they meet, compared within each output row.
+
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowmem_gblm.methods import Method, Statistics, by_score, require
+
+
+def wanda_scores(weight_OI: Tensor, statistics: Statistics, alpha: float) -> Tensor:
+    """`|W| * ||X||`, [out, in]."""
+    return weight_OI.abs() * require(statistics.input_norm)
+
+
+METHOD = Method(
+    name="wanda",
+    title="|W|·‖X‖",
+    paper="Sun et al. 2023, arXiv 2306.11695",
+    needs=("input_norm",),
+    group="row",
+    decide=by_score(wanda_scores, "row"),
+)

@@ -1,0 +1,1 @@
+"""The model without its weights: its own forward around one resident decoder block."""

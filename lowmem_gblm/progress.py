@@ -1,0 +1,98 @@
+"""How far a run is, and how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lowmem_gblm.memory import host_peak_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run: so many steps, together so much of the cost of the whole run."""
+
+    name: str
+    steps: int
+    cost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """News: a step of a stage has been taken.
+
+    Attributes:
+        stage: Name of the stage.
+        step, steps: Steps taken of it, and in all.
+        stage_s: Seconds since the stage began.
+        left_s: Estimated seconds to the end of the run; None before anything can be said.
+        peak_bytes: Largest resident memory so far.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    stage_s: float
+    left_s: float | None
+    peak_bytes: int
+
+
+Listener = Callable[[Tick], None]
+
+
+class Progress:
+    """Counts the steps of a run's stages and tells a listener.
+
+    Args:
+        stages: What will be done, in order.
+        listener: Told after every step; None for nobody.
+
+    Attributes:
+        seconds: Seconds each stage has taken.
+    """
+
+    def __init__(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stages = {stage.name: stage for stage in stages}
+        self._listener = listener
+        self._total_cost = sum(stage.cost for stage in stages)
+        self._finished_cost = 0.0
+        self._start = time.monotonic()
+        self._stage: Stage | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Everything within belongs to the named stage."""
+        self._stage = self._stages[name]
+        self._step = 0
+        self._stage_start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - self._stage_start, 3)
+        self._finished_cost += self._stage.cost
+        self._stage = None
+
+    def step(self) -> None:
+        """One step of the current stage is done."""
+        assert self._stage is not None, "a step belongs to a stage"
+        self._step += 1
+        if self._listener is None:
+            return
+        now = time.monotonic()
+        done = self._finished_cost + self._stage.cost * self._step / self._stage.steps
+        left_s = (now - self._start) * (self._total_cost / done - 1) if done else None
+        self._listener(
+            Tick(
+                stage=self._stage.name,
+                step=self._step,
+                steps=self._stage.steps,
+                stage_s=now - self._stage_start,
+                left_s=left_s,
+                peak_bytes=host_peak_bytes(),
+            )
+        )
+
+    def total_seconds(self) -> float:
+        """Seconds since the run began."""
+        return round(time.monotonic() - self._start, 3)

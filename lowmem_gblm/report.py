@@ -1,0 +1,120 @@
+"""The record of a run, `pruning.json`: what was asked, what was measured, with what."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm import memory
+from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.disk.output import Output
+from lowmem_gblm.progress import Progress, Stage
+from lowmem_gblm.sweeps.decide import Pruner
+from lowmem_gblm.workbench import Workbench
+
+_PACKAGES = ("lowmem-gblm", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def stages(bench: Workbench) -> list[Stage]:
+    """The stages of a run, with what each costs in FLOPs: the time left follows from that."""
+    block_cost = max(1, bench.plan.flops)
+    shares = {"dense": 2, "reverse": 6, "prune": 2 * bench.schedule.prune_forwards}
+    per_share = block_cost / max(1, bench.schedule.flops_per_parameter_and_token)
+    nsamples, depth = len(bench.samples), bench.opened.skeleton.depth
+    found = [
+        Stage(
+            name=name,
+            steps=depth if name in shares else nsamples,
+            cost=shares.get(name, 0) * per_share,
+        )
+        for name in bench.schedule.passes
+    ]
+    return [*found, Stage(name="finish", steps=1, cost=0)]
+
+
+def record(
+    bench: Workbench,
+    pruner: Pruner,
+    losses: list[float],
+    progress: Progress,
+    output: Output,
+) -> dict[str, Any]:
+    """The content of pruning.json."""
+    checkpoint = bench.opened.checkpoint
+    device = bench.opened.skeleton.device
+    numel = sum(math.prod(one["shape"]) for one in pruner.tensors.values())
+    tensors = {name: pruner.tensors[name] for name in checkpoint.tensors if name in pruner.tensors}
+    return {
+        **_asked(bench),
+        "group": bench.method.group,
+        "updates_weights": bench.method.updates_weights,
+        "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
+        "calibration_loss": sum(losses) / len(losses) if losses else None,
+        "notes": pruner.notes,
+        "tensors": tensors,
+        "seconds": {**progress.seconds, "total": progress.total_seconds()},
+        "memory": {
+            "host_peak_bytes": memory.host_peak_bytes(),
+            "host_planned_bytes": bench.plan.host_bytes,
+            "gpu_peak_bytes": memory.gpu_peak_bytes(device),
+            "gpu_planned_bytes": bench.plan.gpu_bytes,
+        },
+        "bytes": {"read": checkpoint.bytes_read, "written": output.bytes_written},
+        "flops": bench.plan.flops,
+        "device": _device_name(device),
+        "dtype": str(bench.opened.skeleton.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "fingerprints": fingerprints(checkpoint, bench.samples),
+    }
+
+
+def _asked(bench: Workbench) -> dict[str, Any]:
+    """What identifies the job, as the person asked for it and as it was understood."""
+    request = bench.request
+    return {
+        "model": request.model,
+        "method": request.method,
+        "sparsity": float(request.target.sparsity),
+        "pattern": str(request.target),
+        "on_ragged": request.on_ragged,
+        "alpha": request.alpha,
+        "gradient_norm": request.gradient_norm,
+        "activations": request.activations,
+        "calibration": request.calibration_text,
+        "nsamples": request.nsamples,
+        "seqlen": bench.seqlen,
+        "seed": request.seed,
+        "include": list(request.include),
+        "exclude": list(request.exclude),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def fingerprints(checkpoint: Checkpoint, samples_NT: Tensor) -> dict[str, str]:
+    """SHA-256 of what went in: names, dtypes, shapes and places in the source, and the samples."""
+    source = hashlib.sha256()
+    for entry in checkpoint.tensors.values():
+        line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
+        source.update(line.encode())
+    samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
+    return {"source_headers": source.hexdigest(), "calibration_tokens": samples.hexdigest()}

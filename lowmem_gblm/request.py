@@ -1,0 +1,241 @@
+"""What a person can ask for: every option once, with its help, its default and its meaning.
+
+The command line, the Python API and the record of a run are all made from these fields.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.masks import Pattern, parse_pattern
+from lowmem_gblm.methods import method_names
+
+DEMO = "demo"
+DEFAULT_SEQLEN = 2048
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes meant by "22GiB", "800MB" or "1073741824" (KiB is 1024 bytes, KB is 1000).
+
+    Raises:
+        RequestError: Not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2] not in _UNITS:
+        raise RequestError(f"a size reads like 22GiB or 800MB; got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    identity: bool = True,
+    choices: tuple[str, ...] = (),
+    parse: type | Any = str,
+    metavar: str | None = None,
+    repeat: bool = False,
+) -> Any:
+    """A field of a request.
+
+    Args:
+        default: What holds if the person says nothing.
+        help: One line for `--help`.
+        identity: Whether another value gives another result.
+        choices: The values allowed, if they can be listed.
+        parse: Turns the typed string into the value.
+        metavar: Placeholder in `--help`.
+        repeat: Whether the option may be given several times.
+    """
+    metadata = {
+        "help": help, "identity": identity, "choices": choices, "parse": parse,
+        "metavar": metavar, "repeat": repeat,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the machine gives. None of this changes the result but device and dtype."""
+
+    device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1", metavar="DEVICE")
+    dtype: str = option(
+        "auto",
+        "precision of the computation; auto: the checkpoint's, and float32 for float16 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    gpu_memory: int | None = option(
+        None, "GPU memory to use at most, as 22GiB", identity=False, parse=parse_bytes,
+        metavar="SIZE",
+    )  # fmt: skip
+    cpu_memory: int | None = option(
+        None, "host memory to use at most, as 48GiB", identity=False, parse=parse_bytes,
+        metavar="SIZE",
+    )  # fmt: skip
+    disk: int | None = option(
+        None, "disk space to use at most, as 200GiB", identity=False, parse=parse_bytes,
+        metavar="SIZE",
+    )  # fmt: skip
+    work_dir: Path | None = option(
+        None, "folder for what waits between passes [OUTPUT.work]", identity=False, parse=Path,
+        metavar="DIR",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest(Resources):
+    """A job for `prune`.
+
+    Attributes:
+        model: Folder, Hub id, or "demo".
+        output: Folder to create; None for a plan without one.
+
+    Raises:
+        RequestError: A value is out of range, or two contradict each other.
+    """
+
+    model: str
+    output: Path | None = None
+    method: str = option("gblm", "how weights are ranked", metavar="METHOD")
+    sparsity: str | float | Decimal | None = option(
+        None, "fraction of zeros, between 0 and 1 [0.5]", metavar="FRACTION"
+    )
+    pattern: str | None = option(
+        None, "N:M keeps N of every M along the inputs, as 2:4", metavar="N:M"
+    )
+    on_ragged: str = option(
+        "error",
+        "what to do with a width that M does not divide: refuse, or keep the tail dense",
+        choices=("error", "keep"),
+    )
+    gradient_norm: str = option("l1", "how gradients add up over samples", choices=("l1", "l2"))
+    alpha: float = option(100.0, "weight of the gradient term of gblm", parse=float, metavar="A")
+    calibration: str | None = option(
+        None, "c4, wikitext2, demo, or a .txt .jsonl .json.gz .parquet file [c4]",
+        metavar="TEXT",
+    )  # fmt: skip
+    text_column: str = option(
+        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+    )
+    nsamples: int = option(128, "calibration samples", parse=int, metavar="N")
+    seqlen: int | None = option(
+        None, "tokens per sample [2048, or the model's positions if fewer]", parse=int,
+        metavar="T",
+    )  # fmt: skip
+    seed: int = option(0, "of the draw of calibration samples", parse=int, metavar="SEED")
+    activations: str = option(
+        "pruned",
+        "what a block's input norms come from: the model pruned so far, or the dense one",
+        choices=("pruned", "dense"),
+    )
+    include: tuple[str, ...] = option(
+        (), "prune only tensors whose name matches (repeatable)", metavar="GLOB", repeat=True
+    )
+    exclude: tuple[str, ...] = option(
+        (), "leave tensors dense whose name matches (repeatable)", metavar="GLOB", repeat=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.method not in method_names():
+            raise RequestError(
+                f"unknown method {self.method!r}: choose one of {', '.join(method_names())}"
+            )
+        if self.nsamples < 1:
+            raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+        if not 0 <= self.alpha < float("inf"):
+            raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
+        _ = self.target
+
+    @cached_property
+    def target(self) -> Pattern:
+        """The pattern that `sparsity`, `pattern` and `on_ragged` mean together."""
+        return parse_pattern(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
+
+    @property
+    def calibration_text(self) -> str:
+        """Where the samples come from: as asked, else C4, or the embedded text for "demo"."""
+        return self.calibration or (DEMO if self.model == DEMO else "c4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(Resources):
+    """A job for `eval`."""
+
+    model: str
+    text: str | None = option(
+        None, "wikitext2, c4, demo, or a .txt .jsonl .json.gz .parquet file [wikitext2]",
+        metavar="TEXT",
+    )  # fmt: skip
+    text_column: str = option(
+        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+    )
+    seqlen: int | None = option(
+        None, "tokens per window [2048, or the model's positions if fewer]", parse=int,
+        metavar="T",
+    )  # fmt: skip
+    windows: int | None = option(
+        None, "use only the first so many windows [all]", parse=int, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.windows is not None and self.windows < 1:
+            raise RequestError(f"--windows must be at least 1; got {self.windows}")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+
+    @property
+    def evaluation_text(self) -> str:
+        """What perplexity is measured on: as asked, else WikiText-2, or the embedded text."""
+        return self.text or (DEMO if self.model == DEMO else "wikitext2")
+
+
+def options(request_class: type) -> list[Field[Any]]:
+    """The fields that were declared with `option`."""
+    return [one for one in fields(request_class) if "help" in one.metadata]
+
+
+def check_choices(request: object) -> None:
+    """Raise `RequestError` for a value that is not among the choices of its field."""
+    for one in options(type(request)):
+        value, choices = getattr(request, one.name), one.metadata["choices"]
+        if choices and value not in choices:
+            raise RequestError(
+                f"--{one.name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}"
+            )
+
+
+def shared_resources(request: Resources) -> dict[str, Any]:
+    """The values of the fields that every request has."""
+    return {one.name: getattr(request, one.name) for one in fields(Resources)}
+
+
+def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
+    """Tokens per sample: as asked, else 2048 or what the model's positions allow.
+
+    Args:
+        seqlen: As asked.
+        positions: How many positions the model was made for; None if it does not say.
+
+    Raises:
+        RequestError: More was asked than the model has.
+    """
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)
+    if positions is not None and seqlen > positions:
+        raise RequestError(f"--seqlen {seqlen} is beyond the {positions} positions of the model")
+    return seqlen

@@ -1,0 +1,67 @@
+"""Which passes run, derived from what the method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Activations = Literal["pruned", "dense"]
+Pass = Literal["embed", "dense", "head", "reverse", "prune"]
+
+# FLOPs of a pass in units of (parameters in blocks) x (tokens): a forward takes 2, a backward for
+# the hidden states 2, the gradients of the weights 2.
+_FORWARD = 2
+_BACKWARD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The passes of a run, in order.
+
+    Attributes:
+        passes: Their names. "embed" runs where samples are run at all; "dense" and "head" prepare
+            "reverse"; a run has "reverse", "prune" or both.
+        prune_in: The pass in which blocks are pruned and written.
+        prune_forwards: Forward passes over every sample within "prune": 0 where the method needs
+            no activations, 1 where statistics and next boundary come from the same dense forward,
+            2 where the pruned block is run again for the next boundary.
+    """
+
+    passes: tuple[Pass, ...]
+    prune_in: Literal["reverse", "prune"]
+    prune_forwards: int
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether calibration samples are run at all."""
+        return "embed" in self.passes
+
+    @property
+    def reads(self) -> int:
+        """How often every decoder block is read."""
+        return len({"dense", "reverse", "prune"} & set(self.passes))
+
+    @property
+    def flops_per_parameter_and_token(self) -> int:
+        """2 per multiplication with a weight, over the whole run."""
+        total = _FORWARD * ("dense" in self.passes) + _FORWARD * self.prune_forwards
+        return total + (_FORWARD + _BACKWARD) * ("reverse" in self.passes)
+
+
+def schedule(needs: Collection[str], activations: Activations) -> Schedule:
+    """The passes for a method that needs these statistics.
+
+    Gradients are always those of the dense model. Activations are those of the model pruned so far
+    (`pruned`), which takes a sweep of its own from first to last block, or of the dense model
+    (`dense`), which a sweep that runs anyway can measure.
+    """
+    gradient = "gradient" in needs
+    activation = bool({"input_norm", "gram"} & set(needs))
+    backward: tuple[Pass, ...] = ("dense", "head", "reverse") if gradient else ()
+    if gradient and (activations == "dense" or not activation):
+        return Schedule(passes=("embed", *backward), prune_in="reverse", prune_forwards=0)
+    if not activation:
+        return Schedule(passes=("prune",), prune_in="prune", prune_forwards=0)
+    forwards = 1 if activations == "dense" else 2
+    return Schedule(passes=("embed", *backward, "prune"), prune_in="prune", prune_forwards=forwards)

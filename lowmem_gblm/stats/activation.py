@@ -1,0 +1,32 @@
+"""The statistics of activations that a method can ask for, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from torch import Tensor
+
+from lowmem_gblm.model.tap import Product, Slot
+from lowmem_gblm.stats.gram import Gram
+from lowmem_gblm.stats.input_norm import InputNorm
+
+
+class ActivationStatistic(Protocol):
+    """A sum over calibration samples that needs the forward pass only."""
+
+    name: str
+
+    def observe(self, product: Product) -> None:
+        """Called at every multiplication of a sample."""
+
+    def finish_sample(self) -> None:
+        """Called when a sample has passed."""
+
+    def result(self, slot: Slot, in_features: int) -> Tensor:
+        """The statistic of one slot, float32."""
+
+
+def activation_statistics(needs: Collection[str], nsamples: int) -> list[ActivationStatistic]:
+    """Fresh accumulators for those of `needs` that activations give."""
+    return [kind(nsamples) for kind in (InputNorm, Gram) if kind.name in needs]

@@ -1,0 +1,80 @@
+"""Magnitude of the gradients of single samples, without ever creating a `.grad`.
+
+The weights are frozen. At each multiplication the input is remembered and the gradient of the
+output awaited; their product is the sample's gradient of the weight, and only its magnitude is
+kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.model.tap import Product, Slot
+
+GradientNorm = Literal["l1", "l2"]
+
+
+class Gradient:
+    """`sum_n |g_n|` (l1) or `sqrt(sum_n g_n^2)` (l2), float32, for every slot as it is stored.
+
+    A weight that is used several times in one sample has its gradients summed before the magnitude
+    is taken. GBLM-Pruner (arXiv 2311.04902) divides by nothing: the sum grows with N.
+
+    Args:
+        norm: Which magnitude.
+    """
+
+    def __init__(self, norm: GradientNorm) -> None:
+        self._norm = norm
+        self._sums: dict[Slot, Tensor] = {}
+        self._awaited: Counter[Slot] = Counter()
+        self._partial: dict[Slot, Tensor] = {}
+
+    def observe(self, product: Product) -> None:
+        slot, input_TI = product.slot, product.input_TI
+        self._awaited[slot] += 1
+
+        def arrive(gradient: Tensor) -> None:
+            gradient_TO = gradient.reshape(-1, gradient.shape[-1])
+            # The order of the factors is autograd's own, so that the bits agree with it.
+            if slot.in_first:
+                self._add(slot, input_TI.T @ gradient_TO)
+            else:
+                self._add(slot, gradient_TO.T @ input_TI)
+
+        product.out.register_hook(arrive)  # type: ignore[no-untyped-call]
+
+    def finish_sample(self) -> None:
+        """Account for weights some of whose products did not reach the loss."""
+        for slot in list(self._partial):
+            self._fold(slot)
+        self._awaited.clear()
+
+    def results(self) -> dict[Slot, Tensor]:
+        """The statistic of every slot that saw a token, float32, in the slot's stored shape.
+
+        Moves the accumulators out: nothing stays here.
+        """
+        sums, self._sums = self._sums, {}
+        return {slot: total.sqrt_() for slot, total in sums.items()} if self._norm == "l2" else sums
+
+    def _add(self, slot: Slot, gradient: Tensor) -> None:
+        earlier = self._partial.get(slot)
+        self._partial[slot] = gradient if earlier is None else earlier + gradient
+        self._awaited[slot] -= 1
+        if not self._awaited[slot]:
+            self._fold(slot)
+
+    def _fold(self, slot: Slot) -> None:
+        """Turn the sample's gradient into its magnitude and add it."""
+        gradient = self._partial.pop(slot)
+        if slot not in self._sums:
+            self._sums[slot] = torch.zeros_like(gradient, dtype=torch.float32)
+        if self._norm == "l1":
+            self._sums[slot] += gradient.abs_()
+        else:
+            self._sums[slot].addcmul_(gradient.float(), gradient.float())

@@ -1,0 +1,55 @@
+"""Gram matrix of the inputs of a matrix, for SparseGPT."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.model.tap import Product, Slot
+
+
+class Gram:
+    """`(2/N) sum_n x_n^T x_n`, float32 [in, in] for every slot.
+
+    Slots that are multiplied with one and the same tensor (query, key and value; gate and up) share
+    one matrix.
+
+    Args:
+        nsamples: N.
+    """
+
+    name = "gram"
+
+    def __init__(self, nsamples: int) -> None:
+        self._nsamples = nsamples
+        self._sums: dict[Slot, Tensor] = {}
+        self._owner: dict[Slot, Slot] = {}
+        self._last: tuple[Tensor, Slot] | None = None
+
+    def observe(self, product: Product) -> None:
+        owner = product.slot
+        shared = self._last is not None and self._last[0] is product.input
+        if shared and self._last is not None:
+            owner = self._last[1]
+        if self._owner.setdefault(product.slot, owner) != owner:
+            raise UnsupportedModel(f"{product.slot} shares its input in some samples only")
+        if shared:
+            return
+        self._last = (product.input, owner)
+        input_TI = product.input_TI.float()
+        gram_II = input_TI.T @ input_TI
+        if owner in self._sums:
+            self._sums[owner] += gram_II
+        else:
+            self._sums[owner] = gram_II
+
+    def result(self, slot: Slot, in_features: int) -> Tensor:
+        """float32 [in, in]; zeros for an expert that saw no token."""
+        if slot not in self._owner:
+            return torch.zeros(in_features, in_features)
+        return self._sums[self._owner[slot]] * (2 / self._nsamples)
+
+    def finish_sample(self) -> None:
+        """Let go of the last input."""
+        self._last = None

@@ -1,0 +1,40 @@
+"""Norm of the inputs of a matrix: averaged over samples, summed over tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.model.tap import Product, Slot
+
+
+class InputNorm:
+    """`sqrt((1/N) sum_n sum_t x_n[t, j]^2)`, float32 [in] for every slot.
+
+    Wanda (arXiv 2306.11695) calls it `scaler_row`.
+
+    Args:
+        nsamples: N; an expert that saw no token of a sample counts it as zeros.
+    """
+
+    name = "input_norm"
+
+    def __init__(self, nsamples: int) -> None:
+        self._nsamples = nsamples
+        self._squares: dict[Slot, Tensor] = {}
+
+    def observe(self, product: Product) -> None:
+        squares_I = product.input_TI.float().square().sum(dim=0)
+        if product.slot in self._squares:
+            self._squares[product.slot] += squares_I
+        else:
+            self._squares[product.slot] = squares_I
+
+    def result(self, slot: Slot, in_features: int) -> Tensor:
+        """float32 [in]; zeros for an expert that saw no token."""
+        if slot not in self._squares:
+            return torch.zeros(in_features)
+        return (self._squares[slot] / self._nsamples).sqrt()
+
+    def finish_sample(self) -> None:
+        """Nothing is kept between the products of a sample."""

@@ -1,0 +1,1 @@
+"""The passes over the decoder blocks: dense (and head), reverse, prune."""

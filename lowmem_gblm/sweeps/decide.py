@@ -1,0 +1,135 @@
+"""Pruning one resident block: statistics to decisions, decisions to the tensors of the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.disk.spill import Spill
+from lowmem_gblm.errors import NonFiniteError
+from lowmem_gblm.masks import Pattern
+from lowmem_gblm.methods import Decision, Method, Statistics
+from lowmem_gblm.model.blocks import Block, PrunableWeight
+from lowmem_gblm.model.tap import Slot
+from lowmem_gblm.stats.activation import ActivationStatistic
+
+GradientOf = Callable[[Slot], Tensor | None]
+
+
+@dataclass
+class Pruner:
+    """Decides over blocks and remembers what it decided.
+
+    Attributes:
+        method: How.
+        pattern: How many.
+        alpha: Weight of the gradient term of `gblm`.
+        device: Where scores are computed.
+        tensors: For the record, by name on disk: shape, zeros, layout.
+        notes: For the record: what a method had to say.
+    """
+
+    method: Method
+    pattern: Pattern
+    alpha: float
+    device: torch.device
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def prune(
+        self, block: Block, measured: Sequence[ActivationStatistic], gradient_of: GradientOf
+    ) -> None:
+        """Prune a block in place: `block.raw`, and its parameters alike.
+
+        Raises:
+            NonFiniteError: A score or an updated weight of the named tensor is not finite.
+        """
+        for weight in block.weights:
+            on_disk_OI = weight.on_disk(block.raw[weight.name])
+            statistics = self._statistics(weight, measured, gradient_of)
+            decision = self._decide(weight, on_disk_OI.to(self.device, torch.float32), statistics)
+            resident_OI = weight.in_slot(weight.slot.stored(block.module))
+            for target_OI in (on_disk_OI, resident_OI):
+                _apply(decision, target_OI)
+            if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
+                raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
+        self._record(block)
+
+    def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
+        try:
+            decision = self.method.decide(values_OI, given, self.pattern, self.alpha)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{weight}: {error}") from None
+        if decision.note is not None:
+            self.notes.append(f"{weight}: {decision.note}")
+        return decision
+
+    def _statistics(
+        self,
+        weight: PrunableWeight,
+        measured: Sequence[ActivationStatistic],
+        gradient_of: GradientOf,
+    ) -> Statistics:
+        """The statistics of the slot, cut to the part of it that this tensor is."""
+        values: dict[str, Tensor] = {}
+        for statistic in measured:
+            result = statistic.result(weight.slot, weight.in_features).to(self.device)
+            for axis in range(result.ndim):
+                result = result.movedim(axis, 0)[weight.inputs].movedim(0, axis)
+            values[statistic.name] = result
+        if "gradient" in self.method.needs:
+            stored = gradient_of(weight.slot)
+            values["gradient"] = (
+                torch.zeros(weight.out_features, weight.in_features, device=self.device)
+                if stored is None
+                else weight.in_slot(stored.to(self.device))
+            )
+        return Statistics(**values)
+
+    def _record(self, block: Block) -> None:
+        for weight in block.weights:
+            tensor = block.raw[weight.name]
+            self.tensors[weight.name] = {
+                "shape": list(tensor.shape),
+                "zeros": int((tensor == 0).sum()),
+                "layout": "in,out" if weight.in_first_on_disk else "out,in",
+            }
+
+
+def _apply(decision: Decision, target_OI: Tensor) -> None:
+    """Write a decision into a matrix. Zeros come from masking: a product could leave `-0.0`."""
+    if decision.weight is not None:
+        target_OI.copy_(decision.weight)
+    target_OI.masked_fill_(~decision.keep.to(target_OI.device), 0)
+
+
+def store_gradients(spill: Spill, block: Block, gradients: dict[Slot, Tensor]) -> None:
+    """Keep the gradient magnitudes of a block until the prune sweep."""
+    for item, slot in enumerate(block.slots):
+        if slot in gradients:
+            spill.write(_store(block), item, gradients[slot])
+
+
+def stored_gradients(spill: Spill, block: Block) -> GradientOf:
+    """Read them back, slot by slot; None for an expert that saw no token."""
+    items = {slot: item for item, slot in enumerate(block.slots)}
+
+    def gradient_of(slot: Slot) -> Tensor | None:
+        if not spill.holds(_store(block), items[slot]):
+            return None
+        return spill.read(_store(block), items[slot])
+
+    return gradient_of
+
+
+def drop_gradients(spill: Spill, block: Block) -> None:
+    """Give their room back."""
+    spill.drop(_store(block))
+
+
+def _store(block: Block) -> str:
+    return f"magnitudes-{block.index}"
