@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = ["LowmemGblmError", "compare", "evaluate", "plan", "prune", "verify"]
 
 # The functions import what they need when they are called: `lowmem-gblm --help` waits for nothing.
+# No module of the package may be called like one of them, or importing it would hide the function.
 
 
 def prune(
@@ -74,7 +75,7 @@ def evaluate(
     Raises:
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    from lowmem_gblm.evaluate import evaluate as run
+    from lowmem_gblm.perplexity import evaluate as run
     from lowmem_gblm.request import EvalRequest
 
     return run(EvalRequest(model=fspath(model), **options), listener)
@@ -104,7 +105,7 @@ def compare(
     Raises:
         LowmemGblmError: As for `prune`.
     """
-    from lowmem_gblm.compare import compare as run
+    from lowmem_gblm.comparison import compare as run
     from lowmem_gblm.request import EvalRequest, PruneRequest, shared_resources
 
     request = PruneRequest(model=fspath(model), **options)
@@ -124,6 +125,6 @@ def verify(
         VerificationError: Names the first violations.
         LowmemGblmError: A folder cannot be read.
     """
-    from lowmem_gblm.verify import verify as run
+    from lowmem_gblm.verification import verify as run
 
     return run(fspath(output), None if against is None else fspath(against))

@@ -85,7 +85,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from lowmem_gblm.evaluate import evaluate
+    from lowmem_gblm.perplexity import evaluate
 
     with Display(sys.stderr) as display:
         result = evaluate(_request(EvalRequest, arguments), display)
@@ -101,7 +101,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from lowmem_gblm.verify import verify
+    from lowmem_gblm.verification import verify
 
     result = verify(arguments.output, arguments.against)
     checked = f"against {arguments.against}" if arguments.against else "by itself"
@@ -154,7 +154,7 @@ def _run_comparison(
     evaluation: EvalRequest,
     folder: Path,
 ) -> int:
-    from lowmem_gblm.compare import compare
+    from lowmem_gblm.comparison import compare
 
     with Display(sys.stderr) as display:
         rows = compare(request, methods, evaluation, folder, display, display.announce)

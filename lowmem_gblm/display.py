@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lowmem_gblm.plan import gibibytes
+from lowmem_gblm.planning import gibibytes
 
 if TYPE_CHECKING:
     from lowmem_gblm.progress import Tick

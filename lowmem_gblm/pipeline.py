@@ -25,7 +25,7 @@ from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.model.blocks import Block, BlockStream
 from lowmem_gblm.model.tap import Slot
-from lowmem_gblm.plan import Plan, check_fits
+from lowmem_gblm.planning import Plan, check_fits
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import record, stages
 from lowmem_gblm.request import PruneRequest

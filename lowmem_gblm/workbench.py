@@ -19,7 +19,7 @@ from lowmem_gblm.masks import NofM
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.model.blocks import PrunableWeight, prunable_weights
 from lowmem_gblm.model.skeleton import HEAD_LOGITS, Skeleton
-from lowmem_gblm.plan import Budget, ModelSizes, Plan, Work, plan
+from lowmem_gblm.planning import Budget, ModelSizes, Plan, Work, plan
 from lowmem_gblm.request import PruneRequest, Resources, resolve_seqlen
 from lowmem_gblm.schedule import Schedule, schedule
 from lowmem_gblm.stats.gradient import GradientNorm

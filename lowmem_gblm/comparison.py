@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.disk.output import check_absent
-from lowmem_gblm.evaluate import evaluate
+from lowmem_gblm.perplexity import evaluate
 from lowmem_gblm.pipeline import prune
 from lowmem_gblm.progress import Listener
 from lowmem_gblm.request import EvalRequest, PruneRequest

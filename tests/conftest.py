@@ -1,0 +1,49 @@
+"""What all tests share: one thread, no network, tiny models and texts made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+from tiny import sample_text, save_tiny
+from transformers.utils import logging as transformers_logging
+
+# Tiny products gain nothing from threads, and lose a lot when the cores are busy.
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights, real text and the authors' results, where they are at hand."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED}: real weights and reference results")
+    return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Data sets built from local files must not end in the home directory."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 4000 characters."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(sample_text(4000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in one file. Not to be modified."""
+    return save_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
