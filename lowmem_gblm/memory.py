@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_M_MMAP_THRESHOLD = -3
+_RETURNED_FROM_BYTES = 65536
 
 
 def host_peak_bytes() -> int:
@@ -40,6 +43,18 @@ def reset_peaks() -> None:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:
         return
+
+
+def return_freed_memory_at_once() -> None:
+    """Make the allocator hand freed tensors back to the system, for the rest of the process.
+
+    glibc raises the size from which it does so whenever a large block is freed, and then keeps
+    ever more pieces: a run over 48 blocks peaked at 1.3 times the memory of one over 6. A fixed
+    size keeps memory independent of depth, and predictable. Other allocators are left alone.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _RETURNED_FROM_BYTES)
 
 
 def host_resident_bytes() -> int:

@@ -31,6 +31,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         NonFiniteError: The perplexity is NaN or infinite.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
+    memory.return_freed_memory_at_once()
     memory.reset_peaks()
     opened = open_model(request.model, request)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton

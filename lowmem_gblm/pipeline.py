@@ -70,6 +70,7 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     if request.output is None:
         raise RequestError("prune needs an OUTPUT folder")
     check_absent(request.output)
+    memory.return_freed_memory_at_once()
     memory.reset_peaks()
     bench = open_workbench(request)
     check_fits(bench.plan, bench.budget)

@@ -74,7 +74,5 @@ class Gradient:
         gradient = self._partial.pop(slot)
         if slot not in self._sums:
             self._sums[slot] = torch.zeros_like(gradient, dtype=torch.float32)
-        if self._norm == "l1":
-            self._sums[slot] += gradient.abs_()
-        else:
-            self._sums[slot].addcmul_(gradient.float(), gradient.float())
+        # Not `addcmul_`: it rounds once where a square and a sum round twice.
+        self._sums[slot] += gradient.abs_() if self._norm == "l1" else gradient.float().square_()

@@ -1,0 +1,183 @@
+"""The streamed engine against full autograd in memory, architecture by architecture, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+from tiny import ARCHITECTURES, save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowmem_gblm
+from lowmem_gblm.disk.spill import Spill
+from lowmem_gblm.model.blocks import BlockStream, prunable_weights
+from lowmem_gblm.progress import Progress, Stage
+from lowmem_gblm.request import Resources
+from lowmem_gblm.stats.activation import activation_statistics
+from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
+from lowmem_gblm.sweeps.reverse import reverse_sweep
+from lowmem_gblm.workbench import open_model
+
+NSAMPLES, SEQLEN = 4, 48
+SHARDED = {"llama", "mixtral"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny checkpoint, and calibration samples for it."""
+
+    architecture: str
+    folder: Path
+    text: Path
+    samples: Tensor
+
+    def in_memory(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def prune(self, output: Path, **options: object) -> dict[str, Tensor]:
+        """Prune it by streaming; returns the tensors that were written."""
+        options |= {"nsamples": NSAMPLES, "seqlen": SEQLEN, "calibration": str(self.text)}
+        lowmem_gblm.prune(self.folder, output, **options)
+        shards = sorted(output.glob("*.safetensors"))
+        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_file: Path
+) -> Case:
+    architecture = request.param
+    folder = tmp_path_factory.mktemp(architecture) / "model"
+    save_tiny(architecture, folder, sharded=architecture in SHARDED)
+    tokens = AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"]
+    samples = reference.text_windows(torch.tensor(tokens), NSAMPLES, SEQLEN, 0)
+    return Case(architecture, folder, text_file, samples)
+
+
+def stream_statistics(
+    case: Case, folder: Path, norm: str
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, and by name on disk gradient magnitudes and input norms of the dense model."""
+    opened = open_model(str(case.folder), Resources())
+    checkpoint, skeleton = opened.checkpoint, opened.skeleton
+    blocks = BlockStream(checkpoint, skeleton, prunable_weights(checkpoint, skeleton))
+    progress = Progress([Stage(name="all", steps=1000, cost=1)])
+    gradients: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+
+    def finish(block, found, measured):
+        for weight in block.weights:
+            shape = weight.out_features, weight.in_features
+            stored = found.get(weight.slot)
+            seen = torch.zeros(shape) if stored is None else weight.in_slot(stored)
+            gradients[weight.name] = seen
+            norms[weight.name] = measured[0].result(weight.slot, weight.in_features)
+
+    with Spill(folder) as spill, progress.stage("all"):
+        skeleton.fill(checkpoint)
+        embed(skeleton, case.samples, spill, progress)
+        dense_sweep(blocks, skeleton, spill, NSAMPLES, progress, keep=True)
+        losses = head_pass(skeleton, case.samples, spill, blocks.depth, progress)
+        reverse_sweep(
+            blocks, skeleton, spill, NSAMPLES, norm, progress, keep_raw=False,
+            activations=lambda: activation_statistics({"input_norm"}, NSAMPLES), finish=finish,
+        )  # fmt: skip
+    return losses, gradients, norms
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
+    case: Case, norm: str, tmp_path: Path
+) -> None:
+    losses, gradients, norms = stream_statistics(case, tmp_path / "spill", norm)
+    model = case.in_memory()
+    expected_losses, expected = reference.losses_and_gradients(model, case.samples, norm)
+    expected_norms = reference.input_statistics(
+        model, case.samples, range(model.config.num_hidden_layers), "norm"
+    )
+    assert losses == [float(loss) for loss in expected_losses]
+    assert gradients.keys() == expected.keys() == expected_norms.keys()
+    for name in expected:
+        assert torch.equal(gradients[name], expected[name]), name
+        assert torch.equal(norms[name], expected_norms[name]), name
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize(
+    ("method", "norm", "sparsity", "n_of_m"),
+    [
+        ("gblm", "l1", "0.5", None),
+        ("gblm", "l2", None, (2, 4)),
+        ("wanda", "l1", "0.6", None),
+        ("gradient", "l2", "0.3", None),
+        ("magnitude", "l1", "0.5", None),
+        ("sparsegpt", "l1", "0.5", None),
+        ("sparsegpt", "l1", None, (2, 4)),
+    ],
+)
+def test_streamed_pruning_writes_what_pruning_in_memory_gives(
+    case: Case,
+    method: str,
+    norm: str,
+    sparsity: str | None,
+    n_of_m: tuple[int, int] | None,
+    activations: str,
+    tmp_path: Path,
+) -> None:
+    model = case.in_memory()
+    reference.prune(
+        model, case.samples, method=method, sparsity=sparsity, n_of_m=n_of_m, norm=norm,
+        activations=activations,
+    )  # fmt: skip
+    pattern = None if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}"
+    written = case.prune(
+        tmp_path / "out", method=method, sparsity=sparsity, pattern=pattern, gradient_norm=norm,
+        activations=activations,
+    )  # fmt: skip
+    for matrix in reference.prunable(model):
+        on_disk = written[matrix.name]
+        expected = matrix.view().T if case.architecture == "gpt2" else matrix.view()
+        if method == "sparsegpt":
+            torch.testing.assert_close(on_disk, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(on_disk == 0, expected == 0), matrix.name
+        if method != "sparsegpt":
+            assert torch.equal(on_disk, expected), matrix.name
+
+
+def test_the_chunked_head_gives_the_loss_and_gradient_of_the_whole_one(
+    llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = opened_and_filled(llama)
+    tokens = torch.arange(5, 53)
+    hidden = skeleton.embed(tokens)
+    whole_loss, whole_gradient = skeleton.loss_and_gradient(hidden, tokens)
+    monkeypatch.setattr("lowmem_gblm.model.skeleton.HEAD_LOGITS", 7 * skeleton.config.vocab_size)
+    rows = largest_logits(monkeypatch)
+    loss, gradient = skeleton.loss_and_gradient(hidden, tokens)
+    assert max(rows) == 7
+    torch.testing.assert_close(loss, whole_loss)
+    torch.testing.assert_close(gradient, whole_gradient)
+
+
+def largest_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Records how many rows of logits each call of the loss sees."""
+    rows: list[int] = []
+    original = torch.nn.functional.cross_entropy
+
+    def counting(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
+        rows.append(len(logits))
+        return original(logits, *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", counting)
+    return rows
+
+
+def opened_and_filled(folder: Path):
+    opened = open_model(str(folder), Resources())
+    opened.skeleton.fill(opened.checkpoint)
+    return opened.skeleton

@@ -1,0 +1,106 @@
+"""The architecture, held by tests: imports flow one way, files stay small, one file prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lowmem_gblm
+
+PACKAGE = Path(lowmem_gblm.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports only from its own row or rows below it.
+ROWS = (
+    ("__main__",),
+    ("cli",),
+    ("display",),
+    ("__init__",),
+    ("comparison",),
+    ("pipeline", "perplexity", "verification"),
+    ("report",),
+    ("sweeps",),
+    ("workbench",),
+    ("stats",),
+    ("model",),
+    ("disk",),
+    ("request",),
+    ("methods",),
+    ("planning", "schedule", "calibration", "progress"),
+    ("masks", "memory"),
+    ("errors",),
+)
+ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")
+
+
+def module_name(path: Path) -> str:
+    """ "sweeps.dense" for lowmem_gblm/sweeps/dense.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def row(module: str) -> int:
+    return next(index for index, names in enumerate(ROWS) if module.split(".")[0] in names)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    modules = {module_name(source) for source in SOURCES}
+    prefix = "lowmem_gblm."
+    return {
+        name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix)
+    } & modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_flow_downwards(path: Path) -> None:
+    here = module_name(path)
+    upwards = {name for name in own_imports(path) if row(name) < row(here)}
+    assert not upwards
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if module_name(path).split(".")[0] in ARITHMETIC],
+    ids=module_name,
+)  # fmt: skip
+def test_arithmetic_touches_no_model_and_no_file(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & {
+        "transformers",
+        "os",
+        "safetensors",
+    }
+    assert not {name for name in own_imports(path) if name.split(".")[0] in ("disk", "model")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    prints = [call for call in calls if getattr(call.func, "id", None) == "print"]
+    assert not prints or module_name(path) in ("cli", "display")
+
+
+def test_only_the_publishing_module_renames() -> None:
+    renaming = {module_name(path) for path in SOURCES if "os.rename" in path.read_text()}
+    assert renaming == {"disk.publish"}
+
+
+def test_no_module_hides_a_function_of_the_api() -> None:
+    assert not {module_name(path) for path in SOURCES} & set(lowmem_gblm.__all__)
+
+
+def test_no_room_is_a_hall() -> None:
+    lengths = {module_name(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert max(lengths.values()) <= 400, lengths
