@@ -158,6 +158,8 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
     if name == "wikitext2":
         return _wikitext2(split)
     path = Path(name)
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder: give a .txt, .jsonl, .json.gz or .parquet file")
     if not path.is_file():
         raise RequestError(
             f"there is no text {name!r}: give c4, wikitext2, demo, or the path of a .txt, .jsonl, "
@@ -194,13 +196,14 @@ def _documents(dataset: Any, column: str, origin: str) -> Documents:
         raise RequestError(f"{origin} has no documents")
     if not isinstance(dataset[0][column], str):
         raise RequestError(f"column {column!r} of {origin} holds no text")
-    return Documents(_Column(dataset, column), origin)
+    return Documents(_Column(dataset, column, origin), origin)
 
 
 class _Column(Sequence[str]):
     """One column of a data set, read row by row from its memory-mapped table."""
 
-    def __init__(self, dataset: Any, column: str) -> None:
+    def __init__(self, dataset: Any, column: str, origin: str) -> None:
+        self._origin = origin
         self._dataset = dataset
         self._column = column
 
@@ -208,7 +211,12 @@ class _Column(Sequence[str]):
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._dataset[index][self._column]
+        text = self._dataset[index][self._column]
+        if not isinstance(text, str):
+            raise RequestError(
+                f"row {index} of {self._origin} holds no text in column {self._column!r}"
+            )
+        return text
 
 
 def _c4(split: Split) -> Documents | Text:
@@ -231,15 +239,16 @@ def _load(*args: Any, split: str = "train", **kwargs: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(*args, split=split, **kwargs)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        source = kwargs.get("data_files", args[0])
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        if args[0] in _DOCUMENT_LOADERS.values():
+            raise RequestError(f"{kwargs['data_files']} cannot be read: {reason}") from None
         raise RequestError(
-            f"{args[0] if args[0] not in _DOCUMENT_LOADERS.values() else source} could not be "
-            f"loaded: {reason[0]}. Without a network give a local file: --calibration FILE, or "
-            f"--text FILE for eval"
+            f"{args[0]} cannot be loaded from the Hub: {reason}. Without a network give a local "
+            f"text file instead of its name"
         ) from None
 
 

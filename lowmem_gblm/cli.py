@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"interrupted. To run it again:\n{command}", INTERRUPTED)
     except OSError as error:
         code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
-        return _fail(f"{error.strerror}: {error.filename or 'while writing'}", code)
+        where = f"{error.strerror}: {error.filename or 'while writing'}"
+        return _fail(where if error.strerror else str(error), code)
 
 
 def _fail(message: str, code: int) -> int:

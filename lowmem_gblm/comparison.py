@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.disk.output import check_absent
+from lowmem_gblm.errors import RequestError
 from lowmem_gblm.perplexity import evaluate
 from lowmem_gblm.pipeline import prune
 from lowmem_gblm.progress import Listener
@@ -43,6 +44,9 @@ def compare(
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     say = announce or (lambda text: None)
+    twice = [name for name in methods if list(methods).count(name) > 1]
+    if twice:
+        raise RequestError(f"--methods names the method {twice[0]} twice")
     requests = [replace(request, method=name, output=folder / name) for name in methods]
     for one in requests:
         check_absent(folder / one.method)

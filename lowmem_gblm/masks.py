@@ -6,8 +6,10 @@ stay; a *keep* mask is True where the weight stays.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from lowmem_gblm.errors import RequestError
@@ -35,7 +37,7 @@ class Unstructured:
 
     def removed(self, group_size: int) -> int:
         """How many of `group_size` weights are removed: `floor(group_size * sparsity)`, exactly."""
-        return int(group_size * self.sparsity)
+        return math.floor(group_size * Fraction(self.sparsity))
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def parse_pattern(
             f'the pattern must read "N:M", as in 2:4 for 2 kept of every 4; got {pattern!r}'
         ) from None
     parsed = NofM(n, m, keep_ragged_tail)
-    if sparsity is not None and _decimal(sparsity) != parsed.sparsity:
+    if sparsity is not None and float(_decimal(sparsity)) != float(parsed.sparsity):
         raise RequestError(
             f"--sparsity {sparsity} contradicts --pattern {parsed}, which is a sparsity of "
             f"{parsed.sparsity}: give one of the two"
@@ -112,9 +114,12 @@ def parse_pattern(
 
 def _decimal(value: str | float | Decimal) -> Decimal:
     try:
-        return Decimal(str(value))
+        number = Decimal(str(value))
     except InvalidOperation:
-        raise RequestError(f"the sparsity must be a number such as 0.5; got {value!r}") from None
+        number = Decimal("NaN")
+    if number.is_nan():
+        raise RequestError(f"the sparsity must be a number such as 0.5; got {value!r}")
+    return number
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:

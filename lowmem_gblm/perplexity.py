@@ -51,6 +51,8 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         ],
         listener,
     )
+    if request.work_dir is not None:
+        request.work_dir.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=request.work_dir) as folder,
         Spill(Path(folder) / "boundaries") as spill,

@@ -67,7 +67,7 @@ def record(
         "updates_weights": bench.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(losses) / len(losses) if losses else None,
-        "notes": pruner.notes,
+        "notes": [*_unused(bench), *pruner.notes],
         "tensors": tensors,
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
         "memory": {
@@ -104,6 +104,18 @@ def _asked(bench: Workbench) -> dict[str, Any]:
         "include": list(request.include),
         "exclude": list(request.exclude),
     }
+
+
+def _unused(bench: Workbench) -> list[str]:
+    """A sentence about tensors that the model does not use, and that were only copied."""
+    skeleton = bench.opened.skeleton
+    used = {name for names in [*skeleton.block_tensors, skeleton.rest_tensors] for name in names}
+    unused = [name for name in bench.opened.checkpoint.tensors if name not in used]
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} tensors are no part of the model and were copied as they are: {unused[0]}"
+    ]
 
 
 def _device_name(device: torch.device) -> str:

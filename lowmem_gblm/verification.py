@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem_gblm.disk.checkpoint import INDEX, Checkpoint, read_json
 from lowmem_gblm.disk.output import RECORD
 from lowmem_gblm.disk.source import locate
-from lowmem_gblm.errors import CheckpointError, VerificationError
+from lowmem_gblm.errors import CheckpointError, RequestError, VerificationError
 from lowmem_gblm.masks import NofM, Pattern, parse_pattern
 from lowmem_gblm.methods.sparsegpt import block_columns
 
@@ -41,6 +41,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     """
     folder = locate(output)
     record = read_json(folder / RECORD)
+    _check_record(record)
     checkpoint = Checkpoint(folder)
     source = Checkpoint(locate(against)) if against is not None else None
     violations: list[str] = []
@@ -62,7 +63,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     if violations:
         more = f"\n… and {len(violations) - NAMED} more" if len(violations) > NAMED else ""
         raise VerificationError(
-            f"{folder} breaks {len(violations)} promises:\n" + "\n".join(violations[:NAMED]) + more
+            f"{folder} does not keep its promises:\n" + "\n".join(violations[:NAMED]) + more
         )
     return {
         "output": output,
@@ -178,10 +179,28 @@ def _index_violations(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
     yield from (f"{stray} is not named in {INDEX}" for stray in sorted(strays))
 
 
-def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if pruning.json is not what this tool writes."""
     missing = [key for key in _KEYS if key not in record]
     if missing:
         raise CheckpointError(f"{RECORD} lacks {', '.join(missing)}")
+    try:
+        _Rule(record)
+        for one in record["tensors"].values():
+            valid = (
+                type(one["zeros"]) is int
+                and one["layout"] in ("in,out", "out,in")
+                and all(type(length) is int and length > 0 for length in one["shape"])
+            )
+            if not valid:
+                raise ValueError(f"not a description of a tensor: {one}")
+        if not record["tensors"]:
+            raise ValueError("no tensors")
+    except (RequestError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
+
+
+def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     for name, described in record["tensors"].items():
         entry = checkpoint.tensors.get(name)
         if entry is None:

@@ -230,4 +230,4 @@ def _first(skeleton: Skeleton, names: Sequence[str]) -> int | None:
 
 def work_folder(request: PruneRequest, output: Path) -> Path:
     """Where boundaries and gradients wait: as asked, else beside the output."""
-    return request.work_dir or output.with_name(output.name + ".work")
+    return (request.work_dir or output.parent) / (output.name + ".work")

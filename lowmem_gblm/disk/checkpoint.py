@@ -23,6 +23,7 @@ from lowmem_gblm.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+MAX_NUMEL = 2**62
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {
@@ -153,7 +154,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
             raise CheckpointError(
                 f"{path} places tensor {tensor} in {shard!r}, which is not a file of the folder"
             )
-        if not (path.parent / shard).is_file():
+        if not os.path.isfile(path.parent / shard):
             raise CheckpointError(f"{path} names the shard {shard}, which is missing")
         shards.setdefault(shard, set()).add(tensor)
     return shards
@@ -237,6 +238,8 @@ def _entry(path: Path, name: str, description: Any, data_start: int, size: int) 
     offsets = _integers(description.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"{where} has no valid shape and data_offsets")
+    if math.prod(max(1, length) for length in shape) > MAX_NUMEL:
+        raise CheckpointError(f"{where} has a shape of more than 2**62 numbers")
     nbytes = math.prod(shape) * dtype.itemsize
     start, stop = offsets
     if stop - start != nbytes:

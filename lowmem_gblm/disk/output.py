@@ -111,7 +111,7 @@ class Output:
 
 def check_absent(final: Path) -> None:
     """Raise `JobError` if the output exists: nothing is ever overwritten."""
-    if final.exists():
+    if os.path.lexists(final):
         raise JobError(f"{final} exists already: choose another OUTPUT, or move it away")
 
 
@@ -121,7 +121,11 @@ def copy_side_files(source: Path, target: Path) -> None:
     Symbolic links (as in a Hub cache) are followed; caches and version control are left out.
     """
     for folder, folders, files in os.walk(source):
-        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        folders[:] = sorted(
+            name
+            for name in set(folders) - _SKIPPED_FOLDERS
+            if not Path(folder, name, MARK).exists()
+        )
         for name in sorted(files):
             path = Path(folder, name)
             relative = path.relative_to(source)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.errors import RequestError
+from lowmem_gblm.errors import NonFiniteError, RequestError
 from lowmem_gblm.model.names import Region
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot
@@ -145,7 +146,8 @@ class BlockStream:
                     raw.clear()
 
     def _read(self, index: int) -> dict[str, Tensor]:
-        return {name: self._checkpoint.read(name) for name in self._skeleton.block_tensors[index]}
+        names = self._skeleton.block_tensors[index]
+        return {name: _finite(name, self._checkpoint.read(name)) for name in names}
 
 
 def prunable_weights(
@@ -174,6 +176,16 @@ def prunable_weights(
     if not any(blocks):
         raise RequestError("--include and --exclude leave nothing to prune")
     return blocks
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises `NonFiniteError` if a NaN or an infinity is in it."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel():
+        # Unlike `isfinite().all()` this takes no memory; a NaN is its own minimum and maximum.
+        extremes = torch.stack(tensor.aminmax())
+        if not bool(extremes.isfinite().all()):
+            raise NonFiniteError(f"{name} holds NaN or infinite weights: {extremes.tolist()}")
+    return tensor
 
 
 def _prunable(checkpoint: Checkpoint, skeleton: Skeleton, index: int) -> list[PrunableWeight]:

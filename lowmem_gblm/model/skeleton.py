@@ -8,30 +8,21 @@ norm, head and loss are the model's own code too. There is no table of architect
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from lowmem_gblm.disk.checkpoint import Checkpoint, read_json
-from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.errors import CheckpointError
+from lowmem_gblm.model.hollow import find_layers, hollow_model, module_name
 from lowmem_gblm.model.names import Names
+from lowmem_gblm.model.stubs import Call, Recorder, Replayer, check_same, stubs_in
 
 HEAD_LOGITS = 1 << 24
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Call:
-    """How one block is called besides its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class Skeleton:
@@ -55,10 +46,10 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self._model = _hollow_model(checkpoint, dtype)
+        self._model = hollow_model(checkpoint, dtype)
         self._decoder = self._model.get_decoder()
-        self._layers = _find_layers(self._model, self._decoder)
-        self._prefix = _module_name(self._model, self._layers)
+        self._layers = find_layers(self._model, self._decoder)
+        self._prefix = module_name(self._model, self._layers)
         self._calls: dict[int, list[Call]] = {}
         self._returns_tuple = False
         self.names = Names(self._model)
@@ -131,15 +122,15 @@ class Skeleton:
         Raises:
             UnsupportedModel: The arguments of a block depend on the sample.
         """
-        recorder = _Recorder(self.depth)
-        with torch.no_grad(), self._stubs(recorder):
+        recorder = Recorder(self.depth)
+        with torch.no_grad(), stubs_in(self._layers, recorder):
             output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
         length = len(tokens_T)
         if length not in self._calls:
             self._calls[length] = recorder.calls
         else:
-            _check_same(self._calls[length], recorder.calls)
+            check_same(self._calls[length], recorder.calls)
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor) -> Tensor:
@@ -185,7 +176,7 @@ class Skeleton:
     ) -> tuple[Tensor, Tensor]:
         """Final norm, head and loss, in chunks of tokens so that the logits stay small."""
         tokens_T = tokens_T.to(self.device)
-        with self._stubs(_Replayer(hidden, self.depth, self._returns_tuple)):
+        with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):
             output = self._decoder(input_ids=tokens_T[None], use_cache=False)
         normed = output.last_hidden_state
         labels_T = nn.functional.pad(tokens_T[1:], (0, 1), value=_IGNORED)
@@ -218,17 +209,6 @@ class Skeleton:
             del self._decoder.forward
         return logits
 
-    @contextmanager
-    def _stubs(self, station: _Recorder | _Replayer) -> Iterator[None]:
-        blocks = list(self._layers)
-        for index, block in enumerate(blocks):
-            self._layers[index] = _Stub(block, index, station)
-        try:
-            yield
-        finally:
-            for index, block in enumerate(blocks):
-                self._layers[index] = block
-
     def _group(self, checkpoint: Checkpoint) -> tuple[list[list[str]], list[str]]:
         """Names on disk of the tensors of each block, and of the others the model uses."""
         blocks: list[list[str]] = [[] for _ in range(self.depth)]
@@ -244,138 +224,3 @@ class Skeleton:
             if not names:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor of decoder block {index}")
         return blocks, rest
-
-
-class _Stub(nn.Module):
-    """Stands where a block was: attributes pass through, calls go to the station."""
-
-    def __init__(self, block: nn.Module, index: int, station: _Recorder | _Replayer) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-        self._index = index
-        self._station = station
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_block"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._station.visit(self._index, hidden, Call(args, kwargs))
-
-
-class _Recorder:
-    """Writes down what enters block 0 and how each block is called.
-
-    Every stub returns the hidden states that entered block 0, whole: a model that takes the first
-    element of what a block returns thereby gives itself away by the lost dimension.
-    """
-
-    def __init__(self, depth: int) -> None:
-        self.calls: list[Call] = []
-        self._depth = depth
-
-    def visit(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        if index == 0:
-            self.entering = hidden
-        self.calls.append(call)
-        self.leaving_dimensions = hidden.ndim
-        return self.entering
-
-    def returns_tuple(self, last_hidden: Tensor) -> bool:
-        """Whether the model expects a tuple of its blocks."""
-        if len(self.calls) != self._depth:
-            raise UnsupportedModel(
-                f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks"
-            )
-        return last_hidden.ndim < self.entering.ndim
-
-
-class _Replayer:
-    """Lets the last block return given hidden states, so that the final norm sees them."""
-
-    def __init__(self, hidden: Tensor, depth: int, as_tuple: bool) -> None:
-        self._hidden = hidden
-        self._depth = depth
-        self._as_tuple = as_tuple
-
-    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
-        out = self._hidden if index == self._depth - 1 else hidden
-        return (out,) if self._as_tuple else out
-
-
-def _hollow_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    config = load_config(checkpoint)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"{config.model_type!r} is not a decoder-only language model that transformers knows: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    model.set_experts_implementation("eager")
-    # Mixtral's router adds noise in train mode.
-    model.eval()
-    return model
-
-
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a checkpoint.
-
-    Raises:
-        UnsupportedModel: The architecture is unknown, or would need code from the checkpoint.
-        CheckpointError: There is no valid config.json, or the weights are quantized.
-    """
-    raw = read_json(checkpoint.folder / "config.json")
-    if "auto_map" in raw:
-        raise UnsupportedModel(
-            f"{checkpoint.folder} needs Python code that comes with the checkpoint; such code is "
-            f"never run here"
-        )
-    if "quantization_config" in raw:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({raw['quantization_config'].get('quant_method')}): "
-            f"prune the original checkpoint, then quantize the result"
-        )
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"transformers does not know the architecture of {checkpoint.folder} "
-            f"(model_type {raw.get('model_type')!r}): {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in decoder.children():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UnsupportedModel(
-        f"the decoder of {type(model).__name__} has no list of {depth} blocks among its children"
-    )
-
-
-def _module_name(model: nn.Module, wanted: nn.Module) -> str:
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[wanted]
-
-
-def _check_same(first: list[Call], second: list[Call]) -> None:
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        if not _equal((one.args, one.kwargs), (other.args, other.kwargs)):
-            raise UnsupportedModel(
-                f"decoder block {index} is called with arguments that depend on the sample"
-            )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Equality through tuples, lists and dicts, with tensors compared by value."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return type(one) is type(other) and (
-        one == other if isinstance(one, (int, float, str, bool, type(None))) else True
-    )

@@ -1,0 +1,58 @@
+"""Which passes run: they follow from what a method needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem_gblm.methods import find_method
+from lowmem_gblm.schedule import schedule
+
+TABLE = [
+    # method, activations, passes, blocks read, FLOPs per parameter and token
+    ("magnitude", "pruned", "prune", 1, 0),
+    ("magnitude", "dense", "prune", 1, 0),
+    ("wanda", "pruned", "embed prune", 1, 4),
+    ("wanda", "dense", "embed prune", 1, 2),
+    ("sparsegpt", "pruned", "embed prune", 1, 4),
+    ("sparsegpt", "dense", "embed prune", 1, 2),
+    ("gradient", "pruned", "embed dense head reverse", 2, 8),
+    ("gradient", "dense", "embed dense head reverse", 2, 8),
+    ("gblm", "pruned", "embed dense head reverse prune", 3, 12),
+    ("gblm", "dense", "embed dense head reverse", 2, 8),
+]
+
+
+@pytest.mark.parametrize(("method", "activations", "passes", "reads", "flops"), TABLE)
+def test_a_method_runs_the_passes_that_it_needs(method, activations, passes, reads, flops):
+    made = schedule(find_method(method).needs, activations)
+    assert made.passes == tuple(passes.split())
+    assert (made.reads, made.flops_per_parameter_and_token) == (reads, flops)
+
+
+@pytest.mark.parametrize(("method", "activations", "passes", "reads", "flops"), TABLE)
+def test_blocks_are_pruned_in_the_last_pass(method, activations, passes, reads, flops):
+    made = schedule(find_method(method).needs, activations)
+    assert made.prune_in == made.passes[-1]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm", "gradient", "sparsegpt"])
+def test_only_magnitude_needs_no_samples(method):
+    needed = schedule(find_method(method).needs, "pruned").needs_samples
+    assert needed == (method != "magnitude")
+
+
+@pytest.mark.parametrize(
+    ("needs", "activations", "forwards"),
+    [
+        ((), "pruned", 0),
+        (("gradient",), "pruned", 0),
+        (("input_norm",), "dense", 1),
+        (("gram",), "dense", 1),
+        (("input_norm",), "pruned", 2),
+        (("gram", "gradient"), "pruned", 2),
+    ],
+)
+def test_samples_run_again_where_the_pruned_block_gives_the_next_boundary(
+    needs, activations, forwards
+):
+    assert schedule(needs, activations).prune_forwards == forwards
