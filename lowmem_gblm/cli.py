@@ -65,6 +65,7 @@ def _quiet_libraries() -> None:
     """Before the first import: what libraries print is not for the person at the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def _prune(arguments: argparse.Namespace) -> int:
