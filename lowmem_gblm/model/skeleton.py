@@ -51,6 +51,7 @@ class Skeleton:
         self._layers = find_layers(self._model, self._decoder)
         self._prefix = module_name(self._model, self._layers)
         self._calls: dict[int, list[Call]] = {}
+        self._compared: set[int] = set()
         self._returns_tuple = False
         self.names = Names(self._model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
@@ -129,8 +130,9 @@ class Skeleton:
         length = len(tokens_T)
         if length not in self._calls:
             self._calls[length] = recorder.calls
-        else:
+        elif length not in self._compared:
             check_same(self._calls[length], recorder.calls)
+            self._compared.add(length)
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Skeleton:
             float32 scalar.
         """
         with torch.no_grad():
-            return self._head(hidden, tokens_T, lambda loss, chunk: None)
+            return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
 
     def loss_and_gradient(self, hidden: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
         """The loss as in `loss`, and its gradient [1, T, hidden] with respect to `hidden`."""
@@ -162,19 +164,22 @@ class Skeleton:
             pieces.append(torch.autograd.grad(loss, chunk)[0])
 
         with torch.enable_grad():
-            loss, normed = self._head_with_graph(hidden, tokens_T, backward)
+            loss, normed = self._head(hidden, tokens_T, backward)
         (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
         return loss, gradient
 
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        return self._head_with_graph(hidden, tokens_T, visit)[0]
-
-    def _head_with_graph(
-        self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
-        """Final norm, head and loss, in chunks of tokens so that the logits stay small."""
+        """Final norm, head and loss, in chunks of tokens so that the logits stay small.
+
+        Args:
+            visit: Called for every chunk with its part of the loss and its normed hidden states,
+                while their graph is alive.
+
+        Returns:
+            The loss, and the normed hidden states [1, T, hidden] with their graph.
+        """
         tokens_T = tokens_T.to(self.device)
         with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):
             output = self._decoder(input_ids=tokens_T[None], use_cache=False)
