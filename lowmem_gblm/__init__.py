@@ -106,13 +106,10 @@ def compare(
         LowmemGblmError: As for `prune`.
     """
     from lowmem_gblm.comparison import compare as run
-    from lowmem_gblm.request import EvalRequest, PruneRequest, shared_resources
+    from lowmem_gblm.request import PruneRequest, evaluation_of
 
     request = PruneRequest(model=fspath(model), **options)
-    evaluation = EvalRequest(
-        model=request.model, text=text, windows=windows, seqlen=request.seqlen,
-        **shared_resources(request),
-    )  # fmt: skip
+    evaluation = evaluation_of(request, text=text, windows=windows)
     return run(request, methods, evaluation, Path(folder), listener)
 
 

@@ -27,13 +27,15 @@ from lowmem_gblm.request import (
     EvalRequest,
     PruneRequest,
     Resources,
+    evaluation_of,
     options,
-    shared_resources,
 )
 
 _DEMO_FOLDER = "lowmem-gblm-demo"
 _DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
 _DEMO_SEQLEN = 256
+_COMPARISON_STAYS = "Finished checkpoints stay; move them away, or give another --output."
+_SMALLER = "Try a smaller --seqlen, or --device cpu"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -49,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         command = shlex.join(["lowmem-gblm", *(sys.argv[1:] if argv is None else argv)])
-        return _fail(f"interrupted. To run it again:\n{command}", INTERRUPTED)
+        hint = arguments.interrupted
+        return _fail(f"interrupted. {hint} To run it again:\n{command}", INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError by its name: torch may not have been imported at all.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
     except OSError as error:
         code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
         where = f"{error.strerror}: {error.filename or 'while writing'}"
@@ -121,13 +129,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     request = _request(PruneRequest, arguments)
-    evaluation = EvalRequest(
-        model=request.model,
-        text=arguments.text,
-        seqlen=request.seqlen,
-        windows=arguments.windows,
-        **shared_resources(request),
-    )
+    evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
     methods = [name.strip() for name in arguments.methods.split(",")]
     return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
 
@@ -135,7 +137,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
-    evaluation = EvalRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    evaluation = evaluation_of(request)
     folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
     return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
 
@@ -209,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")
     command.add_argument("model", metavar="MODEL", help=model_help)
+    command.set_defaults(interrupted=_COMPARISON_STAYS)
     command.add_argument(
         "--methods",
         default="magnitude,wanda,sparsegpt,gblm",
@@ -227,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
+    command.set_defaults(interrupted=_COMPARISON_STAYS)
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     _add_options(command, Resources)
     return parser
@@ -236,7 +240,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, interrupted="Nothing half-done is left.")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return command
 

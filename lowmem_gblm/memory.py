@@ -18,7 +18,7 @@ _RETURNED_FROM_BYTES = 65536
 
 
 def host_peak_bytes() -> int:
-    """Largest resident set since the process began, or since `reset_peaks`."""
+    """Largest resident set since the process began, or since `reset_host_peak`."""
     if _STATUS.exists():
         match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
         if match:
@@ -27,18 +27,21 @@ def host_peak_bytes() -> int:
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """Largest memory held on a GPU since `reset_peaks`; 0 for a CPU."""
+    """Largest memory held on a GPU since `reset_host_peak`; 0 for a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
-def reset_peaks() -> None:
+def reset_gpu_peak(device: torch.device) -> None:
+    """Begin to count a GPU's memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def reset_host_peak() -> None:
     """Begin to count anew, so that several runs in one process are told apart.
 
-    Of host memory only Linux can; elsewhere, and where the kernel forbids it, the peak stays that
-    of the process.
+    Only Linux can; elsewhere, and where the kernel forbids it, the peak stays that of the process.
     """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:

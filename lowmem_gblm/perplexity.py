@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from lowmem_gblm.model.blocks import BlockStream
 from lowmem_gblm.progress import Listener, Progress, Stage
 from lowmem_gblm.request import EvalRequest, resolve_seqlen
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, losses_of
-from lowmem_gblm.workbench import open_model
+from lowmem_gblm.workbench import open_model, plan_evaluation
+
+_ON_DISK = Path("/var/tmp")
 
 
 def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str, Any]:
@@ -32,8 +35,9 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     memory.return_freed_memory_at_once()
-    memory.reset_peaks()
+    memory.reset_host_peak()
     opened = open_model(request.model, request)
+    memory.reset_gpu_peak(opened.skeleton.device)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
     samples_NT = evaluation_windows(
@@ -51,11 +55,10 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         ],
         listener,
     )
-    if request.work_dir is not None:
-        request.work_dir.mkdir(parents=True, exist_ok=True)
+    made = plan_evaluation(opened, request, nsamples=count, seqlen=seqlen)
     with (
-        tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=request.work_dir) as folder,
-        Spill(Path(folder) / "boundaries") as spill,
+        tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=_work_folder(request)) as folder,
+        Spill(Path(folder) / "boundaries", made.host_spill_bytes) as spill,
     ):
         with progress.stage("embed"):
             skeleton.fill(checkpoint)
@@ -68,7 +71,9 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     mean = sum(losses) / count
     if not math.isfinite(mean):
         sick = next(n for n, loss in enumerate(losses) if not math.isfinite(loss))
-        raise NonFiniteError(f"window {sick} of {request.evaluation_text} has the loss {mean}")
+        raise NonFiniteError(
+            f"window {sick} of {request.evaluation_text} has the loss {losses[sick]}"
+        )
     return {
         "model": request.model,
         "text": request.evaluation_text,
@@ -81,3 +86,14 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
             "gpu_peak_bytes": memory.gpu_peak_bytes(skeleton.device),
         },
     }
+
+
+def _work_folder(request: EvalRequest) -> Path | None:
+    """Where boundaries wait: as asked, else where temporary files outlive memory; None: anywhere.
+
+    The usual folder for temporary files is often held in memory.
+    """
+    if request.work_dir is not None:
+        request.work_dir.mkdir(parents=True, exist_ok=True)
+        return request.work_dir
+    return _ON_DISK if os.access(_ON_DISK, os.W_OK) else None

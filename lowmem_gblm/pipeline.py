@@ -71,8 +71,9 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
         raise RequestError("prune needs an OUTPUT folder")
     check_absent(request.output)
     memory.return_freed_memory_at_once()
-    memory.reset_peaks()
+    memory.reset_host_peak()
     bench = open_workbench(request)
+    memory.reset_gpu_peak(bench.opened.skeleton.device)
     check_fits(bench.plan, bench.budget)
     checkpoint, skeleton = bench.opened.checkpoint, bench.opened.skeleton
     progress = Progress(stages(bench), listener)
@@ -122,7 +123,8 @@ def _dense(run: Run) -> None:
 
 def _head(run: Run) -> None:
     skeleton, samples_NT = run.bench.opened.skeleton, run.bench.samples
-    run.losses = head_pass(skeleton, samples_NT, run.spill, run.blocks.depth, run.progress)
+    scale = run.bench.loss_scale
+    run.losses = head_pass(skeleton, samples_NT, run.spill, run.blocks.depth, scale, run.progress)
 
 
 def _reverse(run: Run) -> None:
@@ -144,6 +146,7 @@ def _reverse(run: Run) -> None:
         run.spill,
         len(run.bench.samples),
         run.bench.gradient_norm,
+        run.bench.loss_scale,
         run.progress,
         keep_raw=prunes,
         activations=run.activations if prunes else list,

@@ -150,17 +150,19 @@ def check_fits(made: Plan, budget: Budget) -> None:
     Raises:
         BudgetError: Names what is needed, what there is, and what could be done.
     """
-    gradient = "reverse" in made.passes
-    way_out = " Try --activations dense (no gradient store), or fewer --nsamples." * gradient
-    for what, needed, allowed in (
-        ("host memory", made.host_bytes, budget.host_bytes),
-        ("GPU memory", made.gpu_bytes, budget.gpu_bytes),
-        ("disk space", made.disk_bytes, budget.disk_bytes),
+    disk_parts = (
+        f" {gibibytes(made.output_bytes)} output, {gibibytes(made.spill_bytes)} work folder."
+        f" Fewer --nsamples make the work folder smaller."
+    )
+    for what, needed, allowed, way_out in (
+        ("host memory", made.host_bytes, budget.host_bytes, ""),
+        ("GPU memory", made.gpu_bytes, budget.gpu_bytes, " Try a smaller --seqlen."),
+        ("disk space", made.disk_bytes, budget.disk_bytes, disk_parts),
     ):
         if allowed is not None and needed > allowed:
             raise BudgetError(
                 f"this run needs {gibibytes(needed)} of {what}, {gibibytes(allowed)} may be used."
-                + (way_out if what == "disk space" else "")
+                + way_out
             )
 
 
@@ -215,6 +217,7 @@ def _spill(sizes: ModelSizes, work: Work) -> int:
     if not work.schedule.needs_samples:
         return 0
     if "reverse" not in work.schedule.passes:
+        # Boundary 0, and of the sweep the one it reads and the one it writes.
         return 3 * one
     at_head = (sizes.depth + 2) * one
     if "prune" not in work.schedule.passes:

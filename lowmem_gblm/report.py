@@ -15,9 +15,11 @@ from lowmem_gblm import memory
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.disk.output import Output
 from lowmem_gblm.progress import Progress, Stage
+from lowmem_gblm.request import PruneRequest, options
 from lowmem_gblm.sweeps.decide import Pruner
 from lowmem_gblm.workbench import Workbench
 
+_WORTH_A_NOTE = 0.01
 _PACKAGES = ("lowmem-gblm", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
 
 
@@ -35,7 +37,7 @@ def versions() -> dict[str, str]:
 def stages(bench: Workbench) -> list[Stage]:
     """The stages of a run, with what each costs in FLOPs: the time left follows from that."""
     block_cost = max(1, bench.plan.flops)
-    shares = {"dense": 2, "reverse": 6, "prune": 2 * bench.schedule.prune_forwards}
+    shares = bench.schedule.flop_shares
     per_share = block_cost / max(1, bench.schedule.flops_per_parameter_and_token)
     nsamples, depth = len(bench.samples), bench.opened.skeleton.depth
     found = [
@@ -67,7 +69,7 @@ def record(
         "updates_weights": bench.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(losses) / len(losses) if losses else None,
-        "notes": [*_unused(bench), *pruner.notes],
+        "notes": [*_unused(bench), *_dense(bench), *pruner.notes],
         "tensors": tensors,
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
         "memory": {
@@ -78,8 +80,6 @@ def record(
         },
         "bytes": {"read": checkpoint.bytes_read, "written": output.bytes_written},
         "flops": bench.plan.flops,
-        "device": _device_name(device),
-        "dtype": str(bench.opened.skeleton.dtype).removeprefix("torch."),
         "versions": versions(),
         "fingerprints": fingerprints(checkpoint, bench.samples),
     }
@@ -88,22 +88,22 @@ def record(
 def _asked(bench: Workbench) -> dict[str, Any]:
     """What identifies the job, as the person asked for it and as it was understood."""
     request = bench.request
-    return {
-        "model": request.model,
-        "method": request.method,
+    identity = {
+        one.name: getattr(request, one.name)
+        for one in options(PruneRequest)
+        if one.metadata["identity"]
+    }
+    understood = {
         "sparsity": float(request.target.sparsity),
         "pattern": str(request.target),
-        "on_ragged": request.on_ragged,
-        "alpha": request.alpha,
-        "gradient_norm": request.gradient_norm,
-        "activations": request.activations,
         "calibration": request.calibration_text,
-        "nsamples": request.nsamples,
         "seqlen": bench.seqlen,
-        "seed": request.seed,
         "include": list(request.include),
         "exclude": list(request.exclude),
+        "device": _device_name(bench.opened.skeleton.device),
+        "dtype": str(bench.opened.skeleton.dtype).removeprefix("torch."),
     }
+    return {"model": request.model, **identity, **understood}
 
 
 def _unused(bench: Workbench) -> list[str]:
@@ -115,6 +115,25 @@ def _unused(bench: Workbench) -> list[str]:
         return []
     return [
         f"{len(unused)} tensors are no part of the model and were copied as they are: {unused[0]}"
+    ]
+
+
+def _dense(bench: Workbench) -> list[str]:
+    """A sentence about matrices inside decoder blocks that stay dense, unless they are few."""
+    pruned = {weight.name for block in bench.weights for weight in block}
+    sizes = {
+        name: math.prod(bench.opened.checkpoint.tensors[name].shape)
+        for names in bench.opened.skeleton.block_tensors
+        for name in names
+        if len(bench.opened.checkpoint.tensors[name].shape) > 1
+    }
+    dense = [name for name in sizes if name not in pruned]
+    share = sum(sizes[name] for name in dense) / sum(sizes.values())
+    if share < _WORTH_A_NOTE:
+        return []
+    return [
+        f"{len(dense)} matrices inside decoder blocks ({share:.1%} of their weights) stay dense: "
+        f"{dense[0]}"
     ]
 
 

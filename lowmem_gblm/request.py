@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.masks import Pattern, parse_pattern
-from lowmem_gblm.methods import method_names
+from lowmem_gblm.methods import check_method_name
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
@@ -148,10 +148,7 @@ class PruneRequest(Resources):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.method not in method_names():
-            raise RequestError(
-                f"unknown method {self.method!r}: choose one of {', '.join(method_names())}"
-            )
+        check_method_name(self.method)
         if self.nsamples < 1:
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:
@@ -219,9 +216,13 @@ def check_choices(request: object) -> None:
             )
 
 
-def shared_resources(request: Resources) -> dict[str, Any]:
-    """The values of the fields that every request has."""
-    return {one.name: getattr(request, one.name) for one in fields(Resources)}
+def evaluation_of(
+    request: PruneRequest, *, text: str | None = None, windows: int | None = None
+) -> EvalRequest:
+    """How the outcome of a prune request is measured: its model, windows and resources."""
+    shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
+    values = {name: getattr(request, name) for name in shared}
+    return EvalRequest(**values, text=text, windows=windows)
 
 
 def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:

@@ -45,8 +45,17 @@ class Schedule:
     @property
     def flops_per_parameter_and_token(self) -> int:
         """2 per multiplication with a weight, over the whole run."""
-        total = _FORWARD * ("dense" in self.passes) + _FORWARD * self.prune_forwards
-        return total + (_FORWARD + _BACKWARD) * ("reverse" in self.passes)
+        return sum(self.flop_shares.values())
+
+    @property
+    def flop_shares(self) -> dict[str, int]:
+        """The same by pass; passes that multiply with no weight of a block are left out."""
+        shares = {
+            "dense": _FORWARD,
+            "reverse": _FORWARD + _BACKWARD,
+            "prune": _FORWARD * self.prune_forwards,
+        }
+        return {name: share for name, share in shares.items() if name in self.passes}
 
 
 def schedule(needs: Collection[str], activations: Activations) -> Schedule:

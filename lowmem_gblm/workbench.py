@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from lowmem_gblm.masks import NofM
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.model.blocks import PrunableWeight, prunable_weights
 from lowmem_gblm.model.skeleton import HEAD_LOGITS, Skeleton
-from lowmem_gblm.planning import Budget, ModelSizes, Plan, Work, plan
-from lowmem_gblm.request import PruneRequest, Resources, resolve_seqlen
+from lowmem_gblm.planning import Budget, ModelSizes, Plan, Work, check_fits, plan
+from lowmem_gblm.request import EvalRequest, PruneRequest, Resources, resolve_seqlen
 from lowmem_gblm.schedule import Schedule, schedule
-from lowmem_gblm.stats.gradient import GradientNorm
+from lowmem_gblm.stats.gradient import GradientNorm, loss_scale
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
@@ -128,6 +128,11 @@ class Workbench:
         """How gradients add up over samples."""
         return "l2" if self.request.gradient_norm == "l2" else "l1"
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with on its way back."""
+        return loss_scale(self.opened.skeleton.dtype, self.seqlen)
+
     @cached_property
     def seqlen(self) -> int:
         """Tokens per sample."""
@@ -149,32 +154,21 @@ class Workbench:
     @cached_property
     def plan(self) -> Plan:
         """What it will take."""
-        sizes = model_sizes(self.opened, self.weights)
-        return plan(sizes, self._work(), self.base_bytes, self.budget)
+        return _plan(
+            self.opened,
+            self.weights,
+            self.schedule,
+            self.method.needs,
+            nsamples=self.request.nsamples,
+            seqlen=self.seqlen,
+            base_bytes=self.base_bytes,
+            budget=self.budget,
+        )
 
     @property
     def budget(self) -> Budget:
         """What it may take."""
-        return Budget(
-            host_bytes=self.request.cpu_memory,
-            gpu_bytes=self.request.gpu_memory,
-            disk_bytes=self.request.disk,
-        )
-
-    def _work(self) -> Work:
-        skeleton = self.opened.skeleton
-        dtypes = {entry.dtype for entry in self.opened.checkpoint.tensors.values()}
-        on_gpu = skeleton.device.type == "cuda"
-        return Work(
-            schedule=self.schedule,
-            needs=self.method.needs,
-            nsamples=self.request.nsamples,
-            seqlen=self.seqlen,
-            itemsize=skeleton.dtype.itemsize,
-            on_gpu=on_gpu,
-            shares_memory=not on_gpu and dtypes == {skeleton.dtype},
-            logits_chunk=HEAD_LOGITS,
-        )
+        return budget_of(self.request)
 
 
 def open_workbench(request: PruneRequest) -> Workbench:
@@ -190,6 +184,68 @@ def open_workbench(request: PruneRequest) -> Workbench:
         for weight in (weight for block in weights for weight in block):
             request.target.check_width(weight.name, weight.in_features)
     return Workbench(request, opened, weights, memory.host_resident_bytes())
+
+
+def plan_evaluation(opened: OpenModel, request: EvalRequest, *, nsamples: int, seqlen: int) -> Plan:
+    """What an evaluation will take.
+
+    Raises:
+        BudgetError: It does not fit what may be used.
+    """
+    made = _plan(
+        opened,
+        prunable_weights(opened.checkpoint, opened.skeleton),
+        Schedule(passes=("embed", "dense", "head"), prune_in="prune", prune_forwards=0),
+        (),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        base_bytes=memory.host_resident_bytes(),
+        budget=budget_of(request),
+    )
+    made = replace(made, output_bytes=0)
+    check_fits(made, budget_of(request))
+    return made
+
+
+def budget_of(resources: Resources) -> Budget:
+    """What a run may take."""
+    return Budget(
+        host_bytes=resources.cpu_memory,
+        gpu_bytes=resources.gpu_memory,
+        disk_bytes=resources.disk,
+    )
+
+
+def _plan(
+    opened: OpenModel,
+    weights: Sequence[list[PrunableWeight]],
+    schedule: Schedule,
+    needs: Sequence[str],
+    *,
+    nsamples: int,
+    seqlen: int,
+    base_bytes: int,
+    budget: Budget,
+) -> Plan:
+    skeleton = opened.skeleton
+    on_gpu = skeleton.device.type == "cuda"
+    dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
+    converted = any(
+        weight.slot.expert is not None and weight.disk_index is None
+        for block in weights
+        for weight in block
+    )
+    work = Work(
+        schedule=schedule,
+        needs=tuple(needs),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        itemsize=skeleton.dtype.itemsize,
+        on_gpu=on_gpu,
+        shares_memory=not (on_gpu or converted) and dtypes == {skeleton.dtype},
+        logits_chunk=HEAD_LOGITS,
+    )
+    return plan(model_sizes(opened, weights), work, base_bytes, budget)
 
 
 def model_sizes(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:

@@ -76,18 +76,23 @@ def stream_statistics(
             stored = found.get(weight.slot)
             seen = torch.zeros(shape) if stored is None else weight.in_slot(stored)
             gradients[weight.name] = seen
-            norms[weight.name] = measured[0].result(weight.slot, weight.in_features)
+            norms[weight.name] = found_norm(measured[0], weight)
 
     with Spill(folder) as spill, progress.stage("all"):
         skeleton.fill(checkpoint)
         embed(skeleton, case.samples, spill, progress)
         dense_sweep(blocks, skeleton, spill, NSAMPLES, progress, keep=True)
-        losses = head_pass(skeleton, case.samples, spill, blocks.depth, progress)
+        losses = head_pass(skeleton, case.samples, spill, blocks.depth, 1.0, progress)
         reverse_sweep(
-            blocks, skeleton, spill, NSAMPLES, norm, progress, keep_raw=False,
+            blocks, skeleton, spill, NSAMPLES, norm, 1.0, progress, keep_raw=False,
             activations=lambda: activation_statistics({"input_norm"}, NSAMPLES), finish=finish,
         )  # fmt: skip
     return losses, gradients, norms
+
+
+def found_norm(statistic, weight) -> Tensor:
+    found = statistic.result(weight.slot)
+    return torch.zeros(weight.in_features) if found is None else found
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])

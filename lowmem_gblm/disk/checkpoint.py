@@ -91,14 +91,18 @@ class Checkpoint:
         chosen = self.tensors if names is None else names
         return sum(self.tensors[name].nbytes for name in chosen)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as it lies on disk: its own dtype and shape, on the CPU, in memory of its own.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor as it lies on disk: its own dtype and shape, on the CPU.
+
+        Args:
+            name: Which one.
+            into: uint8 CPU memory of just its size; without it, new memory is taken.
 
         Raises:
             CheckpointError: The file has become shorter since its header was read.
         """
         entry = self.tensors[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
         _read_fully(entry, buffer)
         self.bytes_read += entry.nbytes
         return buffer.view(entry.dtype).view(entry.shape)

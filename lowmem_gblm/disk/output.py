@@ -55,7 +55,7 @@ class Output:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Without `finish`, what was written goes."""
+        """Without `publish`, what was written goes."""
         if self.partial.exists():
             self._folder.remove()
 

@@ -40,8 +40,12 @@ class Spill:
             self._held[name, item] = tensor.to("cpu", copy=True)
             return
         self._path(name).mkdir(exist_ok=True)
-        with open(self._path(name) / str(item), "wb") as file:
-            file.write(raw_bytes(tensor.to("cpu").contiguous()))
+        path = self._path(name) / str(item)
+        try:
+            path.write_bytes(raw_bytes(tensor.to("cpu").contiguous()))
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         self._files[name, item] = (tensor.dtype, tensor.shape)
         self.bytes_written += size
 

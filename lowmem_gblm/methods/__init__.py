@@ -81,14 +81,19 @@ def method_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def check_method_name(name: str) -> None:
+    """Raise `RequestError` if there is no such method."""
+    if name not in method_names():
+        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
+
+
 def find_method(name: str) -> Method:
     """Import the method of that name.
 
     Raises:
         RequestError: There is none.
     """
-    if name not in method_names():
-        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
+    check_method_name(name)
     method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
     return method
 

@@ -20,7 +20,9 @@ from lowmem_gblm.model.names import Region
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot
 
-_ROUTER = re.compile(r"(^|_)gate$|router", re.IGNORECASE)
+_BUFFERS = 2
+_ALIGNMENT_BYTES = 64
+_ROUTER = re.compile(r"^(gate|shared_expert_gate)$|router", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,10 @@ class BlockStream:
         self._checkpoint = checkpoint
         self._skeleton = skeleton
         self._weights = weights or [[] for _ in range(skeleton.depth)]
+        self._buffers = _Buffers(
+            max(self._room(names) for names in skeleton.block_tensors),
+            pinned=skeleton.device.type == "cuda",
+        )
 
     @property
     def depth(self) -> int:
@@ -118,7 +124,8 @@ class BlockStream:
     def stream(self, order: Sequence[int], *, keep_raw: bool) -> Iterator[Block]:
         """Make the blocks resident one after the other; a block is freed when the next is asked.
 
-        At any time there are at most two blocks in host memory: the resident one and the next.
+        Blocks are read into two buffers that are used over and over: at any time there are at
+        most two blocks in host memory, the resident one and the next.
 
         Args:
             order: Which blocks, in which order.
@@ -128,7 +135,7 @@ class BlockStream:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
             pending = deque(reader.submit(self._read, index) for index in islice(following, 1))
             for index in order:
-                raw = pending.popleft().result()
+                raw, buffer = pending.popleft().result()
                 pending.extend(reader.submit(self._read, next_) for next_ in islice(following, 1))
                 self._skeleton.load_block(index, raw)
                 if not keep_raw:
@@ -144,10 +151,48 @@ class BlockStream:
                     self._skeleton.free_block(index)
                     # The consumer may still hold the Block: its tensors go all the same.
                     raw.clear()
+                    self._buffers.give_back(buffer)
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        names = self._skeleton.block_tensors[index]
-        return {name: _finite(name, self._checkpoint.read(name)) for name in names}
+    def _read(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensors of a block, and the buffer that they lie in."""
+        buffer = self._buffers.take()
+        raw: dict[str, Tensor] = {}
+        position = 0
+        for name in self._skeleton.block_tensors[index]:
+            size = self._checkpoint.tensors[name].nbytes
+            part = buffer[position : position + size]
+            raw[name] = _finite(name, self._checkpoint.read(name, part))
+            position += _aligned(size)
+        return raw, buffer
+
+    def _room(self, names: Sequence[str]) -> int:
+        return sum(_aligned(self._checkpoint.tensors[name].nbytes) for name in names)
+
+
+class _Buffers:
+    """Two pieces of host memory that take turns: one for the resident block, one for the next."""
+
+    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+        self._size_bytes = size_bytes
+        self._pinned = pinned
+        self._free: deque[Tensor] = deque()
+        self.taken = 0
+
+    def take(self) -> Tensor:
+        self.taken += 1
+        assert self.taken <= _BUFFERS, "a block is read while two are in memory"
+        if self._free:
+            return self._free.popleft()
+        return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def give_back(self, buffer: Tensor) -> None:
+        self.taken -= 1
+        self._free.append(buffer)
+
+
+def _aligned(size_bytes: int) -> int:
+    """Up to the next multiple of a cache line, where the next tensor may begin."""
+    return size_bytes + -size_bytes % _ALIGNMENT_BYTES
 
 
 def prunable_weights(
@@ -227,11 +272,14 @@ def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
     """
     path, _, leaf = parameter.rpartition(".")
     owner = block.get_submodule(path)
+    if leaf not in owner._parameters:
+        return None
     shape = block.get_parameter(parameter).shape
-    if _ROUTER.search(path.rpartition(".")[2]) and _has_experts(block):
+    if _has_experts(block) and any(_ROUTER.search(part) for part in path.split(".")):
         return None
     if len(shape) == 3:
-        return bool(getattr(owner, "is_transposed", False)) if "expert" in path else None
+        holds_experts = "expert" in f"{path}.{type(owner).__name__}".lower()
+        return bool(getattr(owner, "is_transposed", False)) if holds_experts else None
     if leaf != "weight" or len(shape) != 2:
         return None
     if isinstance(owner, nn.Linear):
@@ -240,7 +288,10 @@ def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
 
 
 def _has_experts(block: nn.Module) -> bool:
-    return any("expert" in name for name, _ in block.named_modules())
+    return any(
+        "expert" in f"{name}.{type(module).__name__}".lower()
+        for name, module in block.named_modules()
+    )
 
 
 def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

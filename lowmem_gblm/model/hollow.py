@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lowmem_gblm.disk.checkpoint import Checkpoint, read_json
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
 
-# What transformers raises when a value in config.json makes no sense.
-_BROKEN_CONFIG = (
+# What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
+FOREIGN_ERRORS = (
     ValueError,
     KeyError,
+    IndexError,
     TypeError,
     AttributeError,
     ArithmeticError,
@@ -34,12 +35,14 @@ def hollow_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except _BROKEN_CONFIG as error:
+    except FOREIGN_ERRORS as error:
         raise UnsupportedModel(
             f"{config.model_type!r} is not a decoder-only language model that transformers can "
-            f"build from this config.json: {_reason(error)}"
+            f"build from this config.json: {reason(error)}"
         ) from None
     model.set_experts_implementation("eager")
+    # Router logits would be gathered from blocks that are not there.
+    model.config.output_router_logits = False
     # Mixtral's router adds noise in train mode.
     model.eval()
     return model
@@ -67,10 +70,10 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(checkpoint.folder)
-    except _BROKEN_CONFIG as error:
+    except FOREIGN_ERRORS as error:
         raise UnsupportedModel(
             f"transformers can make nothing of {checkpoint.folder}/config.json "
-            f"(model_type {raw.get('model_type')!r}): {_reason(error)}"
+            f"(model_type {raw.get('model_type')!r}): {reason(error)}"
         ) from None
 
 
@@ -98,6 +101,6 @@ def module_name(model: nn.Module, wanted: nn.Module) -> str:
     return names[wanted]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first sentence of somebody else's error."""
     return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.errors import CheckpointError
-from lowmem_gblm.model.hollow import find_layers, hollow_model, module_name
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.model.hollow import (
+    FOREIGN_ERRORS,
+    find_layers,
+    hollow_model,
+    module_name,
+    reason,
+)
 from lowmem_gblm.model.names import Names
 from lowmem_gblm.model.stubs import Call, Recorder, Replayer, check_same, stubs_in
 
@@ -51,7 +57,7 @@ class Skeleton:
         self._layers = find_layers(self._model, self._decoder)
         self._prefix = module_name(self._model, self._layers)
         self._calls: dict[int, list[Call]] = {}
-        self._compared: set[int] = set()
+        self._first: dict[int, Tensor] = {}
         self._returns_tuple = False
         self.names = Names(self._model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
@@ -124,22 +130,23 @@ class Skeleton:
             UnsupportedModel: The arguments of a block depend on the sample.
         """
         recorder = Recorder(self.depth)
-        with torch.no_grad(), stubs_in(self._layers, recorder):
-            output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
+        try:
+            with torch.no_grad(), stubs_in(self._layers, recorder):
+                output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
+        except FOREIGN_ERRORS as error:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} cannot be run around stand-ins for its decoder "
+                f"blocks: {reason(error)}"
+            ) from error
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
-        length = len(tokens_T)
-        if length not in self._calls:
-            self._calls[length] = recorder.calls
-        elif length not in self._compared:
-            check_same(self._calls[length], recorder.calls)
-            self._compared.add(length)
+        self._remember(tokens_T, recorder.calls)
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor) -> Tensor:
         """Run one resident block on hidden states [1, T, hidden]; returns the same shape."""
         call = self._calls[hidden.shape[1]][index]
         out = self.block(index)(hidden, *call.args, **call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
@@ -155,18 +162,30 @@ class Skeleton:
         with torch.no_grad():
             return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
 
-    def loss_and_gradient(self, hidden: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss as in `loss`, and its gradient [1, T, hidden] with respect to `hidden`."""
+    def loss_and_gradient(
+        self, hidden: Tensor, tokens_T: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The loss as in `loss`, and its gradient [1, T, hidden] by `hidden`, times `scale`."""
         hidden = hidden.detach().requires_grad_()
         pieces: list[Tensor] = []
 
         def backward(loss: Tensor, chunk: Tensor) -> None:
-            pieces.append(torch.autograd.grad(loss, chunk)[0])
+            pieces.append(torch.autograd.grad(loss * scale, chunk)[0])
 
         with torch.enable_grad():
             loss, normed = self._head(hidden, tokens_T, backward)
         (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
         return loss, gradient
+
+    def _remember(self, tokens_T: Tensor, calls: list[Call]) -> None:
+        """Keep the calls of the first sample of a length; compare those of the next other one."""
+        length = len(tokens_T)
+        if length not in self._calls:
+            self._calls[length] = calls
+            self._first[length] = tokens_T
+        elif length in self._first and not torch.equal(self._first[length], tokens_T):
+            check_same(self._calls[length], calls)
+            del self._first[length]
 
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]

@@ -75,8 +75,11 @@ class Recorder:
     def visit(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         if index == 0:
             self.entering = hidden
+        elif hidden.data_ptr() != self.entering.data_ptr():
+            raise UnsupportedModel(
+                f"the hidden states are changed between decoder blocks {index - 1} and {index}"
+            )
         self.calls.append(call)
-        self.leaving_dimensions = hidden.ndim
         return self.entering
 
     def returns_tuple(self, last_hidden: Tensor) -> bool:

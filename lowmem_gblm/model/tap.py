@@ -1,7 +1,7 @@
 """The tap: sees every multiplication of activations with a weight of the resident block.
 
-Inside `with Tap(...)`, each `F.linear`, `addmm` and `matmul` is matched by the storage and offset
-of its second operand. `nn.Linear`, GPT-2's `Conv1D` (stored `[in, out]`), Falcon's `x @ W.T` and an
+Inside `with Tap(...)`, each `F.linear`, `addmm` and `matmul` is matched by the address of its
+second operand. `nn.Linear`, GPT-2's `Conv1D` (stored `[in, out]`), Falcon's `x @ W.T` and an
 expert's slice of a fused parameter are thereby one case, and input norms, gram matrices and
 per-sample gradients all hang on this one place.
 """
@@ -81,7 +81,9 @@ class Tap(TorchFunctionMode):
         super().__init__()
         self._observers = observers
         self._unseen = set(slots)
-        self._slots = {_address(slot.stored(block)): slot for slot in self._unseen}
+        stored = {slot: slot.stored(block) for slot in self._unseen}
+        self._slots = {matrix.data_ptr(): slot for slot, matrix in stored.items()}
+        self._sizes = {slot: matrix.numel() for slot, matrix in stored.items()}
 
     def __torch_function__(
         self,
@@ -97,8 +99,9 @@ class Tap(TorchFunctionMode):
         return out
 
     def check_all_seen(self) -> None:
-        """Raise `UnsupportedModel` if a matrix that is no expert's was never multiplied."""
-        unseen = sorted(str(slot) for slot in self._unseen if slot.expert is None)
+        """Raise `UnsupportedModel` if a matrix, or every expert of a parameter, was never met."""
+        met = {slot.parameter for slot in self._slots.values() if slot not in self._unseen}
+        unseen = sorted({slot.parameter for slot in self._unseen} - met)
         if unseen:
             raise UnsupportedModel(
                 f"the block never multiplied activations with {', '.join(unseen)}: its forward "
@@ -106,9 +109,11 @@ class Tap(TorchFunctionMode):
             )
 
     def _match(self, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
-        slot = self._slots.get(_address(weight_IO))
+        slot = self._slots.get(weight_IO.data_ptr())
         if slot is None:
             return
+        if weight_IO.numel() != self._sizes[slot]:
+            raise UnsupportedModel(f"{slot} is multiplied in parts")
         in_first = weight_IO.stride(-1) == 1 and weight_IO.shape[-1] > 1
         if in_first != slot.in_first and min(weight_IO.shape) > 1:
             raise UnsupportedModel(f"{slot} is multiplied the other way round than expected")
@@ -117,10 +122,6 @@ class Tap(TorchFunctionMode):
         product = Product(slot=slot, input=input, input_TI=input_TI, out=out)
         for observer in self._observers:
             observer.observe(product)
-
-
-def _address(matrix: Tensor) -> tuple[int, int]:
-    return matrix.untyped_storage().data_ptr(), int(matrix.storage_offset())
 
 
 def _operands(

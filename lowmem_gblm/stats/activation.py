@@ -23,8 +23,8 @@ class ActivationStatistic(Protocol):
     def finish_sample(self) -> None:
         """Called when a sample has passed."""
 
-    def result(self, slot: Slot, in_features: int) -> Tensor:
-        """The statistic of one slot, float32."""
+    def result(self, slot: Slot) -> Tensor | None:
+        """The statistic of one slot, float32; None for an expert that saw no token."""
 
 
 def activation_statistics(needs: Collection[str], nsamples: int) -> list[ActivationStatistic]:

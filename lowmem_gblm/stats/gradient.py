@@ -13,9 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.tap import Product, Slot
 
 GradientNorm = Literal["l1", "l2"]
+
+
+def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
+    """What the loss is multiplied with so that its gradients do not vanish in the dtype.
+
+    The mean over T tokens makes every gradient a T-th of what a token contributes; in float16 a
+    third of them then rounds to zero at T = 2048. A power of two near T gives that back.
+    """
+    return float(2 ** (seqlen.bit_length() - 1)) if dtype == torch.float16 else 1.0
 
 
 class Gradient:
@@ -26,19 +36,25 @@ class Gradient:
 
     Args:
         norm: Which magnitude.
+        scale: What the loss was multiplied with; a power of two, divided out exactly.
     """
 
-    def __init__(self, norm: GradientNorm) -> None:
+    def __init__(self, norm: GradientNorm, scale: float = 1.0) -> None:
         self._norm = norm
+        self._scale = scale
         self._sums: dict[Slot, Tensor] = {}
         self._awaited: Counter[Slot] = Counter()
         self._partial: dict[Slot, Tensor] = {}
 
     def observe(self, product: Product) -> None:
         slot, input_TI = product.slot, product.input_TI
+        version = input_TI._version
         self._awaited[slot] += 1
 
         def arrive(gradient: Tensor) -> None:
+            # Frozen weights take this check away from autograd.
+            if input_TI._version != version:
+                raise UnsupportedModel(f"the input of {slot} is changed after it was multiplied")
             gradient_TO = gradient.reshape(-1, gradient.shape[-1])
             # The order of the factors is autograd's own, so that the bits agree with it.
             if slot.in_first:
@@ -60,7 +76,11 @@ class Gradient:
         Moves the accumulators out: nothing stays here.
         """
         sums, self._sums = self._sums, {}
-        return {slot: total.sqrt_() for slot, total in sums.items()} if self._norm == "l2" else sums
+        for total in sums.values():
+            if self._norm == "l2":
+                total.sqrt_()
+            total /= self._scale
+        return sums
 
     def _add(self, slot: Slot, gradient: Tensor) -> None:
         earlier = self._partial.get(slot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
@@ -44,10 +43,10 @@ class Gram:
         else:
             self._sums[owner] = gram_II
 
-    def result(self, slot: Slot, in_features: int) -> Tensor:
-        """float32 [in, in]; zeros for an expert that saw no token."""
+    def result(self, slot: Slot) -> Tensor | None:
+        """float32 [in, in]; None for an expert that saw no token."""
         if slot not in self._owner:
-            return torch.zeros(in_features, in_features)
+            return None
         return self._sums[self._owner[slot]] * (2 / self._nsamples)
 
     def finish_sample(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lowmem_gblm.model.tap import Product, Slot
@@ -30,10 +29,10 @@ class InputNorm:
         else:
             self._squares[product.slot] = squares_I
 
-    def result(self, slot: Slot, in_features: int) -> Tensor:
-        """float32 [in]; zeros for an expert that saw no token."""
+    def result(self, slot: Slot) -> Tensor | None:
+        """float32 [in]; None for an expert that saw no token."""
         if slot not in self._squares:
-            return torch.zeros(in_features)
+            return None
         return (self._squares[slot] / self._nsamples).sqrt()
 
     def finish_sample(self) -> None:

@@ -52,9 +52,9 @@ class Pruner:
             on_disk_OI = weight.on_disk(block.raw[weight.name])
             statistics = self._statistics(weight, measured, gradient_of)
             decision = self._decide(weight, on_disk_OI.to(self.device, torch.float32), statistics)
-            resident_OI = weight.in_slot(weight.slot.stored(block.module))
-            for target_OI in (on_disk_OI, resident_OI):
-                _apply(decision, target_OI)
+            _apply(decision, on_disk_OI)
+            # What goes on computing is what was written, rounding included.
+            weight.in_slot(weight.slot.stored(block.module)).copy_(on_disk_OI)
             if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
                 raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
         self._record(block)
@@ -74,24 +74,28 @@ class Pruner:
         measured: Sequence[ActivationStatistic],
         gradient_of: GradientOf,
     ) -> Statistics:
-        """The statistics of the slot, cut to the part of it that this tensor is."""
+        """The statistics of the slot, cut to the part of it that this tensor is.
+
+        An expert that saw no token has none: they are zeros.
+        """
+        outputs, inputs = weight.out_features, weight.in_features
+        shapes = {"input_norm": (inputs,), "gram": (inputs, inputs), "gradient": (outputs, inputs)}
         values: dict[str, Tensor] = {}
         for statistic in measured:
-            result = statistic.result(weight.slot, weight.in_features).to(self.device)
-            for axis in range(result.ndim):
-                result = result.movedim(axis, 0)[weight.inputs].movedim(0, axis)
-            values[statistic.name] = result
+            found = statistic.result(weight.slot)
+            if found is not None:
+                part = found[weight.inputs]
+                values[statistic.name] = part if part.ndim == 1 else part[:, weight.inputs]
         if "gradient" in self.method.needs:
             stored = gradient_of(weight.slot)
-            values["gradient"] = (
-                torch.zeros(weight.out_features, weight.in_features, device=self.device)
-                if stored is None
-                else weight.in_slot(stored.to(self.device))
-            )
+            if stored is not None:
+                values["gradient"] = weight.in_slot(stored)
+        for name in self.method.needs:
+            values[name] = values.get(name, torch.zeros(shapes[name])).to(self.device)
         return Statistics(**values)
 
     def _record(self, block: Block) -> None:
-        for weight in block.weights:
+        for weight in {weight.name: weight for weight in block.weights}.values():
             tensor = block.raw[weight.name]
             self.tensors[weight.name] = {
                 "shape": list(tensor.shape),

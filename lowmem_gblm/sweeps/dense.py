@@ -56,9 +56,14 @@ def dense_sweep(
 
 
 def head_pass(
-    skeleton: Skeleton, samples_NT: Tensor, spill: Spill, depth: int, progress: Progress
+    skeleton: Skeleton,
+    samples_NT: Tensor,
+    spill: Spill,
+    depth: int,
+    scale: float,
+    progress: Progress,
 ) -> list[float]:
-    """The loss of every sample, and its gradient at the last boundary into the spill.
+    """The loss of every sample; and `scale` times its gradient at the last boundary, spilled.
 
     Returns:
         The losses, in nats per token.
@@ -69,7 +74,7 @@ def head_pass(
     losses = []
     for n, tokens_T in enumerate(samples_NT):
         hidden = spill.read(boundary("dense", depth), n).to(skeleton.device)
-        loss, gradient = skeleton.loss_and_gradient(hidden, tokens_T)
+        loss, gradient = skeleton.loss_and_gradient(hidden, tokens_T, scale)
         losses.append(float(loss))
         if not (loss.isfinite() and gradient.isfinite().all()):
             raise NonFiniteError(f"calibration sample {n} has the loss {losses[-1]}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.disk.spill import Spill
+from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.blocks import Block, BlockStream
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot, Tap
@@ -29,6 +30,7 @@ def reverse_sweep(
     spill: Spill,
     nsamples: int,
     norm: GradientNorm,
+    scale: float,
     progress: Progress,
     *,
     keep_raw: bool,
@@ -39,12 +41,13 @@ def reverse_sweep(
 
     Args:
         norm: l1 or l2 over samples.
+        scale: What the loss was multiplied with.
         keep_raw: Whether `finish` wants the tensors as they lie on disk.
         activations: Makes the activation statistics to measure in the same forward, per block.
         finish: Called with each resident block and what was measured; it may prune and write.
     """
     for block in blocks.stream(range(blocks.depth - 1, -1, -1), keep_raw=keep_raw):
-        gradient = Gradient(norm)
+        gradient = Gradient(norm, scale)
         measured = activations()
         tap = Tap(block.module, block.slots, [*measured, gradient])
         for n in range(nsamples):
@@ -67,5 +70,7 @@ def _one_sample(skeleton: Skeleton, spill: Spill, tap: Tap, index: int, n: int) 
     with torch.enable_grad(), tap:
         out = skeleton.forward_block(index, hidden)
     (leaving,) = torch.autograd.grad(out, hidden, arriving)
+    if not bool(leaving.isfinite().all()):
+        raise NonFiniteError(f"the gradient of calibration sample {n} overflows in block {index}")
     if index:
         spill.write(boundary("gradient", index), n, leaving)
