@@ -34,12 +34,12 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         NonFiniteError: The perplexity is NaN or infinite.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
-    memory.return_freed_memory_at_once()
     memory.reset_host_peak()
     opened = open_model(request.model, request)
     memory.reset_gpu_peak(opened.skeleton.device)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
+    memory.settle_allocator(opened.boundary_bytes(seqlen))
     samples_NT = evaluation_windows(
         open_source(request.evaluation_text, "evaluation", request.text_column),
         load_tokenizer(checkpoint.folder),

@@ -70,10 +70,10 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     if request.output is None:
         raise RequestError("prune needs an OUTPUT folder")
     check_absent(request.output)
-    memory.return_freed_memory_at_once()
     memory.reset_host_peak()
     bench = open_workbench(request)
     memory.reset_gpu_peak(bench.opened.skeleton.device)
+    memory.settle_allocator(bench.opened.boundary_bytes(bench.seqlen))
     check_fits(bench.plan, bench.budget)
     checkpoint, skeleton = bench.opened.checkpoint, bench.opened.skeleton
     progress = Progress(stages(bench), listener)

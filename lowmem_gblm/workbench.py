@@ -35,6 +35,10 @@ class OpenModel:
     checkpoint: Checkpoint
     skeleton: Skeleton
 
+    def boundary_bytes(self, seqlen: int) -> int:
+        """Size of the hidden states of one sample."""
+        return seqlen * int(self.skeleton.config.hidden_size) * self.skeleton.dtype.itemsize
+
     @property
     def positions(self) -> int | None:
         """How many positions the model was made for; None if its configuration does not say."""

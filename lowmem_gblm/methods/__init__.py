@@ -113,11 +113,12 @@ def by_score(
         weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: float
     ) -> Decision:
         score_OI = score(weight_OI, statistics, alpha)
-        if not bool(score_OI.isfinite().all()):
+        least_O, most_O = score_OI.aminmax(dim=1)
+        if not bool((least_O.isfinite() & most_O.isfinite()).all()):
             raise NonFiniteError(
                 f"{int((~score_OI.isfinite()).sum())} of {score_OI.numel()} scores are not finite"
             )
-        silent_O = (score_OI == 0).all(dim=1)
+        silent_O = (least_O == 0) & (most_O == 0)
         if bool(silent_O.any()):
             score_OI[silent_O] = weight_OI[silent_O].abs()
         return Decision(keep=keep_mask(score_OI, pattern, group))

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.errors import NonFiniteError, RequestError
+from lowmem_gblm.memory import give_back_freed
 from lowmem_gblm.model.names import Region
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot
@@ -152,6 +153,7 @@ class BlockStream:
                     # The consumer may still hold the Block: its tensors go all the same.
                     raw.clear()
                     self._buffers.give_back(buffer)
+                    give_back_freed()
 
     def _read(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         """The tensors of a block, and the buffer that they lie in."""

@@ -16,6 +16,9 @@ from torch import Tensor
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.tap import Product, Slot
 
+# Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
+_TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
+
 GradientNorm = Literal["l1", "l2"]
 
 
@@ -58,9 +61,9 @@ class Gradient:
             gradient_TO = gradient.reshape(-1, gradient.shape[-1])
             # The order of the factors is autograd's own, so that the bits agree with it.
             if slot.in_first:
-                self._add(slot, input_TI.T @ gradient_TO)
+                self._arrive(slot, input_TI, gradient_TO)
             else:
-                self._add(slot, gradient_TO.T @ input_TI)
+                self._arrive(slot, gradient_TO, input_TI)
 
         product.out.register_hook(arrive)  # type: ignore[no-untyped-call]
 
@@ -82,17 +85,38 @@ class Gradient:
             total /= self._scale
         return sums
 
-    def _add(self, slot: Slot, gradient: Tensor) -> None:
-        earlier = self._partial.get(slot)
-        self._partial[slot] = gradient if earlier is None else earlier + gradient
+    def _arrive(self, slot: Slot, left_TR: Tensor, right_TC: Tensor) -> None:
+        """Take in one product's part of a sample's gradient: `left^T @ right`, as it is stored."""
         self._awaited[slot] -= 1
+        earlier = self._partial.pop(slot, None)
+        if earlier is None and not self._awaited[slot]:
+            self._accumulate(slot, left_TR, right_TC)
+            return
+        gradient = left_TR.T @ right_TC
+        self._partial[slot] = gradient if earlier is None else earlier + gradient
         if not self._awaited[slot]:
             self._fold(slot)
 
+    def _accumulate(self, slot: Slot, left_TR: Tensor, right_TC: Tensor) -> None:
+        """Add the magnitude of a whole gradient, a few rows at a time to stay in cache."""
+        rows, columns = left_TR.shape[1], right_TC.shape[1]
+        sums = self._sums_of(slot, (rows, columns), left_TR.device)
+        step = max(1, _TILE[left_TR.device.type] // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            sums[part] += self._magnitude(left_TR[:, part].T @ right_TC)
+
     def _fold(self, slot: Slot) -> None:
-        """Turn the sample's gradient into its magnitude and add it."""
+        """Add the magnitude of a gradient that came in parts."""
         gradient = self._partial.pop(slot)
+        sums = self._sums_of(slot, tuple(gradient.shape), gradient.device)
+        sums += self._magnitude(gradient)
+
+    def _sums_of(self, slot: Slot, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if slot not in self._sums:
-            self._sums[slot] = torch.zeros_like(gradient, dtype=torch.float32)
-        # Not `addcmul_`: it rounds once where a square and a sum round twice.
-        self._sums[slot] += gradient.abs_() if self._norm == "l1" else gradient.float().square_()
+            self._sums[slot] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return self._sums[slot]
+
+    def _magnitude(self, gradient: Tensor) -> Tensor:
+        """What a sample adds. Not `addcmul_` for l2: it rounds once where this rounds twice."""
+        return gradient.abs_() if self._norm == "l1" else gradient.float().square_()

@@ -21,13 +21,20 @@ class InputNorm:
     def __init__(self, nsamples: int) -> None:
         self._nsamples = nsamples
         self._squares: dict[Slot, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def observe(self, product: Product) -> None:
-        squares_I = product.input_TI.float().square().sum(dim=0)
+        squares_I = self._squares_of(product)
         if product.slot in self._squares:
             self._squares[product.slot] += squares_I
         else:
-            self._squares[product.slot] = squares_I
+            self._squares[product.slot] = squares_I.clone()
+
+    def _squares_of(self, product: Product) -> Tensor:
+        """Sums of squares; those of the last input again where it is the same tensor."""
+        if self._last is None or self._last[0] is not product.input:
+            self._last = product.input, product.input_TI.float().square().sum(dim=0)
+        return self._last[1]
 
     def result(self, slot: Slot) -> Tensor | None:
         """float32 [in]; None for an expert that saw no token."""
@@ -36,4 +43,5 @@ class InputNorm:
         return (self._squares[slot] / self._nsamples).sqrt()
 
     def finish_sample(self) -> None:
-        """Nothing is kept between the products of a sample."""
+        """Let go of the last input."""
+        self._last = None
