@@ -471,3 +471,34 @@ def test_sharded_half_precision_goes_the_whole_way(run, small, tmp_path):
     source = save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16, sharded=True)
     assert run("prune", source, "out", *small, "--pattern", "2:4").code == 0
     assert run("verify", "out", "--against", source).code == 0
+
+
+def test_eval_obeys_its_budget(run, llama, text_file):
+    answer = run("eval", llama, "--text", text_file, "--seqlen", 32, "--disk", "1B")
+    refused(answer, 4, "this run needs ", "of disk space")
+
+
+def test_a_column_goes_to_both_sides_of_a_comparison(run, llama, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"body": "a river and a stone " * 60}) + "\n")
+    size = ["--nsamples", 1, "--seqlen", 32, "--windows", 2]
+    texts = ["--calibration", path, "--text", path, "--text-column", "body"]
+    assert run("compare", llama, "--methods", "wanda", *size, *texts).code == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("6 GiB"), torch.OutOfMemoryError("6 GiB")])
+def test_running_out_of_memory_is_a_sentence(error, run, llama, small, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("lowmem_gblm.pipeline.prune", fail)
+    refused(run("prune", llama, "out", *small), 4, "out of memory: 6 GiB. Try a smaller --seqlen")
+
+
+def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem_gblm.comparison.compare", fail)
+    answer = run("compare", llama, "--methods", "wanda", *small)
+    refused(answer, 130, "Finished checkpoints stay", "lowmem-gblm compare")

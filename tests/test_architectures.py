@@ -1,0 +1,234 @@
+"""What is pruned, refused and said beyond the architectures of the engine tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import sample_text, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lowmem_gblm
+from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.model.hollow import hollow_model
+from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.model.tap import Product, Slot, Tap
+from lowmem_gblm.request import Resources
+from lowmem_gblm.stats.gradient import Gradient, loss_scale
+from lowmem_gblm.workbench import open_model
+
+SIZES = {
+    "vocab_size": 320, "max_position_embeddings": 128, "num_hidden_layers": 2, "hidden_size": 32,
+    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+
+
+def save(folder: Path, model_type: str, **changes: object) -> Path:
+    """A random model of any architecture, with a tokenizer and a text beside it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(sample_text(3000))
+    return folder / "model"
+
+
+def prune(folder: Path, **options: object) -> dict:
+    return lowmem_gblm.prune(
+        folder / "model", folder / "out", nsamples=2, seqlen=24,
+        calibration=str(folder / "text.txt"), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3_moe", EXPERTS),
+        ("hunyuan_v1_moe", EXPERTS | {"moe_topk": 2}),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_experts_are_pruned_and_routers_are_not(
+    model_type: str, changes: dict, tmp_path: Path
+) -> None:
+    save(tmp_path, model_type, **changes)
+    pruned = prune(tmp_path)["tensors"]
+    assert not [name for name in pruned if "router" in name or ".gate." in name]
+    assert [name for name in pruned if "expert" in name or "mlp.input_linear" in name]
+    lowmem_gblm.verify(tmp_path / "out", against=tmp_path / "model")
+
+
+def test_what_stays_dense_inside_blocks_is_noted(tmp_path: Path) -> None:
+    save(
+        tmp_path, "dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=128,
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    )  # fmt: skip
+    (note,) = prune(tmp_path, method="magnitude")["notes"]
+    assert "matrices inside decoder blocks (" in note
+    assert "ffn.experts.mlp.w1" in note or "ffn.experts.mlp.v1" in note
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "sentence"),
+    [
+        ("mamba", {"state_size": 8, "time_step_rank": 4}, "never multiplied activations with"),
+        ("rwkv", {"attention_hidden_size": 32}, "cannot be run around stand-ins"),
+        ("bert", {"is_decoder": True}, "is not built like a decoder-only language model"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(
+    model_type: str, changes: dict, sentence: str, tmp_path: Path
+) -> None:
+    save(tmp_path, model_type, **changes)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        prune(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_states_changed_between_blocks_are_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(str(llama), Resources())
+    opened.skeleton.fill(opened.checkpoint)
+    decoder = opened.skeleton._decoder
+    original = decoder.forward
+
+    def halving(*args: object, **kwargs: object):
+        handles = [
+            layer.register_forward_pre_hook(lambda module, given: (given[0] * 0.5, *given[1:]))
+            for layer in decoder.layers
+        ]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    monkeypatch.setattr(decoder, "forward", halving)
+    with pytest.raises(UnsupportedModel, match="changed between decoder blocks 0 and 1"):
+        opened.skeleton.embed(torch.arange(8))
+
+
+class Keeping:
+    """An observer that keeps the products."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+
+    def observe(self, product: Product) -> None:
+        self.products.append(product)
+
+
+SLOT = Slot(parameter="weight", expert=None, in_first=False)
+
+
+def tapped(block: nn.Module, observer: object, run) -> Tap:
+    tap = Tap(block, [SLOT], [observer])
+    with tap:
+        run(block.weight)
+    return tap
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda x, weight: nn.functional.linear(x, weight),
+        lambda x, weight: nn.functional.linear(x, weight=weight),
+        lambda x, weight: x @ weight.T,
+        lambda x, weight: torch.matmul(x, weight.T),
+        lambda x, weight: torch.addmm(torch.zeros(6), x, weight.T),
+        lambda x, weight: torch.mm(x, weight.mT),
+    ],
+)
+def test_the_tap_sees_every_way_to_multiply(multiply) -> None:
+    block, seen, x = nn.Linear(4, 6, bias=False), Keeping(), torch.randn(3, 4)
+    tap = tapped(block, seen, lambda weight: multiply(x, weight))
+    tap.check_all_seen()
+    (product,) = seen.products
+    assert torch.equal(product.input_TI, x)
+    assert torch.equal(product.out, x @ block.weight.T)
+
+
+def test_a_matrix_that_is_multiplied_in_parts_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="weight is multiplied in parts"):
+        tapped(nn.Linear(4, 6), Keeping(), lambda w: nn.functional.linear(torch.ones(1, 4), w[:3]))
+
+
+def test_a_matrix_that_is_multiplied_the_other_way_round_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="the other way round"):
+        tapped(nn.Linear(4, 4), Keeping(), lambda weight: torch.ones(1, 4) @ weight)
+
+
+def test_a_matrix_that_is_never_multiplied_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="never multiplied activations with weight"):
+        tapped(nn.Linear(4, 4), Keeping(), lambda weight: weight.sum()).check_all_seen()
+
+
+def test_an_input_that_is_changed_after_its_product_is_refused() -> None:
+    block = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    x = torch.randn(2, 4, requires_grad=True) * 1
+
+    def run(weight: Tensor) -> None:
+        out = nn.functional.linear(x, weight)
+        x.mul_(3)
+        out.sum().backward()
+
+    with pytest.raises(UnsupportedModel, match="changed after it was multiplied"):
+        tapped(block, Gradient("l1"), run)
+
+
+def test_router_logits_asked_for_by_the_configuration_do_no_harm(tmp_path: Path) -> None:
+    save(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True)
+    assert prune(tmp_path)["sparsity_measured"] == 0.5
+
+
+def test_the_hollow_model_holds_no_parameter(llama: Path) -> None:
+    model = hollow_model(open_model(str(llama), Resources()).checkpoint, torch.float32)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 2048)]
+)
+def test_only_float16_scales_its_loss(dtype: torch.dtype, scale: int) -> None:
+    assert loss_scale(dtype, 2048) == scale
+
+
+def test_a_scaled_loss_keeps_small_gradients_in_float16(llama: Path) -> None:
+    opened = open_model(str(llama), Resources())
+    skeleton = Skeleton(opened.checkpoint, torch.device("cpu"), torch.float16)
+    skeleton.fill(opened.checkpoint)
+    tokens = torch.arange(5, 69)
+    # As far from 1 as gradients are in a trained model of real width.
+    hidden = skeleton.embed(tokens) * 4096
+    _, plain = skeleton.loss_and_gradient(hidden, tokens)
+    _, scaled = skeleton.loss_and_gradient(hidden, tokens, loss_scale(torch.float16, 64))
+    assert int((scaled == 0).sum()) < int((plain == 0).sum())
+    torch.testing.assert_close(scaled.float() / 64, plain.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_scale_of_the_loss_is_divided_out_exactly(norm: str) -> None:
+    found = []
+    for scale in (1.0, 64.0):
+        torch.manual_seed(0)
+        block = nn.Linear(4, 6, bias=False).requires_grad_(False)
+        gradient = Gradient(norm, scale)
+        x = torch.randn(3, 4, requires_grad=True)
+        with Tap(block, [SLOT], [gradient]):
+            loss = block(x).square().sum() * scale
+        loss.backward()
+        found.append(gradient.results()[SLOT])
+    assert torch.equal(*found)
+
+
+def test_a_tiny_model_of_one_block_works(tmp_path: Path) -> None:
+    tiny_model("llama", seed=0, blocks=1, width=48, tied=None).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(sample_text(3000))
+    assert prune(tmp_path)["sparsity_measured"] == 0.5
