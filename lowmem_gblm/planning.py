@@ -11,6 +11,12 @@ from lowmem_gblm.schedule import Schedule
 FLOAT32_BYTES = 4
 # Float tensors of one chunk of logits alive at once in the loss: logits, log-softmax, gradient.
 _LOGITS_ALIVE = 4
+# What the allocator holds beyond what is in use, as a factor of it.
+_ALLOCATOR_SLACK = 1.15
+# What Python and the libraries load on the way.
+_PROCESS_BYTES = 20 << 20
+# Tokenizer, text, and the code that reads them.
+_TEXT_BYTES = 40 << 20
 # Hidden-sized and feature-sized tensors of one sample that a block's graph holds on to.
 _HIDDEN_ALIVE = 12
 
@@ -129,7 +135,8 @@ def plan(sizes: ModelSizes, work: Work, base_bytes: int, budget: Budget) -> Plan
         budget: What may be used.
     """
     host, gpu = _memory(sizes, work)
-    host += base_bytes
+    host = base_bytes + _PROCESS_BYTES + int(host * _ALLOCATOR_SLACK)
+    host += _TEXT_BYTES * work.schedule.needs_samples
     spill = _spill(sizes, work)
     host_spill = min(spill, max(0, (budget.host_bytes or 0) - host))
     return Plan(
