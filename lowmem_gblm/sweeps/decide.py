@@ -91,7 +91,9 @@ class Pruner:
             if stored is not None:
                 values["gradient"] = weight.in_slot(stored)
         for name in self.method.needs:
-            values[name] = values.get(name, torch.zeros(shapes[name])).to(self.device)
+            if name not in values:
+                values[name] = torch.zeros(shapes[name])
+            values[name] = values[name].to(self.device)
         return Statistics(**values)
 
     def _record(self, block: Block) -> None:
