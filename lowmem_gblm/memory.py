@@ -50,7 +50,7 @@ def reset_host_peak() -> None:
         return
 
 
-def settle_allocator(boundary_bytes: int) -> None:
+def settle_allocator(boundary_bytes: int = 0) -> None:
     """Fix the size from which glibc takes tensors from the system and gives them back at once.
 
     Left alone it raises that size as it goes, and keeps pieces in between. Tensors of large models
@@ -58,7 +58,8 @@ def settle_allocator(boundary_bytes: int) -> None:
     around would be more than what is in use.
 
     Args:
-        boundary_bytes: Size of the hidden states of one sample.
+        boundary_bytes: Size of the hidden states of one sample; 0 while it is not known: what is
+            built before then must not leave holes for tensors either.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:

@@ -35,6 +35,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     memory.reset_host_peak()
+    memory.settle_allocator()
     opened = open_model(request.model, request)
     memory.reset_gpu_peak(opened.skeleton.device)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton

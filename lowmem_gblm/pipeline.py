@@ -71,6 +71,7 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
         raise RequestError("prune needs an OUTPUT folder")
     check_absent(request.output)
     memory.reset_host_peak()
+    memory.settle_allocator()
     bench = open_workbench(request)
     memory.reset_gpu_peak(bench.opened.skeleton.device)
     memory.settle_allocator(bench.opened.boundary_bytes(bench.seqlen))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -73,18 +72,20 @@ MEASURE = """
 import json, sys, torch
 torch.set_num_threads(1)
 import lowmem_gblm
-model, output, text = sys.argv[1:]
-record = lowmem_gblm.prune(model, output, nsamples=8, seqlen=128, calibration=text)
+model, output, text, method = sys.argv[1:]
+record = lowmem_gblm.prune(
+    model, output, method=method, nsamples=8, seqlen=128, calibration=text
+)
 print(json.dumps(record["memory"]))
 """
 
 
-def peak_bytes(blocks: int, folder: Path, text: Path) -> int:
-    """Peak of a `gblm` run in a process of its own on a model of width 256."""
+def peak_bytes(method: str, blocks: int, folder: Path, text: Path) -> int:
+    """Peak of a run in a process of its own on a model of width 256."""
     model = save_tiny("llama", folder / f"model{blocks}", blocks=blocks, width=256)
-    command = [sys.executable, "-c", MEASURE, str(model), str(folder / f"out{blocks}"), str(text)]
+    files = [str(path) for path in (model, folder / f"out{blocks}", text)]
     done = subprocess.run(
-        command,
+        [sys.executable, "-c", MEASURE, *files, method],
         capture_output=True,
         text=True,
         check=True,
@@ -93,7 +94,7 @@ def peak_bytes(blocks: int, folder: Path, text: Path) -> int:
     return json.loads(done.stdout)["host_peak_bytes"]
 
 
-def test_memory_does_not_grow_with_depth(text_file: Path, tmp_path: Path) -> None:
-    gc.collect()
-    shallow, deep = (peak_bytes(blocks, tmp_path, text_file) for blocks in (6, 48))
+@pytest.mark.parametrize("method", ["gblm", "wanda"])
+def test_memory_does_not_grow_with_depth(method: str, text_file: Path, tmp_path: Path) -> None:
+    shallow, deep = (peak_bytes(method, blocks, tmp_path, text_file) for blocks in (6, 48))
     assert deep <= 1.05 * shallow, f"{deep / shallow:.3f} times as much"
