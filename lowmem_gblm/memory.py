@@ -29,7 +29,7 @@ def host_peak_bytes() -> int:
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """Largest memory held on a GPU since `reset_host_peak`; 0 for a CPU."""
+    """Largest memory held on a GPU since `reset_gpu_peak`; 0 for a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
@@ -81,8 +81,3 @@ def give_back_freed() -> None:
 def host_resident_bytes() -> int:
     """Resident set now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def host_free_bytes() -> int:
-    """What can still be taken before the system swaps."""
-    return int(psutil.virtual_memory().available)

@@ -159,7 +159,7 @@ def check_fits(made: Plan, budget: Budget) -> None:
     """
     disk_parts = (
         f" {gibibytes(made.output_bytes)} output, {gibibytes(made.spill_bytes)} work folder."
-        f" Fewer --nsamples make the work folder smaller."
+        f" Fewer samples (--nsamples, or --windows of eval) make the work folder smaller."
     )
     for what, needed, allowed, way_out in (
         ("host memory", made.host_bytes, budget.host_bytes, ""),

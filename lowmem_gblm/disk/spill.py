@@ -28,8 +28,6 @@ class Spill:
         self._room_bytes = host_bytes
         self._held: dict[tuple[str, int], torch.Tensor] = {}
         self._files: dict[tuple[str, int], tuple[torch.dtype, torch.Size]] = {}
-        self.bytes_written = 0
-        self.bytes_read = 0
 
     def write(self, name: str, item: int, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""
@@ -47,7 +45,6 @@ class Spill:
             error.filename = error.filename or str(path)
             raise
         self._files[name, item] = (tensor.dtype, tensor.shape)
-        self.bytes_written += size
 
     def holds(self, name: str, item: int) -> bool:
         """Whether something was written under this name and item."""
@@ -62,7 +59,6 @@ class Spill:
         with open(self._path(name) / str(item), "rb") as file:
             count = file.readinto(raw_bytes(tensor))
         assert count == tensor.nbytes, f"spilled tensor {name}/{item} was cut short"
-        self.bytes_read += count
         return tensor
 
     def drop(self, name: str) -> None:
