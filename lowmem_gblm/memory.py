@@ -10,6 +10,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from lowmem_gblm.errors import BudgetError
+
+# What the driver and the kernels take of a GPU beside torch's allocator.
+CUDA_CONTEXT_BYTES = 512 << 20
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
@@ -29,14 +34,41 @@ def host_peak_bytes() -> int:
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """Largest memory held on a GPU since `reset_gpu_peak`; 0 for a CPU."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+    """Largest memory taken of a GPU since `reset_gpu_peak`, CUDA's own included; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT_BYTES
 
 
 def reset_gpu_peak(device: torch.device) -> None:
     """Begin to count a GPU's memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def limit_gpu(device: torch.device, limit_bytes: int) -> None:
+    """Let torch take no more of a GPU than keeps the whole process below a limit.
+
+    Beyond it, torch raises its out-of-memory error, even if the GPU has more. A CPU has no such
+    limit.
+
+    Args:
+        device: Which one.
+        limit_bytes: For the tensors, what torch keeps for reuse, and the CUDA context.
+
+    Raises:
+        BudgetError: The CUDA context alone takes as much.
+    """
+    if device.type != "cuda":
+        return
+    for_tensors = limit_bytes - CUDA_CONTEXT_BYTES
+    if for_tensors <= 0:
+        raise BudgetError(
+            f"{limit_bytes / 2**30:.2f} GiB of GPU memory may be used, and CUDA itself takes about "
+            f"{CUDA_CONTEXT_BYTES / 2**30:.2f} GiB. Give a larger --gpu-memory, or --device cpu"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, for_tensors / total), device)
 
 
 def reset_host_peak() -> None:
