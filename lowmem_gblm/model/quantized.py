@@ -1,0 +1,137 @@
+"""Matrices in 4 or 8 bits. The only file that touches bitsandbytes.
+
+It is imported when the first matrix is quantized: that takes seconds, and most runs need none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+QuantizedKind = Literal["nf4", "int8"]
+
+# Numbers that share one float32 scale.
+BLOCK = {"nf4": 64, "int8": 256}
+_SCALE_BYTES = 4
+# Where the dynamic maps of bitsandbytes have their zero.
+_ZERO = {True: 127, False: 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """One matrix in 4 bits (nf4, QLoRA, arXiv 2305.14314) or in 8 (arXiv 2110.02861).
+
+    A zero comes back as a zero.
+
+    Attributes:
+        kind: Which of the two.
+        shape: Shape of the matrix.
+        dtype: Its dtype, float32, bfloat16 or float16.
+        codes: uint8, one or two numbers in each.
+        scales: float32, the largest magnitude of every block of numbers.
+    """
+
+    kind: QuantizedKind
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantized(self) -> Tensor:
+        """The matrix, contiguous, on the device of the codes."""
+        if self.kind == "nf4":
+            flat = _from_4_bits(self.codes, self.scales, self.dtype)
+        else:
+            flat = from_8_bits(self.codes, self.scales, self.dtype, signed=True)
+        return flat[: self.shape.numel()].view(self.shape)
+
+
+def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
+    """Quantize a matrix on the device where it lies. It is not modified."""
+    flat = matrix.reshape(-1)
+    if kind == "nf4":
+        codes, scales = _to_4_bits(flat)
+    else:
+        codes, scales = to_8_bits(flat, signed=True)
+    return Quantized(kind=kind, shape=matrix.shape, dtype=matrix.dtype, codes=codes, scales=scales)
+
+
+def quantized_bytes(numel: int, kind: QuantizedKind) -> int:
+    """What a matrix of so many numbers takes, exactly."""
+    codes_bytes = numel if kind == "int8" else -(-numel // 2)
+    return codes_bytes + _SCALE_BYTES * -(-numel // BLOCK[kind])
+
+
+def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Quantize numbers in blocks of 256 by the dynamic map, -1 or 0 to 1 times a scale.
+
+    Args:
+        flat: float32, bfloat16 or float16, finite. Not modified.
+        signed: Whether any may be negative.
+
+    Returns:
+        Codes, uint8, as many as numbers, and scales, float32, one for each block.
+    """
+    code = _dynamic_map(flat.device, signed=signed)
+    codes, state = _functional().quantize_blockwise(flat, code=code, blocksize=BLOCK["int8"])
+    # On CPUs codes come from a table too coarse for numbers below 2^-16 of the scale, zero too.
+    codes.masked_fill_(flat == 0, _ZERO[signed])
+    return codes, state.absmax
+
+
+def from_8_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
+    """The numbers that `to_8_bits` was given, nearly; zeros exactly."""
+    state = _functional().QuantState(
+        absmax=scales,
+        code=_dynamic_map(codes.device, signed=signed),
+        dtype=dtype,
+        blocksize=BLOCK["int8"],
+    )
+    flat: Tensor = _functional().dequantize_blockwise(codes, state)
+    return flat
+
+
+def _to_4_bits(flat: Tensor) -> tuple[Tensor, Tensor]:
+    if flat.numel() % 2:
+        # Two numbers share a byte. On CPUs an odd one out would go a way that wants a compiler.
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    codes, state = _functional().quantize_4bit(flat, blocksize=BLOCK["nf4"], quant_type="nf4")
+    return codes, state.absmax
+
+
+def _from_4_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    state = _functional().QuantState(
+        absmax=scales,
+        shape=(2 * codes.numel(),),
+        dtype=dtype,
+        blocksize=BLOCK["nf4"],
+        quant_type="nf4",
+    )
+    read: Tensor = _functional().dequantize_4bit(codes, state)
+    return read.reshape(-1)
+
+
+@functools.cache
+def _functional() -> Any:
+    """`bitsandbytes.functional`."""
+    # It reports the lack of a kernel for inference, which nobody here asks for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return importlib.import_module("bitsandbytes.functional")
+
+
+@functools.cache
+def _dynamic_map(device: torch.device, *, signed: bool) -> Tensor:
+    """The 256 numbers that 8 bits stand for, float32, rising."""
+    code: Tensor = _functional().create_dynamic_map(signed=signed).to(device)
+    return code
