@@ -13,12 +13,43 @@ LowmemGblmError
 from __future__ import annotations
 
 INTERRUPTED = 130
+_LONGEST_NAME = 160
+_LONGEST_LINE = 2000
+
+
+def shown(value: object, longest: int = _LONGEST_NAME) -> str:
+    """What a file says, as a part of a sentence: in one line, printable, not too long.
+
+    Names come from strangers: a line break would forge a second message, a control character would
+    reach the terminal, and a name can be megabytes long.
+    """
+    text = str(value)
+    if len(text) > longest:
+        half = longest // 2
+        head, tail = shown(text[:half], half), shown(text[-half:], half)
+        return f"{head}…{tail} ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def shown_value(value: object) -> str:
+    """A value from JSON, likewise."""
+    try:
+        return shown(repr(value))
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
 
 
 class LowmemGblmError(Exception):
     """Base class: the message is a complete sentence for the person at the terminal."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, _LONGEST_LINE))
 
 
 class RequestError(LowmemGblmError):
@@ -56,6 +87,10 @@ class NonFiniteError(LowmemGblmError):
 
 
 class VerificationError(LowmemGblmError):
-    """An output checkpoint breaks one of the promises made about it."""
+    """An output checkpoint breaks promises made about it: the message has a line for each."""
 
     exit_code = 7
+
+    def __init__(self, message: str) -> None:
+        lines = (shown(line, _LONGEST_LINE) for line in message.split("\n"))
+        Exception.__init__(self, "\n".join(lines))

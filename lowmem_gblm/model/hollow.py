@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lowmem_gblm.disk.checkpoint import Checkpoint, read_json
-from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
+from lowmem_gblm.model.claims import check_counts, check_headers, check_sizes
+
+MAX_CONFIG_BYTES = 4 << 20
 
 # What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
 FOREIGN_ERRORS = (
@@ -19,6 +29,9 @@ FOREIGN_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
     RuntimeError,
     StrictDataclassError,
 )
@@ -27,19 +40,20 @@ FOREIGN_ERRORS = (
 def hollow_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint with every parameter on `meta`, in eval mode.
 
+    It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
+    configuration asks for, and only if that fits the headers as it is returned.
+
     Raises:
         UnsupportedModel: Not a decoder-only language model that transformers knows.
-        CheckpointError: See `load_config`.
+        CheckpointError: See `load_config` and `lowmem_gblm.model.claims`.
     """
     config = load_config(checkpoint)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except FOREIGN_ERRORS as error:
-        raise UnsupportedModel(
-            f"{config.model_type!r} is not a decoder-only language model that transformers can "
-            f"build from this config.json: {reason(error)}"
-        ) from None
+    with torch.device("meta"):
+        twin = _build(config, dtype)
+    layers = find_layers(twin, _decoder(twin))
+    check_headers(twin, module_name(twin, layers), checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = _build(config, dtype)
     model.set_experts_implementation("eager")
     # Router logits would be gathered from blocks that are not there.
     model.config.output_router_logits = False
@@ -53,28 +67,77 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
     Raises:
         UnsupportedModel: The architecture is unknown, or would need code from the checkpoint.
-        CheckpointError: There is no valid config.json, or the weights are quantized.
+        CheckpointError: There is no valid config.json, the weights are quantized, or it asks for
+            more than the checkpoint can hold.
     """
-    raw = read_json(checkpoint.folder / "config.json")
+    path = checkpoint.folder / "config.json"
+    raw = read_json(path, MAX_CONFIG_BYTES)
+    _check_kind(checkpoint.folder, raw)
+    check_counts(path, raw)
+    try:
+        with _silence():
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"transformers can make nothing of {path} "
+            f"(model_type {shown_value(raw.get('model_type'))}): {reason(error)}"
+        ) from None
+    check_sizes(path, config, checkpoint)
+    return config
+
+
+def _check_kind(folder: Path, raw: dict[str, Any]) -> None:
     if "auto_map" in raw:
         raise UnsupportedModel(
-            f"{checkpoint.folder} needs Python code that comes with the checkpoint; such code is "
-            f"never run here"
+            f"{folder} needs Python code that comes with the checkpoint; such code is never run "
+            f"here"
         )
     quantization = raw.get("quantization_config")
     if quantization:
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
-            f"{checkpoint.folder} is quantized ({kind}): "
+            f"{folder} is quantized ({shown(kind) if isinstance(kind, str) else 'unknown kind'}): "
             f"prune the original checkpoint, then quantize the result"
         )
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Attention and experts as transformers chooses: config.json may name code on the Hub."""
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder)
+        with _silence():
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=None,
+                experts_implementation=None,
+                trust_remote_code=False,
+            )
     except FOREIGN_ERRORS as error:
         raise UnsupportedModel(
-            f"transformers can make nothing of {checkpoint.folder}/config.json "
-            f"(model_type {raw.get('model_type')!r}): {reason(error)}"
+            f"{config.model_type!r} is not a decoder-only language model that transformers can "
+            f"build from this config.json: {reason(error)}"
         ) from None
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    try:
+        decoder: nn.Module = model.get_decoder()
+        return decoder
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(f"{type(model).__name__} has no decoder: {reason(error)}") from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what transformers prints about a configuration; what it raises says it, too."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
@@ -103,4 +166,7 @@ def module_name(model: nn.Module, wanted: nn.Module) -> str:
 
 def reason(error: BaseException) -> str:
     """The first sentence of somebody else's error."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    # Some begin with a heading.
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return shown(first.split(". ")[0], 400)

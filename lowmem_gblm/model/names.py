@@ -9,7 +9,8 @@ sending coordinates back through the reverse conversion.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
 
 _PROBE = 8
+# No parameter is called that; a megabyte would keep the patterns of transformers busy for long.
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +69,38 @@ class Names:
 
     def in_module(self, names_on_disk: Iterable[str]) -> dict[str, str | None]:
         """The module's name of every tensor on disk; None for those the model does not use."""
+        return {name: target for name, target, _ in self._rename(names_on_disk)}
+
+    def taken_over(self, names_on_disk: Iterable[str]) -> dict[str, str]:
+        """The module's name of those tensors that alone become a parameter, without conversion."""
+        renamed = list(self._rename(names_on_disk))
+        sources = Counter(target for _, target, _ in renamed)
+        return {
+            name: target
+            for name, target, converted in renamed
+            if target is not None and not converted and sources[target] == 1
+        }
+
+    def is_converted(self, parameter: str) -> bool:
+        """Whether a parameter is made by a conversion, perhaps together with others."""
+        converters = (one for one in self._conversions if isinstance(one, WeightConverter))
+        return any(target in parameter for one in converters for target in one.target_patterns)
+
+    def _rename(self, names_on_disk: Iterable[str]) -> Iterator[tuple[str, str | None, bool]]:
+        """Name on disk, name in the module or None, and whether a conversion lies between."""
         conversions = copy.deepcopy(self._conversions)
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
         prefix = self._model.base_model_prefix
         known = dict.fromkeys(self._shapes, 0)
-        result: dict[str, str | None] = {}
         for name in names_on_disk:
-            renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+            if len(name) > _LONGEST_NAME:
+                yield name, None, False
+                continue
+            renamed, source = rename_source_key(name, renamings, converters, prefix, known)
             if renamed not in known:
-                renamed, _ = rename_source_key(name, [], [], prefix, known)
-            result[name] = renamed if renamed in known else None
-        return result
+                renamed, source = rename_source_key(name, [], [], prefix, known)
+            yield name, renamed if renamed in known else None, source is not None
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Set parameters and buffers of the model from tensors named as on disk.
@@ -187,6 +210,12 @@ class Names:
             columns=column_slice,
             transposed=transposed,
         )
+
+
+def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors named as in the module, named and shaped as `save_pretrained` would store them."""
+    with _quietly():
+        return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def _identity(parameter: str, shape: tuple[int, ...]) -> list[Region]:
