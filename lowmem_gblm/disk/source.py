@@ -11,14 +11,17 @@ from lowmem_gblm.errors import CheckpointError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+_DESCRIPTION = ["config.json"]
 
 
-def locate(model: str) -> Path:
+def locate(model: str, *, weights: bool = True) -> Path:
     """The folder of a model.
 
     Args:
         model: A folder; "demo" for the embedded model; or a Hub id, which is downloaded into the
             Hub's own cache (safetensors and side files only).
+        weights: Whether they are wanted; without them, of a Hub id only config.json is
+            downloaded. What the cache has already is in the folder all the same.
 
     Raises:
         CheckpointError: None of these.
@@ -30,15 +33,15 @@ def locate(model: str) -> Path:
         return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
     if path.exists() or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"there is no model folder {model}")
-    return _download(model)
+    return _download(model, _WANTED if weights else _DESCRIPTION)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

@@ -1,0 +1,104 @@
+"""Opening a model: headers, configuration, and where and in what it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.disk.source import locate
+from lowmem_gblm.errors import CheckpointError, RequestError
+from lowmem_gblm.model.described import read_or_describe
+from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.request import Resources
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint and the hollow model that fits it."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+
+    def boundary_bytes(self, seqlen: int) -> int:
+        """Size of the hidden states of one sample."""
+        return seqlen * int(self.skeleton.config.hidden_size) * self.skeleton.dtype.itemsize
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for; None if its configuration does not say."""
+        found = getattr(self.skeleton.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+
+def open_model(model: str, resources: Resources, *, to_plan: bool = False) -> OpenModel:
+    """Read headers and configuration; no weight is loaded.
+
+    Args:
+        to_plan: The weights need not be there, nor the device.
+
+    Raises:
+        CheckpointError: The model cannot be used.
+        RequestError: The device is not there.
+    """
+    if to_plan:
+        checkpoint = read_or_describe(locate(model, weights=False))
+    else:
+        checkpoint = Checkpoint(locate(model))
+    device = choose_device(resources.device, must_be_here=not to_plan)
+    dtype = choose_dtype(resources.dtype, checkpoint, device)
+    return OpenModel(checkpoint, Skeleton(checkpoint, device, dtype))
+
+
+def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
+    """Raise `CheckpointError` if a token id is beyond the vocabulary of the model."""
+    largest, known = int(samples_NT.max()), int(opened.skeleton.config.vocab_size)
+    if largest >= known:
+        raise CheckpointError(
+            f"the tokenizer of {opened.checkpoint.folder} gives the token id {largest}, the model "
+            f"has {known} tokens: they do not belong together"
+        )
+
+
+def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
+    """The device meant by "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        RequestError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    known = device.type in ("cpu", "cuda")
+    if not known or (must_be_here and (device.index or 0) >= count):
+        raise RequestError(f"there is no device {name!r} here (CUDA devices: {count})")
+    return device
+
+
+def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """In what to compute: as asked, else in the dtype that most of the checkpoint is in.
+
+    CPUs multiply float16 some hundred times slower than float32, so there it becomes float32.
+
+    Raises:
+        RequestError: float16 was asked for on a CPU.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype == torch.float16 and device.type == "cpu":
+            raise RequestError("a CPU multiplies float16 too slowly: use --dtype float32")
+        return dtype
+    totals: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point:
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
+    most = max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
+    if most == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return most if most in (torch.float16, torch.bfloat16) else torch.float32
