@@ -100,14 +100,24 @@ def plan_lines(made: dict[str, Any]) -> list[str]:
     """A plan as a small table."""
     rows = {
         "passes": " → ".join(made["passes"]),
-        "host memory": gibibytes(made["host_bytes"]),
-        "GPU memory": gibibytes(made["gpu_bytes"]) if made["gpu_bytes"] else "none",
-        "work folder": gibibytes(made["spill_bytes"]),
-        "output": gibibytes(made["output_bytes"]),
+        "host memory": _at_least(made, "host_bytes"),
+        "GPU memory": _at_least(made, "gpu_bytes") if made["predicted"]["gpu_bytes"] else "none",
+        "disk space": _at_least(made, "disk_bytes"),
+        "of that": f"{gibibytes(made['output_bytes'])} output, "
+        f"{gibibytes(made['spill_bytes'])} work folder at its fullest",
         "read": gibibytes(made["read_bytes"]),
+        "written": gibibytes(made["written_bytes"]),
         "arithmetic": f"{made['flops'] / 1e12:.3g} TFLOP",
     }
-    return [f"{name:12} {value}" for name, value in rows.items()]
+    if made["seconds"] is not None:
+        parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in made["seconds"].items())
+        rows["time"] = f"about {clock(made['total_seconds'])} ({parts})"
+    return [*(f"{name:12} {value}" for name, value in rows.items()), *made["reasons"]]
+
+
+def _at_least(made: dict[str, Any], name: str) -> str:
+    needed, least = made["predicted"][name], made["minimum"][name]
+    return f"{gibibytes(needed)} (at least {gibibytes(least)})"
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:

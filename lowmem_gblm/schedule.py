@@ -58,6 +58,29 @@ class Schedule:
         return {name: share for name, share in shares.items() if name in self.passes}
 
 
+@dataclass(frozen=True)
+class Step:
+    """One stay of a block in the reverse sweep: forward only, or forward and backward."""
+
+    block: int
+    backward: bool
+
+
+def reverse_order(depth: int, kept_every: int) -> list[Step]:
+    """The blocks of the reverse sweep where only boundaries 0, k, 2k, … were kept.
+
+    Segment by segment from the last one: forward through all of its blocks but the last, for the
+    boundaries in between; then backward through all of them. With k = 1 there is nothing to do
+    again.
+    """
+    steps = []
+    for start in range((depth - 1) // kept_every * kept_every, -1, -kept_every):
+        stop = min(start + kept_every, depth)
+        steps += [Step(block, backward=False) for block in range(start, stop - 1)]
+        steps += [Step(block, backward=True) for block in range(stop - 1, start - 1, -1)]
+    return steps
+
+
 def schedule(needs: Collection[str], activations: Activations) -> Schedule:
     """The passes for a method that needs these statistics.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.schedule import schedule
+from lowmem_gblm.schedule import reverse_order, schedule
 
 TABLE = [
     # method, activations, passes, blocks read, FLOPs per parameter and token
@@ -56,3 +56,18 @@ def test_samples_run_again_where_the_pruned_block_gives_the_next_boundary(
     needs, activations, forwards
 ):
     assert schedule(needs, activations).prune_forwards == forwards
+
+
+@pytest.mark.parametrize(
+    ("depth", "kept_every", "order"),
+    [
+        (4, 1, "<3 <2 <1 <0"),
+        (5, 2, "<4 2> <3 <2 0> <1 <0"),
+        (7, 3, "<6 3> 4> <5 <4 <3 0> 1> <2 <1 <0"),
+        (3, 5, "0> 1> <2 <1 <0"),
+        (1, 1, "<0"),
+    ],
+)
+def test_the_order_in_which_boundaries_are_computed_again(depth, kept_every, order):
+    steps = reverse_order(depth, kept_every)
+    assert " ".join(f"<{s.block}" if s.backward else f"{s.block}>" for s in steps) == order

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
@@ -18,6 +18,10 @@ from lowmem_gblm.masks import Group, Pattern, keep_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Numbers of a matrix that are decided at once where rows can be taken by themselves: on a CPU, what
+# stays in its cache.
+AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 StatisticName = Literal["input_norm", "gradient", "gram"]
 
@@ -35,6 +39,11 @@ class Statistics:
     input_norm: Tensor | None = None
     gradient: Tensor | None = None
     gram: Tensor | None = None
+
+    def of_rows(self, rows: slice) -> Statistics:
+        """Those that belong to some of the outputs; what belongs to the inputs stays whole."""
+        gradient = None if self.gradient is None else self.gradient[rows]
+        return replace(self, gradient=gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +72,12 @@ class Method:
         paper: Where it comes from.
         needs: Statistics that must be measured first; which passes run follows from them.
         group: What is compared with what where the pattern is unstructured.
-        decide: `(weight [out, in] float32, statistics, pattern, alpha) -> Decision`.
+        decide: `(weight [out, in], statistics, pattern, alpha) -> Decision`; the weight comes in
+            the dtype of the checkpoint and is not to be modified.
         updates_weights: Whether kept weights change.
+        bytes_per_weight: Most memory that `decide` takes for every weight of the matrix, its result
+            included; the plan counts on it.
+        bytes_per_gram_entry: The same for every entry of the gram matrix.
     """
 
     name: str
@@ -74,6 +87,8 @@ class Method:
     group: Group | Literal["columns"]
     decide: Callable[[Tensor, Statistics, Pattern, float], Decision]
     updates_weights: bool = False
+    bytes_per_weight: float = 32
+    bytes_per_gram_entry: float = 0
 
 
 def method_names() -> list[str]:
@@ -99,11 +114,17 @@ def find_method(name: str) -> Method:
 
 
 def by_score(
-    score: Callable[[Tensor, Statistics, float], Tensor], group: Group
+    score: Callable[[Tensor, Statistics, float], Tensor], group: Group, *, rowwise: bool = False
 ) -> Callable[[Tensor, Statistics, Pattern, float], Decision]:
-    """Turn a score `(weight [out, in], statistics, alpha) -> [out, in]` into a `decide`.
+    """Turn a score `(weight float32 [out, in], statistics, alpha) -> [out, in]` into a `decide`.
 
     A row whose scores are all zero (an expert that saw no token) is ranked by `abs(weight)`.
+
+    Args:
+        score: May modify nothing.
+        group: What is compared with what where the pattern is unstructured.
+        rowwise: Whether the scores of a row follow from that row alone (and from the statistics of
+            the inputs). A few rows are then decided at a time, which takes less memory and time.
 
     Raises (when called):
         NonFiniteError: A score is NaN or infinite.
@@ -112,18 +133,42 @@ def by_score(
     def decide(
         weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: float
     ) -> Decision:
-        score_OI = score(weight_OI, statistics, alpha)
-        least_O, most_O = score_OI.aminmax(dim=1)
-        if not bool((least_O.isfinite() & most_O.isfinite()).all()):
-            raise NonFiniteError(
-                f"{int((~score_OI.isfinite()).sum())} of {score_OI.numel()} scores are not finite"
-            )
-        silent_O = (least_O == 0) & (most_O == 0)
-        if bool(silent_O.any()):
-            score_OI[silent_O] = weight_OI[silent_O].abs()
-        return Decision(keep=keep_mask(score_OI, pattern, group))
+        rows = weight_OI.shape[0]
+        if rowwise and group == "row":
+            rows = max(1, AT_ONCE[weight_OI.device.type] // weight_OI.shape[1])
+        keeps = [
+            _keep(score, weight_OI[part].float(), statistics.of_rows(part), pattern, group, alpha)
+            for part in (slice(start, start + rows) for start in range(0, len(weight_OI), rows))
+        ]
+        return Decision(keep=keeps[0] if len(keeps) == 1 else _joined(keeps))
 
     return decide
+
+
+def _keep(
+    score: Callable[[Tensor, Statistics, float], Tensor],
+    weight_OI: Tensor,
+    statistics: Statistics,
+    pattern: Pattern,
+    group: Group,
+    alpha: float,
+) -> Tensor:
+    score_OI = score(weight_OI, statistics, alpha)
+    least_O, most_O = score_OI.aminmax(dim=1)
+    if not bool((least_O.isfinite() & most_O.isfinite()).all()):
+        raise NonFiniteError(
+            f"{int((~score_OI.isfinite()).sum())} of {score_OI.numel()} scores are not finite"
+        )
+    silent_O = (least_O == 0) & (most_O == 0)
+    if bool(silent_O.any()):
+        score_OI[silent_O] = weight_OI[silent_O].abs()
+    return keep_mask(score_OI, pattern, group)
+
+
+def _joined(keeps: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(keeps)
 
 
 def require(statistic: Tensor | None) -> Tensor:

@@ -26,5 +26,6 @@ METHOD = Method(
     paper="Das et al. 2023, arXiv 2311.04902",
     needs=("input_norm", "gradient"),
     group="row",
-    decide=by_score(gblm_scores, "row"),
+    decide=by_score(gblm_scores, "row", rowwise=True),
+    bytes_per_weight=2,
 )

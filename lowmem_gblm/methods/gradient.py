@@ -22,5 +22,6 @@ METHOD = Method(
     paper="Das et al. 2023, arXiv 2311.04902 (ablation)",
     needs=("gradient",),
     group="row",
-    decide=by_score(gradient_scores, "row"),
+    decide=by_score(gradient_scores, "row", rowwise=True),
+    bytes_per_weight=2,
 )

@@ -24,7 +24,7 @@ def solve(weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: fl
     """Prune one matrix and update the weights that stay.
 
     Args:
-        weight_OI: float32 [out, in]. Not modified.
+        weight_OI: [out, in], floating point. Not modified.
         statistics: `gram` is read, and not modified.
         pattern: Unstructured: a block of 128 columns is one comparison group. N:M: chosen among
             the updated weights when the sweep reaches the group.
@@ -33,7 +33,7 @@ def solve(weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: fl
     Raises:
         NonFiniteError: The gram matrix is not finite, or stays indefinite however damped.
     """
-    weight_OI = weight_OI.clone()
+    weight_OI = weight_OI.float() if weight_OI.dtype != torch.float32 else weight_OI.clone()
     gram_II = require(statistics.gram).clone()
     dead_I = gram_II.diagonal() == 0
     gram_II.diagonal()[dead_I] = 1
@@ -117,4 +117,6 @@ METHOD = Method(
     group="columns",
     decide=solve,
     updates_weights=True,
+    bytes_per_weight=8,
+    bytes_per_gram_entry=20,
 )

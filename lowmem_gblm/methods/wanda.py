@@ -21,5 +21,6 @@ METHOD = Method(
     paper="Sun et al. 2023, arXiv 2306.11695",
     needs=("input_norm",),
     group="row",
-    decide=by_score(wanda_scores, "row"),
+    decide=by_score(wanda_scores, "row", rowwise=True),
+    bytes_per_weight=2,
 )

@@ -1,0 +1,215 @@
+"""From an opened model and what is asked to a plan: sizes, work, budget, speeds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lowmem_gblm import machine
+from lowmem_gblm.errors import BudgetError
+from lowmem_gblm.methods import AT_ONCE, Method
+from lowmem_gblm.model.blocks import PrunableWeight
+from lowmem_gblm.model.opened import OpenModel
+from lowmem_gblm.model.skeleton import HEAD_LOGITS
+from lowmem_gblm.planning import Budget, ModelSizes, Plan, Speeds, Work, gibibytes
+from lowmem_gblm.rates import measure_rates
+from lowmem_gblm.request import Resources
+from lowmem_gblm.schedule import Schedule
+from lowmem_gblm.stats.gradient import TILE
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_OUTPUT_PROJECTION = re.compile(r"(^|\.)(o|out|down|c|w2|fc2|wo|dense\w*h)(_?proj|_lin)?$|dense$")
+_MEASURED_S = 2.0
+_RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
+
+
+def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:
+    """The sizes that memory and work follow from."""
+    checkpoint, skeleton = opened.checkpoint, opened.skeleton
+    every = [weight for block in weights for weight in block]
+    fraction = _active_fraction(opened, every)
+    largest = max(range(len(weights)), key=lambda index: _numel(weights[index]))
+    slots = list(dict.fromkeys(weight.slot for weight in weights[largest]))
+    return ModelSizes(
+        block_bytes=tuple(checkpoint.nbytes(names) for names in skeleton.block_tensors),
+        rest_bytes=checkpoint.nbytes(skeleton.rest_tensors),
+        rest_weights=sum(
+            math.prod(checkpoint.tensors[name].shape) for name in skeleton.rest_tensors
+        ),
+        total_bytes=checkpoint.nbytes(),
+        prunable=tuple(_numel(block) for block in weights),
+        slots=tuple(slot.stored(skeleton.block(largest)).numel() for slot in slots),
+        gram_entries=_gram_entries(weights[largest]),
+        active_fraction=fraction,
+        largest_matrix=max(weight.numel for weight in every),
+        widest_input=max(weight.in_features for weight in every),
+        feature_widths=int(sum(weight.out_features for weight in weights[largest]) * fraction),
+        widest_output=max(weight.out_features for weight in every),
+        hidden_size=skeleton.config.hidden_size,
+        heads=getattr(skeleton.config, "num_attention_heads", 1),
+        attention_matrices=skeleton.attention_matrices,
+        vocab_size=skeleton.config.vocab_size,
+    )
+
+
+def work_of(
+    opened: OpenModel,
+    weights: Sequence[list[PrunableWeight]],
+    schedule: Schedule,
+    method: Method | None,
+    resources: Resources,
+    *,
+    nsamples: int,
+    seqlen: int,
+) -> Work:
+    """What is to be done; without a method nothing is pruned."""
+    skeleton = opened.skeleton
+    on_gpu = skeleton.device.type == "cuda"
+    dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
+    converted = any(
+        weight.slot.expert is not None and weight.disk_index is None
+        for block in weights
+        for weight in block
+    )
+    return Work(
+        schedule=schedule,
+        needs=() if method is None else method.needs,
+        deciding=(
+            (0, 0) if method is None else (method.bytes_per_weight, method.bytes_per_gram_entry)
+        ),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        itemsize=skeleton.dtype.itemsize,
+        on_gpu=on_gpu,
+        shares_memory=not (on_gpu or converted) and dtypes == {skeleton.dtype},
+        resident_bits=_RESIDENT_BITS[resources.compute_weights],
+        logits_chunk=HEAD_LOGITS,
+        tile=TILE[skeleton.device.type],
+        slab=AT_ONCE[skeleton.device.type],
+        writes=method is not None,
+    )
+
+
+def budget_of(resources: Resources, device: torch.device, folders: Collection[Path]) -> Budget:
+    """What a run may take: as asked, else what is free.
+
+    Args:
+        folders: Where it writes; they need not exist.
+    """
+    disks: list[Path] = []
+    for folder in folders:
+        if not any(machine.same_disk(folder, other) for other in disks):
+            disks.append(folder)
+    gpu = resources.gpu_memory
+    if gpu is None and device.type == "cuda" and torch.cuda.is_available():
+        gpu = machine.free_gpu_bytes(device)
+    host, disk = resources.cpu_memory, resources.disk
+    return Budget(
+        host_bytes=machine.free_host_bytes() if host is None else host,
+        gpu_bytes=gpu,
+        disk_bytes=sum(map(machine.free_disk_bytes, disks)) if disk is None else disk,
+    )
+
+
+def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
+    """Compare a plan with what is free, where output and work folder are on different disks.
+
+    Raises:
+        BudgetError: One of them is too small.
+    """
+    if machine.same_disk(output, work_folder):
+        return
+    for what, needed, folder in (
+        ("the output", made.output_bytes, output),
+        ("what waits between passes", made.spill_bytes, work_folder),
+    ):
+        free = machine.free_disk_bytes(folder)
+        if needed > free:
+            raise BudgetError(
+                f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "
+                f"{gibibytes(free)} are free"
+            )
+
+
+def speeds_of(
+    opened: OpenModel,
+    weights: Sequence[list[PrunableWeight]],
+    seqlen: int,
+    write_to: Path,
+    seconds: float = _MEASURED_S,
+) -> Speeds | None:
+    """What this machine does, measured for about two seconds; None for a GPU that is not here."""
+    skeleton = opened.skeleton
+    if skeleton.device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    largest = max(weights, key=_numel)
+    shapes = [(weight.out_features, weight.in_features) for weight in largest]
+    file = next(iter(opened.checkpoint.tensors.values())).file
+    rates = measure_rates(
+        skeleton.device,
+        skeleton.dtype,
+        shapes,
+        seqlen,
+        file if file.is_file() else None,
+        write_to,
+        seconds=seconds,
+    )
+    return Speeds(
+        products=rates.products,
+        memory=rates.memory_bytes_s,
+        read=rates.read_bytes_s,
+        write=rates.write_bytes_s,
+    )
+
+
+def smaller_work(work: Work) -> list[tuple[str, Work]]:
+    """What a person could ask for instead where something does not fit, by what they would type."""
+    options: list[tuple[str, Work]] = []
+    seqlen = work.seqlen // 2
+    while work.schedule.needs_samples and seqlen >= 128:
+        options.append((f"--seqlen {seqlen}", replace(work, seqlen=seqlen)))
+        seqlen //= 2
+    nsamples = work.nsamples // 2
+    while work.schedule.needs_samples and nsamples >= 8:
+        options.append((f"--nsamples {nsamples}", replace(work, nsamples=nsamples)))
+        nsamples //= 2
+    if work.on_gpu and work.resident_bits is None:
+        options.append(("--compute-weights nf4", replace(work, resident_bits=4)))
+    return options
+
+
+def _numel(weights: Sequence[PrunableWeight]) -> int:
+    return sum(weight.numel for weight in weights)
+
+
+def _gram_entries(weights: Sequence[PrunableWeight]) -> int:
+    """Entries of the gram matrices of a block; matrices with one and the same input share one."""
+    inputs: dict[tuple[str, int | None, bool, int], int] = {}
+    for weight in weights:
+        path = weight.slot.parameter.removesuffix(".weight")
+        owner, _, leaf = path.rpartition(".")
+        last = bool(_OUTPUT_PROJECTION.search(leaf))
+        inputs[owner, weight.slot.expert, last, weight.in_features] = weight.in_features**2
+    return sum(inputs.values())
+
+
+def _active_fraction(opened: OpenModel, weights: Sequence[PrunableWeight]) -> float:
+    """Share of the prunable weights that a token meets: all of them unless experts are routed."""
+    experts = _first(opened, _EXPERTS)
+    per_token = _first(opened, _EXPERTS_PER_TOKEN)
+    total = sum(weight.numel for weight in weights)
+    routed = sum(weight.numel for weight in weights if "experts" in weight.name)
+    if not experts or not per_token:
+        return 1.0
+    return (total - routed + routed * min(1.0, per_token / experts)) / total
+
+
+def _first(opened: OpenModel, names: Sequence[str]) -> int | None:
+    values = (getattr(opened.skeleton.config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -1,0 +1,87 @@
+"""A plan: what was chosen, what it will take, and what the least would be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowmem_gblm.planning.footprint import Footprint
+from lowmem_gblm.planning.sizes import Choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes that may be used; None for no limit.
+
+    Attributes:
+        host_bytes: Resident memory of the whole process.
+        gpu_bytes: Memory of the GPU, that of its context included.
+        disk_bytes: Of the output and the work folder together.
+    """
+
+    host_bytes: int | None = None
+    gpu_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes of the three things a run takes."""
+
+    host_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a run is done and what it will take.
+
+    Attributes:
+        passes: In order.
+        choices: How.
+        reasons: Why so, where it is not as one would do it with room for everything; sentences.
+        predicted: Peaks of the run.
+        minimum: The least that each of the three can be, whatever the other two are.
+        footprints: Of all passes.
+        host_spill_bytes: How much of the host memory holds what would otherwise wait in the work
+            folder.
+        boundary_bytes, magnitude_bytes: Most that waits between passes, of either kind.
+        spill_bytes: Most that lies in the work folder at once.
+        output_bytes: Size of the new checkpoint.
+        read_bytes: Tensor data read from the checkpoint.
+        written_bytes: Written to the output and to the work folder.
+        flops: Multiplications and additions with weights of decoder blocks.
+        seconds: Of every pass; None where the machine was not measured.
+    """
+
+    passes: tuple[str, ...]
+    choices: Choices
+    reasons: tuple[str, ...]
+    predicted: Needs
+    minimum: Needs
+    footprints: tuple[Footprint, ...]
+    host_spill_bytes: int
+    boundary_bytes: int
+    magnitude_bytes: int
+    spill_bytes: int
+    output_bytes: int
+    read_bytes: int
+    written_bytes: int
+    flops: int
+    seconds: dict[str, float] | None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of the whole run."""
+        return None if self.seconds is None else sum(self.seconds.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for `--json`."""
+        passes = {at.name: {"host": at.host, "gpu": at.gpu} for at in self.footprints}
+        return asdict(self) | {
+            "passes": list(self.passes),
+            "reasons": list(self.reasons),
+            "footprints": passes,
+            "total_seconds": self.total_seconds,
+        }

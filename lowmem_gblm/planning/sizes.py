@@ -1,0 +1,153 @@
+"""What a plan is made from: the sizes of the model, the work to be done, and what can be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lowmem_gblm.schedule import Schedule
+
+FLOAT32_BYTES = 4
+StoreKind = Literal["float32", "bfloat16", "int8"]
+# From the most exact to the smallest. The last two round gradient magnitudes between the sweeps.
+STORES: tuple[StoreKind, ...] = ("float32", "bfloat16", "int8")
+_STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The sizes of a model that memory and work follow from.
+
+    Attributes:
+        block_bytes: Bytes on disk of every decoder block.
+        rest_bytes: Bytes on disk of everything else the model uses.
+        rest_weights: The same in numbers.
+        total_bytes: Bytes on disk of all tensors.
+        prunable: Prunable weights of every block.
+        slots: Weights of every matrix that the largest block multiplies with.
+        gram_entries: Entries of all gram matrices of the largest block.
+        active_fraction: Share of the weights that one token meets (below 1 with routed experts).
+        largest_matrix: Weights of the largest prunable matrix.
+        widest_input: Inputs of the widest prunable matrix.
+        feature_widths: Sum of the outputs of a block's prunable matrices that one token meets.
+        widest_output: Outputs of the widest of them.
+        hidden_size: Width of a boundary.
+        heads: Attention heads.
+        attention_matrices: Whether attention makes its [heads, T, T] probabilities (eager) or not.
+        vocab_size: Width of the logits.
+    """
+
+    block_bytes: tuple[int, ...]
+    rest_bytes: int
+    rest_weights: int
+    total_bytes: int
+    prunable: tuple[int, ...]
+    slots: tuple[int, ...]
+    gram_entries: int
+    active_fraction: float
+    largest_matrix: int
+    widest_input: int
+    feature_widths: int
+    widest_output: int
+    hidden_size: int
+    heads: int
+    attention_matrices: bool
+    vocab_size: int
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.block_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be done with the model.
+
+    Attributes:
+        schedule: The passes.
+        needs: Statistics of the method.
+        deciding: Bytes that the method takes per weight of a matrix and per entry of its gram.
+        nsamples, seqlen: N and T.
+        itemsize: Bytes of one number of the computation.
+        on_gpu: Whether blocks are computed on a GPU.
+        shares_memory: Whether a resident block shares the memory of what was read.
+        resident_bits: Bits of a prunable weight while its block is resident: 4 or 8 with
+            `--compute-weights`, else None.
+        logits_chunk: Logits computed at once.
+        tile: Numbers of a sample's gradient that are worked on at once.
+        slab: Numbers of a matrix that are decided at once.
+        stores: The precisions in which gradient magnitudes may wait.
+        writes: Whether a checkpoint is written.
+    """
+
+    schedule: Schedule
+    needs: tuple[str, ...]
+    deciding: tuple[float, float]
+    nsamples: int
+    seqlen: int
+    itemsize: int
+    on_gpu: bool
+    shares_memory: bool
+    resident_bits: int | None
+    logits_chunk: int
+    tile: int
+    slab: int
+    stores: tuple[StoreKind, ...] = STORES
+    writes: bool = True
+
+    @property
+    def stores_gradients(self) -> bool:
+        """Whether the gradient magnitudes of all blocks wait between two sweeps."""
+        return {"reverse", "prune"} <= set(self.schedule.passes)
+
+    @property
+    def keeps_boundaries(self) -> bool:
+        """Whether the dense sweep keeps boundaries for the reverse sweep."""
+        return "reverse" in self.schedule.passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How the work is done. Only `store` changes numbers, and says so.
+
+    Attributes:
+        read_ahead: Two blocks in host memory: the resident one and the next.
+        copy_ahead: Two blocks on the GPU, too.
+        behind_bytes: How much may be on its way to the work folder beside the computation.
+        keep_every: Boundaries 0, k, 2k, … are kept; those between are computed again.
+        accumulator_bytes: Most that the gradient accumulators of a block take at once; None for
+            all of a block. Every part after the first takes another forward and backward pass.
+        store: Precision of the gradient magnitudes that wait between two sweeps.
+    """
+
+    read_ahead: bool = True
+    copy_ahead: bool = False
+    behind_bytes: int = 0
+    keep_every: int = 1
+    accumulator_bytes: int | None = None
+    store: StoreKind = "float32"
+
+
+def stored_bytes(weights: int, store: StoreKind) -> int:
+    """What the gradient magnitudes of so many weights take while they wait."""
+    return int(weights * _STORED_BYTES[store])
+
+
+def slices_within(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Put things of these sizes into parts of at most `limit`, in order; by their positions.
+
+    A thing larger than the limit is a part of its own. None for everything at once.
+    """
+    if limit is None:
+        return [list(range(len(sizes)))]
+    parts: list[list[int]] = []
+    room = 0
+    for item, size in enumerate(sizes):
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(item)
+        room -= size
+    return parts

@@ -1,0 +1,119 @@
+"""What lies in the work folder and in the output at every moment of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem_gblm.planning.footprint import boundary_bytes
+from lowmem_gblm.planning.sizes import Choices, ModelSizes, Work, stored_bytes
+from lowmem_gblm.schedule import reverse_order
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What waits and what is written at every moment of a run, in bytes.
+
+    Attributes:
+        moments: Boundaries, gradient magnitudes, and the part of the output that is there by then.
+    """
+
+    moments: tuple[tuple[int, int, int], ...]
+
+    @property
+    def boundaries(self) -> int:
+        """Most hidden states that wait."""
+        return max(boundaries for boundaries, _, _ in self.moments)
+
+    @property
+    def magnitudes(self) -> int:
+        """Most gradient magnitudes that wait."""
+        return max(magnitudes for _, magnitudes, _ in self.moments)
+
+    @property
+    def together(self) -> int:
+        """Most that waits at once."""
+        return max(boundaries + magnitudes for boundaries, magnitudes, _ in self.moments)
+
+    def on_disk(self, room: int) -> int:
+        """Most that lies on disk where host memory has so much room for what waits."""
+        return max(max(0, waits + more - room) + output for waits, more, output in self.moments)
+
+    def room_for(self, missing: int) -> int:
+        """Host memory that makes the need of disk space so much less, if anything can."""
+        allowed = self.on_disk(0) - missing
+        return max(0, *(waits + more + output - allowed for waits, more, output in self.moments))
+
+
+def waiting(sizes: ModelSizes, work: Work, choices: Choices) -> Waiting:
+    """Follow a run block by block and see what waits."""
+    tally = _Tally(sizes, work)
+    if work.schedule.needs_samples:
+        tally.boundaries(1)
+    if "dense" in work.schedule.passes:
+        _dense(tally, sizes, work, choices)
+    if "reverse" in work.schedule.passes:
+        _reverse(tally, sizes, work, choices)
+    if "prune" in work.schedule.passes:
+        _prune(tally, sizes, work, choices)
+    tally.output(sizes.total_bytes - sum(sizes.block_bytes))
+    return Waiting(tuple(tally.moments))
+
+
+class _Tally:
+    """Counts what is there, and writes down every moment."""
+
+    def __init__(self, sizes: ModelSizes, work: Work) -> None:
+        self._one = work.nsamples * boundary_bytes(sizes, work)
+        self._writes = work.writes
+        self._now = [0, 0, 0]
+        self.moments = [(0, 0, 0)]
+
+    def boundaries(self, count: int) -> None:
+        self._add(0, count * self._one)
+
+    def magnitudes(self, size: int) -> None:
+        self._add(1, size)
+
+    def output(self, size: int) -> None:
+        self._add(2, size if self._writes else 0)
+
+    def _add(self, kind: int, size: int) -> None:
+        self._now[kind] += size
+        boundaries, magnitudes, output = self._now
+        self.moments.append((boundaries, magnitudes, output))
+
+
+def _dense(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> None:
+    for index in range(sizes.depth):
+        tally.boundaries(1)
+        if not work.keeps_boundaries or index % choices.keep_every:
+            tally.boundaries(-1)
+
+
+def _reverse(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> None:
+    # The gradient at the last boundary takes that boundary's place.
+    tally.boundaries(1)
+    tally.boundaries(-1)
+    for step in reverse_order(sizes.depth, choices.keep_every):
+        if not step.backward:
+            tally.boundaries(1)
+            continue
+        tally.boundaries(step.block > 0)
+        if work.stores_gradients or choices.accumulator_bytes is not None:
+            tally.magnitudes(stored_bytes(sizes.prunable[step.block], choices.store))
+        tally.boundaries(-1 - (step.block > 0))
+        if not work.stores_gradients:
+            tally.output(sizes.block_bytes[step.block])
+            if choices.accumulator_bytes is not None:
+                tally.magnitudes(-stored_bytes(sizes.prunable[step.block], choices.store))
+
+
+def _prune(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> None:
+    for index in range(sizes.depth):
+        if work.schedule.needs_samples and index + 1 < sizes.depth:
+            tally.boundaries(1)
+        tally.output(sizes.block_bytes[index])
+        if work.stores_gradients:
+            tally.magnitudes(-stored_bytes(sizes.prunable[index], choices.store))
+        if work.schedule.needs_samples:
+            tally.boundaries(-1)

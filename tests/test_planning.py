@@ -1,0 +1,237 @@
+"""What a plan chooses, what it predicts, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from lowmem_gblm.errors import BudgetError
+from lowmem_gblm.methods import find_method
+from lowmem_gblm.planning import Budget, ModelSizes, Speeds, Work, plan, slices_within
+from lowmem_gblm.planning.sizes import Choices
+from lowmem_gblm.planning.waiting import waiting
+from lowmem_gblm.schedule import schedule
+
+MIB, GIB = 1 << 20, 1 << 30
+BASE = 350 * MIB
+# Llama-2-70B in bfloat16.
+WIDTH, FFN, KV = 8192, 28672, 1024
+SLOTS = (WIDTH * WIDTH, WIDTH * KV, WIDTH * KV, WIDTH * WIDTH, *[WIDTH * FFN] * 3)
+SIZES = ModelSizes(
+    block_bytes=(2 * sum(SLOTS),) * 80,
+    rest_bytes=4 * 32000 * WIDTH,
+    rest_weights=2 * 32000 * WIDTH,
+    total_bytes=2 * 80 * sum(SLOTS) + 4 * 32000 * WIDTH,
+    prunable=(sum(SLOTS),) * 80,
+    slots=SLOTS,
+    gram_entries=3 * WIDTH**2 + FFN**2,
+    active_fraction=1.0,
+    largest_matrix=WIDTH * FFN,
+    widest_input=FFN,
+    feature_widths=3 * WIDTH + 2 * KV + 2 * FFN,
+    widest_output=FFN,
+    hidden_size=WIDTH,
+    heads=64,
+    attention_matrices=False,
+    vocab_size=32000,
+)
+
+
+def work(method: str = "gblm", activations: str = "pruned", **changes: object) -> Work:
+    needs = find_method(method).needs
+    made = Work(
+        schedule=schedule(needs, activations),
+        needs=needs,
+        deciding=(find_method(method).bytes_per_weight, find_method(method).bytes_per_gram_entry),
+        nsamples=128,
+        seqlen=2048,
+        itemsize=2,
+        on_gpu=True,
+        shares_memory=False,
+        resident_bits=None,
+        logits_chunk=1 << 24,
+        tile=1 << 26,
+        slab=1 << 24,
+    )
+    return replace(made, **changes)
+
+
+ANYTHING = Budget()
+# Enough for the fastest plan, with nothing left over to stand in for the disk.
+HOST = 9 * GIB
+
+
+def made(budget: Budget = ANYTHING, sizes: ModelSizes = SIZES, **changes: object):
+    return plan(sizes, work(**changes), BASE, budget)
+
+
+def test_with_room_for_everything_nothing_is_done_twice() -> None:
+    found = made()
+    assert found.choices.keep_every == 1
+    assert found.choices.accumulator_bytes is None
+    assert found.choices.store == "float32"
+    assert found.choices.read_ahead
+    assert found.choices.copy_ahead
+    assert found.reasons == ()
+    assert found.flops == 12 * 80 * sum(SLOTS) * 128 * 2048
+
+
+def test_the_figures_of_the_design_for_70b() -> None:
+    found = made()
+    boundary = 128 * 2048 * WIDTH * 2
+    assert boundary == 4 * GIB
+    assert found.boundary_bytes == pytest.approx(82 * boundary, rel=0.02)
+    assert found.magnitude_bytes == 4 * 80 * sum(SLOTS)
+    assert 8 * GIB < found.predicted.gpu_bytes < 22 * GIB
+
+
+def test_less_disk_takes_recomputed_boundaries_before_it_rounds_gradients() -> None:
+    whole = made().predicted.disk_bytes
+    less = made(Budget(disk_bytes=whole - 40 * GIB, host_bytes=HOST))
+    assert less.choices.keep_every > 1
+    assert less.choices.store == "float32"
+    assert "computed again" in less.reasons[0]
+    assert less.flops > made().flops
+
+
+def test_still_less_disk_rounds_gradients_and_says_so() -> None:
+    stores = []
+    for disk in (300 * GIB, 150 * GIB, made().minimum.disk_bytes):
+        found = made(Budget(disk_bytes=disk, host_bytes=HOST))
+        assert found.predicted.disk_bytes <= disk
+        stores.append(found.choices.store)
+    assert stores == ["float32", "bfloat16", "int8"]
+    assert any("8 bit" in reason and "other" in reason for reason in found.reasons)
+
+
+def test_host_memory_is_used_where_the_disk_does_not_suffice() -> None:
+    assert made(Budget(host_bytes=1000 * GIB)).host_spill_bytes == 0
+    smallest = made().minimum.disk_bytes
+    found = made(Budget(host_bytes=1000 * GIB, disk_bytes=smallest))
+    assert found.choices.keep_every == 1
+    assert 0 < found.host_spill_bytes < 1000 * GIB
+    assert found.predicted.disk_bytes <= smallest
+
+
+@pytest.mark.parametrize(("gpu", "changed"), [(24, False), (12, False), (8, True), (6, True)])
+def test_a_smaller_gpu_changes_the_plan_and_is_kept_to(gpu: int, changed: bool) -> None:
+    found = made(Budget(gpu_bytes=gpu * GIB))
+    assert found.predicted.gpu_bytes <= gpu * GIB
+    assert bool(found.reasons) == changed
+
+
+def test_accumulators_come_in_parts_where_they_do_not_fit() -> None:
+    least = made().minimum.gpu_bytes
+    found = made(Budget(gpu_bytes=least))
+    assert found.choices.accumulator_bytes >= 4 * WIDTH * FFN
+    parts = len(slices_within([4 * slot for slot in SLOTS], found.choices.accumulator_bytes))
+    assert f"in {parts} parts" in " ".join(found.reasons)
+    assert found.flops == made().flops + (parts - 1) * 4 * 80 * sum(SLOTS) * 128 * 2048
+
+
+def test_the_order_of_sacrifices_in_host_memory() -> None:
+    seen = []
+    cpu = {"on_gpu": False, "shares_memory": True, "itemsize": 4}
+    limit = made(**cpu).predicted.host_bytes
+    while True:
+        try:
+            choices = made(Budget(host_bytes=limit), **cpu).choices
+        except BudgetError:
+            break
+        seen.append((choices.accumulator_bytes is None, choices.read_ahead, choices.behind_bytes))
+        limit -= 100 * MIB
+    whole, ahead, behind = zip(*dict.fromkeys(seen), strict=True)
+    assert sorted(behind[:3], reverse=True) == list(behind[:3])
+    assert ahead[0]
+    assert not ahead[-1]
+    assert whole[0]
+    assert not whole[-1]
+
+
+@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt", "magnitude"])
+def test_the_least_depends_neither_on_depth_nor_on_samples(method: str) -> None:
+    shallow = replace(SIZES, block_bytes=SIZES.block_bytes[:4], prunable=SIZES.prunable[:4])
+    few = made(sizes=shallow, method=method, nsamples=2).minimum
+    many = made(method=method, nsamples=512).minimum
+    assert (few.host_bytes, few.gpu_bytes) == (many.host_bytes, many.gpu_bytes)
+
+
+@pytest.mark.parametrize("method", ["gblm", "gradient", "wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_least_is_enough_and_a_byte_less_is_not(
+    method: str, activations: str, on_gpu: bool
+) -> None:
+    options = {"method": method, "activations": activations, "on_gpu": on_gpu}
+    least = made(**options).minimum
+    for name in ("host_bytes", "disk_bytes", *["gpu_bytes"] * on_gpu):
+        amount = getattr(least, name)
+        found = made(Budget(**{name: amount}), **options)
+        assert getattr(found.predicted, name) <= amount
+        # Where host memory is left over, it could stand in for the disk.
+        least_host = {"host_bytes": least.host_bytes}
+        with pytest.raises(BudgetError):
+            made(Budget(**least_host | {name: amount - 1}), **options)
+
+
+def test_a_refusal_lists_the_parts_and_what_would_fit() -> None:
+    options = [
+        ("--seqlen 1024", work(seqlen=1024)),
+        ("--seqlen 256", work(seqlen=256)),
+        ("--compute-weights nf4", work(resident_bits=4)),
+    ]
+    least = made().minimum.gpu_bytes
+    with pytest.raises(BudgetError) as caught:
+        plan(SIZES, work(), BASE, Budget(gpu_bytes=least - MIB), alternatives=options)
+    sentence = str(caught.value)
+    assert re.search(r"at least [0-9.]+ GiB of GPU memory in (reverse|prune)", sentence)
+    assert "may be used: " in sentence
+    assert "resident block" in sentence
+    assert "It would fit with --seqlen 1024 or --seqlen 256 or --compute-weights nf4." in sentence
+
+
+def test_a_refusal_says_when_nothing_helps() -> None:
+    with pytest.raises(BudgetError, match=r"31\.0 KiB may be used.*Nothing else would fit, either"):
+        plan(
+            SIZES, work(), BASE, Budget(host_bytes=31 << 10),
+            alternatives=[("--seqlen 256", work(seqlen=256))],
+        )  # fmt: skip
+
+
+def test_boundaries_and_gradients_never_wait_all_at_the_same_time() -> None:
+    waits = waiting(SIZES, work(), Choices())
+    assert waits.together < waits.boundaries + waits.magnitudes
+    # While shards are written, gradient magnitudes go.
+    assert waits.on_disk(0) < waits.together + SIZES.total_bytes
+
+
+def test_every_ninth_boundary_of_70b_takes_what_the_design_says() -> None:
+    waits = waiting(SIZES, work(), Choices(keep_every=9))
+    assert waits.boundaries == pytest.approx(72 * GIB, rel=0.15)
+
+
+def test_time_follows_the_machine_and_what_is_done_twice() -> None:
+    speeds = Speeds(products=100e12, memory=1e12, read=3e9, write=2e9)
+    fast = plan(SIZES, work(), BASE, Budget(), speeds=speeds)
+    slow = plan(SIZES, work(), BASE, Budget(), speeds=replace(speeds, products=50e12))
+    tight = plan(SIZES, work(), BASE, Budget(gpu_bytes=6 * GIB), speeds=speeds)
+    assert set(fast.seconds) == {*fast.passes, "finish"}
+    # 215 PFLOP at 100 TFLOP/s are 36 minutes.
+    assert 36 * 60 < fast.total_seconds < 60 * 60
+    assert fast.total_seconds < slow.total_seconds < 2 * fast.total_seconds
+    assert tight.total_seconds > fast.total_seconds
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts"),
+    [
+        (None, [[0, 1, 2, 3]]),
+        (5, [[0, 1], [2], [3]]),
+        (7, [[0, 1], [2, 3]]),
+        (1, [[0], [1], [2], [3]]),
+    ],
+)
+def test_slices_keep_order_and_limit(limit: int | None, parts: list[list[int]]) -> None:
+    assert slices_within([2, 3, 4, 3], limit) == parts
