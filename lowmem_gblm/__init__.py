@@ -60,7 +60,9 @@ def prune(
 
 
 def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
-    """What pruning `model` would take; reads headers only. Options as for `prune`.
+    """What pruning `model` would take; reads headers or config.json only. Options as for `prune`.
+
+    Measures this machine for about two seconds.
 
     Raises:
         BudgetError: It does not fit `cpu_memory`, `gpu_memory` or `disk`.

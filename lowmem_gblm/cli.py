@@ -36,6 +36,8 @@ _DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
 _DEMO_SEQLEN = 256
 _COMPARISON_STAYS = "Finished checkpoints stay; move them away, or give another --output."
 _SMALLER = "Try a smaller --seqlen, or --device cpu"
+_MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
+_KEPT = "What is done is kept: the same command goes on with it, and so does resume WORKDIR."
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -83,6 +85,19 @@ def _prune(arguments: argparse.Namespace) -> int:
     with Display(sys.stderr) as display:
         record = prune(request, display)
     _print(arguments, record, lambda: prune_lines(record, arguments.output))
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.pipeline import find_job, prune
+
+    defaults = {one.name: one.default for one in options(PruneRequest)}
+    given = {name: getattr(arguments, name) for name in _MAY_CHANGE}
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    request = find_job(Path(arguments.work_folder), **changed)
+    with Display(sys.stderr) as display:
+        record = prune(request, display)
+    _print(arguments, record, lambda: prune_lines(record, str(request.output)))
     return 0
 
 
@@ -199,7 +214,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
     command.add_argument("model", metavar="MODEL", help=model_help)
     command.add_argument("output", metavar="OUTPUT", help="folder to create")
+    command.set_defaults(interrupted=_KEPT)
     _add_options(command, PruneRequest)
+
+    command = _command(commands, "resume", _resume, "go on with an interrupted prune")
+    command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
+    command.set_defaults(interrupted=_KEPT)
+    _add_options(command, PruneRequest, only=_MAY_CHANGE)
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
     command.add_argument("model", metavar="MODEL", help=model_help)
@@ -246,19 +267,28 @@ def _command(
 
 
 def _add_options(
-    command: argparse.ArgumentParser, kind: type[Any], without: Sequence[str] = ()
+    command: argparse.ArgumentParser,
+    kind: type[Any],
+    without: Sequence[str] = (),
+    only: Sequence[str] | None = None,
 ) -> None:
     for one in options(kind):
+        if only is not None and one.name not in only:
+            continue
         if one.name in without:
             command.set_defaults(**{one.name: one.default})
             continue
         described = one.metadata
+        flag = f"--{one.name.replace('_', '-')}"
+        if described["parse"] is bool:
+            command.add_argument(flag, action="store_true", help=described["help"])
+            continue
         shown = "" if one.default in (None, ()) else " [%(default)s]"
         help = described["help"]
         if one.name == "method":
             help = f"one of {', '.join(method_names())}"
         command.add_argument(
-            f"--{one.name.replace('_', '-')}",
+            flag,
             default=None if described["repeat"] else one.default,
             type=_typed(described["parse"]),
             choices=described["choices"] or None,

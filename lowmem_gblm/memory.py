@@ -19,6 +19,8 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 _M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD = -1
+_KEPT_AT_END_BYTES = 1 << 30
 _SMALL_BOUNDARY_BYTES = 1 << 20
 _FROM_SYSTEM_SMALL_BYTES = 1 << 16
 _FROM_SYSTEM_BYTES = 1 << 25
@@ -97,6 +99,8 @@ def settle_allocator(boundary_bytes: int = 0) -> None:
     if set_option is not None:
         small = boundary_bytes < _SMALL_BOUNDARY_BYTES
         set_option(_M_MMAP_THRESHOLD, _FROM_SYSTEM_SMALL_BYTES if small else _FROM_SYSTEM_BYTES)
+        # What is free at the end of the heap stays until `give_back_freed`.
+        set_option(_M_TRIM_THRESHOLD, _KEPT_AT_END_BYTES)
 
 
 def give_back_freed() -> None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lowmem_gblm import memory
 from lowmem_gblm.calibration import evaluation_windows, load_tokenizer, open_source
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.model.blocks import BlockStream
+from lowmem_gblm.forecast import budget_of
+from lowmem_gblm.model.blocks import prunable_weights
+from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
+from lowmem_gblm.model.stream import BlockStream
+from lowmem_gblm.planning import Plan
 from lowmem_gblm.progress import Listener, Progress, Stage
 from lowmem_gblm.request import EvalRequest, resolve_seqlen
+from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, losses_of
-from lowmem_gblm.workbench import open_model, plan_evaluation
+from lowmem_gblm.watchdog import HostWatch
+from lowmem_gblm.workbench import plan_evaluation
 
 _ON_DISK = Path("/var/tmp")
 
@@ -47,6 +57,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         seqlen=seqlen,
         windows=request.windows,
     )
+    check_tokens(opened, samples_NT)
     count = len(samples_NT)
     progress = Progress(
         [
@@ -56,19 +67,10 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         ],
         listener,
     )
-    made = plan_evaluation(opened, request, nsamples=count, seqlen=seqlen)
-    with (
-        tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=_work_folder(request)) as folder,
-        Spill(Path(folder) / "boundaries", made.host_spill_bytes) as spill,
-    ):
-        with progress.stage("embed"):
-            skeleton.fill(checkpoint)
-            embed(skeleton, samples_NT, spill, progress)
-        with progress.stage("forward"):
-            blocks = BlockStream(checkpoint, skeleton)
-            dense_sweep(blocks, skeleton, spill, count, progress, keep=False)
-        with progress.stage("loss"):
-            losses = losses_of(skeleton, samples_NT, spill, skeleton.depth, progress)
+    folder = _work_folder(request)
+    made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
+    with _watched(opened, request, made, folder), _folder(folder) as own:
+        losses = _losses(opened, request, made, samples_NT, own, progress)
     mean = sum(losses) / count
     if not math.isfinite(mean):
         sick = next(n for n, loss in enumerate(losses) if not math.isfinite(loss))
@@ -89,12 +91,63 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     }
 
 
-def _work_folder(request: EvalRequest) -> Path | None:
-    """Where boundaries wait: as asked, else where temporary files outlive memory; None: anywhere.
+def _losses(
+    opened: OpenModel,
+    request: EvalRequest,
+    made: Plan,
+    samples_NT: Tensor,
+    folder: Path,
+    progress: Progress,
+) -> list[float]:
+    """The loss of every window."""
+    checkpoint, skeleton, choices = opened.checkpoint, opened.skeleton, made.choices
+    weights = prunable_weights(checkpoint, skeleton) if request.resident_kind else None
+    blocks = BlockStream(
+        checkpoint,
+        skeleton,
+        progress,
+        weights,
+        read_ahead=choices.read_ahead,
+        copy_ahead=choices.copy_ahead,
+        compute_weights=request.resident_kind,
+    )
+    with (
+        Spill(folder, made.host_spill_bytes) as spill,
+        Conveyor(spill, skeleton.device, progress, choices.behind_bytes) as conveyor,
+    ):
+        with progress.stage("embed"), skeleton.filled(checkpoint):
+            embed(skeleton, samples_NT, conveyor, progress)
+        with progress.stage("forward"):
+            count = len(samples_NT)
+            dense_sweep(
+                blocks, skeleton, conveyor, count, progress, keep_every=None, commit=conveyor.forget
+            )
+        with progress.stage("loss"), skeleton.filled(checkpoint):
+            return losses_of(skeleton, samples_NT, conveyor, progress)
+
+
+def _watched(opened: OpenModel, request: EvalRequest, made: Plan, folder: Path) -> HostWatch:
+    """Holds the run to its budget."""
+    device = opened.skeleton.device
+    budget = budget_of(request, device, [folder])
+    if budget.gpu_bytes is not None:
+        memory.limit_gpu(device, budget.gpu_bytes)
+    return HostWatch(budget.host_bytes, planned_bytes=made.predicted.host_bytes)
+
+
+def _work_folder(request: EvalRequest) -> Path:
+    """Where boundaries wait: as asked, else where temporary files outlive memory.
 
     The usual folder for temporary files is often held in memory.
     """
     if request.work_dir is not None:
-        request.work_dir.mkdir(parents=True, exist_ok=True)
         return request.work_dir
-    return _ON_DISK if os.access(_ON_DISK, os.W_OK) else None
+    return _ON_DISK if os.access(_ON_DISK, os.W_OK) else Path(tempfile.gettempdir())
+
+
+@contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    """A new folder's name; what is put there goes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=parent) as folder:
+        yield Path(folder)

@@ -14,44 +14,33 @@ done. Which passes run follows from what the method needs (`schedule`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lowmem_gblm import memory
-from lowmem_gblm.disk.output import Output, check_absent
-from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.errors import RequestError
-from lowmem_gblm.model.blocks import Block, BlockStream
+from lowmem_gblm.disk.job import forget_finished, read_description
+from lowmem_gblm.disk.output import check_absent
+from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.forecast import speeds_of
+from lowmem_gblm.model.stream import Block
 from lowmem_gblm.model.tap import Slot
-from lowmem_gblm.planning import Plan, check_fits
-from lowmem_gblm.progress import Listener, Progress
-from lowmem_gblm.report import record, stages
-from lowmem_gblm.request import PruneRequest
-from lowmem_gblm.stats.activation import ActivationStatistic, activation_statistics
-from lowmem_gblm.sweeps.decide import Pruner, drop_gradients, store_gradients, stored_gradients
-from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
+from lowmem_gblm.planning import FLOAT32_BYTES, Plan, slices_within
+from lowmem_gblm.progress import Listener
+from lowmem_gblm.report import record
+from lowmem_gblm.request import PruneRequest, request_from_json, work_folder
+from lowmem_gblm.run import Run, begin_or_resume
+from lowmem_gblm.stats.activation import ActivationStatistic
+from lowmem_gblm.sweeps.dense import boundary, dense_sweep, embed, head_pass, learn_calls
 from lowmem_gblm.sweeps.prune import prune_sweep
 from lowmem_gblm.sweeps.reverse import reverse_sweep
-from lowmem_gblm.workbench import Workbench, open_workbench, work_folder
+from lowmem_gblm.watchdog import HostWatch
+from lowmem_gblm.workbench import open_workbench
 
-
-@dataclass(kw_only=True)
-class Run:
-    """What the passes of one run work with."""
-
-    bench: Workbench
-    blocks: BlockStream
-    spill: Spill
-    output: Output
-    pruner: Pruner
-    progress: Progress
-    losses: list[float] = field(default_factory=list)
-
-    def activations(self) -> list[ActivationStatistic]:
-        """Fresh accumulators for one block."""
-        return activation_statistics(self.bench.method.needs, len(self.bench.samples))
+_DESCRIBED = "the weights are not here: their sizes are those that config.json describes"
 
 
 def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, Any]:
@@ -69,107 +58,168 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     """
     if request.output is None:
         raise RequestError("prune needs an OUTPUT folder")
+    forget_finished(request.output, work_folder(request))
     check_absent(request.output)
     memory.reset_host_peak()
     memory.settle_allocator()
     bench = open_workbench(request)
-    memory.reset_gpu_peak(bench.opened.skeleton.device)
+    device = bench.opened.skeleton.device
+    memory.reset_gpu_peak(device)
     memory.settle_allocator(bench.opened.boundary_bytes(bench.seqlen))
-    check_fits(bench.plan, bench.budget)
-    checkpoint, skeleton = bench.opened.checkpoint, bench.opened.skeleton
-    progress = Progress(stages(bench), listener)
+    if bench.budget.gpu_bytes is not None:
+        memory.limit_gpu(device, bench.budget.gpu_bytes)
+    planned_bytes = bench.plan.predicted.host_bytes
     with (
-        Spill(work_folder(request, request.output), bench.plan.host_spill_bytes) as spill,
-        Output(request.output, checkpoint, skeleton.block_tensors) as output,
+        HostWatch(bench.budget.host_bytes, planned_bytes=planned_bytes),
+        begin_or_resume(bench, listener) as run,
     ):
-        run = Run(
-            bench=bench,
-            blocks=BlockStream(checkpoint, skeleton, bench.weights),
-            spill=spill,
-            output=output,
-            pruner=Pruner(bench.method, request.target, request.alpha, skeleton.device),
-            progress=progress,
-        )
         for name in bench.schedule.passes:
-            with progress.stage(name):
+            with run.progress.stage(name):
+                run.progress.skip(run.done(name))
                 _PASSES[name](run)
-        with progress.stage("finish"):
-            output.write_rest()
-            progress.step()
-        return output.publish(record(bench, run.pruner, run.losses, progress, output))
+        with run.progress.stage("finish"):
+            run.output.write_rest()
+            run.progress.step()
+        made = record(bench, run.pruner, run.losses, run.progress, run.output, run.job.attempts)
+        return run.output.publish(made)
 
 
-def make_plan(request: PruneRequest) -> Plan:
-    """What a run would take, from headers alone.
+def find_job(folder: Path, **changes: Any) -> PruneRequest:
+    """What to ask `prune` for to go on with an interrupted job.
+
+    Args:
+        folder: The OUTPUT.work folder that it left.
+        changes: Fields of `Resources` that shall be others than when the job was begun.
+
+    Raises:
+        JobError: There is no job, or the folder was renamed.
+    """
+    found = read_description(folder)
+    if found is None:
+        raise JobError(f"{folder} holds no job: give the OUTPUT.work folder of an interrupted run")
+    request = replace(request_from_json(found["request"]), **changes)
+    if folder.absolute().name != work_folder(request).name:
+        raise JobError(f"{folder} was renamed: it holds the job of {work_folder(request)}")
+    return replace(request, work_dir=folder.absolute().parent)
+
+
+def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:
+    """What a run would take; neither the weights nor the device need be here.
+
+    Args:
+        request: What is asked.
+        measured: Whether to measure this machine for about two seconds, for the time.
 
     Raises:
         BudgetError: It does not fit what may be used.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    bench = open_workbench(request)
-    check_fits(bench.plan, bench.budget)
-    return bench.plan
+    bench = open_workbench(request, to_plan=True)
+    made = bench.plan
+    if measured:
+        made = bench.planned(
+            speeds_of(bench.opened, bench.weights, bench.seqlen, bench.work_folder)
+        )
+    if not bench.opened.checkpoint.on_disk:
+        made = replace(made, reasons=(*made.reasons, _DESCRIBED))
+    return made
 
 
 def _embed(run: Run) -> None:
-    skeleton = run.bench.opened.skeleton
-    skeleton.fill(run.bench.opened.checkpoint)
-    embed(skeleton, run.bench.samples, run.spill, run.progress)
+    skeleton, samples_NT = run.bench.opened.skeleton, run.bench.samples
+    with skeleton.filled(run.bench.opened.checkpoint):
+        if run.done("embed"):
+            learn_calls(skeleton, samples_NT)
+        else:
+            embed(skeleton, samples_NT, run.conveyor, run.progress)
+            run.commit("embed", [])
 
 
 def _dense(run: Run) -> None:
-    skeleton, nsamples = run.bench.opened.skeleton, len(run.bench.samples)
-    dense_sweep(run.blocks, skeleton, run.spill, nsamples, run.progress, keep=True)
+    dense_sweep(
+        run.blocks,
+        run.bench.opened.skeleton,
+        run.conveyor,
+        len(run.bench.samples),
+        run.progress,
+        keep_every=run.bench.plan.choices.keep_every,
+        first=run.done("dense"),
+        commit=partial(run.commit, "dense"),
+    )
 
 
 def _head(run: Run) -> None:
+    if run.done("head"):
+        return
     skeleton, samples_NT = run.bench.opened.skeleton, run.bench.samples
-    scale = run.bench.loss_scale
-    run.losses = head_pass(skeleton, samples_NT, run.spill, run.blocks.depth, scale, run.progress)
+    with skeleton.filled(run.bench.opened.checkpoint):
+        run.losses = head_pass(
+            skeleton, samples_NT, run.conveyor, run.bench.loss_scale, run.progress
+        )
+    run.commit("head", [boundary("dense", skeleton.depth)])
 
 
 def _reverse(run: Run) -> None:
-    """Gradient magnitudes of every block: pruned and written at once, or kept for `_prune`."""
+    """Gradient magnitudes of every block, kept for `_prune`; or pruned and written at once."""
+    choices = run.bench.plan.choices
     prunes = run.bench.schedule.prune_in == "reverse"
+    held: dict[Slot, Tensor] = {}
 
-    def finish(
-        block: Block, gradients: dict[Slot, Tensor], measured: Sequence[ActivationStatistic]
-    ) -> None:
-        if prunes:
-            run.pruner.prune(block, measured, gradients.get)
-            run.output.write_block(block.index, block.raw)
+    def slices(block: Block) -> list[list[Slot]]:
+        sizes = [slot.stored(block.module).numel() * FLOAT32_BYTES for slot in block.slots]
+        parts = slices_within(sizes, choices.accumulator_bytes)
+        return [[block.slots[item] for item in part] for part in parts]
+
+    def keep(block: Block, gradients: dict[Slot, Tensor]) -> None:
+        if prunes and choices.accumulator_bytes is None:
+            held.update(gradients)
         else:
-            store_gradients(run.spill, block, gradients)
+            run.magnitudes.keep(block, gradients)
+
+    def finish(block: Block, measured: Sequence[ActivationStatistic]) -> list[str]:
+        if not prunes:
+            return []
+        whole = choices.accumulator_bytes is None
+        run.pruner.prune(block, measured, held.get if whole else partial(run.magnitudes.of, block))
+        held.clear()
+        run.write(block)
+        return run.magnitudes.names(block)
 
     reverse_sweep(
         run.blocks,
         run.bench.opened.skeleton,
-        run.spill,
+        run.conveyor,
         len(run.bench.samples),
         run.bench.gradient_norm,
         run.bench.loss_scale,
         run.progress,
-        keep_raw=prunes,
+        kept_every=choices.keep_every,
+        slices=slices,
         activations=run.activations if prunes else list,
+        keep=keep,
         finish=finish,
+        first=run.done("reverse"),
+        commit=partial(run.commit, "reverse"),
     )
 
 
 def _prune(run: Run) -> None:
-    def finish(block: Block, measured: Sequence[ActivationStatistic]) -> None:
-        run.pruner.prune(block, measured, stored_gradients(run.spill, block))
-        run.output.write_block(block.index, block.raw)
-        drop_gradients(run.spill, block)
+    def finish(block: Block, measured: Sequence[ActivationStatistic]) -> list[str]:
+        run.pruner.prune(block, measured, partial(run.magnitudes.of, block))
+        run.write(block)
+        return run.magnitudes.names(block)
 
     prune_sweep(
         run.blocks,
         run.bench.opened.skeleton,
-        run.spill,
+        run.conveyor,
         len(run.bench.samples),
         run.bench.schedule.prune_forwards,
         run.progress,
         activations=run.activations,
         finish=finish,
+        first=run.done("prune"),
+        commit=partial(run.commit, "prune"),
     )
 
 

@@ -51,27 +51,52 @@ class Progress:
 
     Attributes:
         seconds: Seconds each stage has taken.
+        waited_seconds: How many of them the computation stood still for data to arrive or leave.
     """
 
     def __init__(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.waited_seconds: dict[str, float] = {}
         self._stages = {stage.name: stage for stage in stages}
         self._listener = listener
         self._total_cost = sum(stage.cost for stage in stages)
         self._finished_cost = 0.0
+        self._skipped_cost = 0.0
+        self._earlier: dict[str, float] = {}
         self._start = time.monotonic()
         self._stage: Stage | None = None
+        self._waited = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything within belongs to the named stage."""
         self._stage = self._stages[name]
         self._step = 0
+        self._waited = 0.0
         self._stage_start = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - self._stage_start, 3)
+        spent = time.monotonic() - self._stage_start + self._earlier.get(name, 0.0)
+        self.seconds[name] = round(spent, 3)
+        self.waited_seconds[name] = round(self._waited, 3)
         self._finished_cost += self._stage.cost
         self._stage = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, the computation stands still for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def skip(self, count: int) -> None:
+        """So many steps of the current stage were done by an earlier attempt."""
+        assert self._stage is not None, "a step belongs to a stage"
+        self._step += count
+        self._skipped_cost += self._stage.cost * count / self._stage.steps
+
+    def remember(self, name: str, seconds: float) -> None:
+        """An earlier attempt has spent this time on a stage."""
+        self._earlier[name] = self._earlier.get(name, 0.0) + seconds
 
     def step(self) -> None:
         """One step of the current stage is done."""
@@ -81,7 +106,8 @@ class Progress:
             return
         now = time.monotonic()
         done = self._finished_cost + self._stage.cost * self._step / self._stage.steps
-        left_s = (now - self._start) * (self._total_cost / done - 1) if done else None
+        own = done - self._skipped_cost
+        left_s = (now - self._start) * (self._total_cost - done) / own if own > 0 else None
         self._listener(
             Tick(
                 stage=self._stage.name,
@@ -94,5 +120,5 @@ class Progress:
         )
 
     def total_seconds(self) -> float:
-        """Seconds since the run began."""
-        return round(time.monotonic() - self._start, 3)
+        """Seconds since the run began, with those of earlier attempts."""
+        return round(time.monotonic() - self._start + sum(self._earlier.values()), 3)

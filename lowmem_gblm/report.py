@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import platform
-from importlib import metadata
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lowmem_gblm import memory
-from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.disk.output import Output
+from lowmem_gblm.identity import fingerprints, identity, versions
 from lowmem_gblm.progress import Progress, Stage
-from lowmem_gblm.request import PruneRequest, options
+from lowmem_gblm.schedule import reverse_order
 from lowmem_gblm.sweeps.decide import Pruner
 from lowmem_gblm.workbench import Workbench
 
 _WORTH_A_NOTE = 0.01
-_PACKAGES = ("lowmem-gblm", "torch", "transformers", "safetensors", "accelerate", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def stages(bench: Workbench) -> list[Stage]:
@@ -40,10 +23,11 @@ def stages(bench: Workbench) -> list[Stage]:
     shares = bench.schedule.flop_shares
     per_share = block_cost / max(1, bench.schedule.flops_per_parameter_and_token)
     nsamples, depth = len(bench.samples), bench.opened.skeleton.depth
+    blocks = {"reverse": len(reverse_order(depth, bench.plan.choices.keep_every))}
     found = [
         Stage(
             name=name,
-            steps=depth if name in shares else nsamples,
+            steps=blocks.get(name, depth) if name in shares else nsamples,
             cost=shares.get(name, 0) * per_share,
         )
         for name in bench.schedule.passes
@@ -57,6 +41,7 @@ def record(
     losses: list[float],
     progress: Progress,
     output: Output,
+    attempts: int,
 ) -> dict[str, Any]:
     """The content of pruning.json."""
     checkpoint = bench.opened.checkpoint
@@ -64,46 +49,36 @@ def record(
     numel = sum(math.prod(one["shape"]) for one in pruner.tensors.values())
     tensors = {name: pruner.tensors[name] for name in checkpoint.tensors if name in pruner.tensors}
     return {
-        **_asked(bench),
+        "model": bench.request.model,
+        **identity(bench.request, bench.opened, bench.seqlen),
         "group": bench.method.group,
         "updates_weights": bench.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(losses) / len(losses) if losses else None,
-        "notes": [*_unused(bench), *_dense(bench), *pruner.notes],
+        "notes": [
+            *bench.other_rounding,
+            *bench.plan.reasons,
+            *_unused(bench),
+            *_dense(bench),
+            *pruner.notes,
+        ],
         "tensors": tensors,
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
+        "waited_seconds": progress.waited_seconds,
         "memory": {
             "host_peak_bytes": memory.host_peak_bytes(),
-            "host_planned_bytes": bench.plan.host_bytes,
+            "host_planned_bytes": bench.plan.predicted.host_bytes,
             "gpu_peak_bytes": memory.gpu_peak_bytes(device),
-            "gpu_planned_bytes": bench.plan.gpu_bytes,
+            "gpu_planned_bytes": bench.plan.predicted.gpu_bytes,
         },
         "bytes": {"read": checkpoint.bytes_read, "written": output.bytes_written},
+        "choices": asdict(bench.plan.choices),
         "flops": bench.plan.flops,
         "versions": versions(),
         "fingerprints": fingerprints(checkpoint, bench.samples),
+        "shards": output.shards,
+        "attempts": attempts,
     }
-
-
-def _asked(bench: Workbench) -> dict[str, Any]:
-    """What identifies the job, as the person asked for it and as it was understood."""
-    request = bench.request
-    identity = {
-        one.name: getattr(request, one.name)
-        for one in options(PruneRequest)
-        if one.metadata["identity"]
-    }
-    understood = {
-        "sparsity": float(request.target.sparsity),
-        "pattern": str(request.target),
-        "calibration": request.calibration_text,
-        "seqlen": bench.seqlen,
-        "include": list(request.include),
-        "exclude": list(request.exclude),
-        "device": _device_name(bench.opened.skeleton.device),
-        "dtype": str(bench.opened.skeleton.dtype).removeprefix("torch."),
-    }
-    return {"model": request.model, **identity, **understood}
 
 
 def _unused(bench: Workbench) -> list[str]:
@@ -135,17 +110,3 @@ def _dense(bench: Workbench) -> list[str]:
         f"{len(dense)} matrices inside decoder blocks ({share:.1%} of their weights) stay dense: "
         f"{dense[0]}"
     ]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def fingerprints(checkpoint: Checkpoint, samples_NT: Tensor) -> dict[str, str]:
-    """SHA-256 of what went in: names, dtypes, shapes and places in the source, and the samples."""
-    source = hashlib.sha256()
-    for entry in checkpoint.tensors.values():
-        line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
-        source.update(line.encode())
-    samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
-    return {"source_headers": source.hexdigest(), "calibration_tokens": samples.hexdigest()}

@@ -6,11 +6,12 @@ The command line, the Python API and the record of a run are all made from these
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.masks import Pattern, parse_pattern
@@ -75,22 +76,33 @@ class Resources:
         "precision of the computation; auto: the checkpoint's, and float32 for float16 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    compute_weights: str = option(
+        "auto",
+        "how the matrices of the resident block are held to compute statistics with; nf4 and int8 "
+        "take less GPU memory, and give other statistics; the masks go to the weights on disk",
+        choices=("auto", "nf4", "int8"),
+    )
     gpu_memory: int | None = option(
-        None, "GPU memory to use at most, as 22GiB", identity=False, parse=parse_bytes,
-        metavar="SIZE",
+        None, "GPU memory to use at most, as 22GiB [what is free]", identity=False,
+        parse=parse_bytes, metavar="SIZE",
     )  # fmt: skip
     cpu_memory: int | None = option(
-        None, "host memory to use at most, as 48GiB", identity=False, parse=parse_bytes,
-        metavar="SIZE",
+        None, "host memory to use at most, as 48GiB [what is free]", identity=False,
+        parse=parse_bytes, metavar="SIZE",
     )  # fmt: skip
     disk: int | None = option(
-        None, "disk space to use at most, as 200GiB", identity=False, parse=parse_bytes,
-        metavar="SIZE",
+        None, "disk space to use at most, as 200GiB [what is free]", identity=False,
+        parse=parse_bytes, metavar="SIZE",
     )  # fmt: skip
     work_dir: Path | None = option(
         None, "folder for what waits between passes [OUTPUT.work]", identity=False, parse=Path,
         metavar="DIR",
     )  # fmt: skip
+
+    @property
+    def resident_kind(self) -> Literal["nf4", "int8"] | None:
+        """In what the matrices of the resident block are held; None: as they are computed."""
+        return None if self.compute_weights == "auto" else cast(Any, self.compute_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +151,10 @@ class PruneRequest(Resources):
         "what a block's input norms come from: the model pruned so far, or the dense one",
         choices=("pruned", "dense"),
     )
+    accept_other_rounding: bool = option(
+        False, "go on with an interrupted job on another device than it was begun on",
+        identity=False, parse=bool,
+    )  # fmt: skip
     include: tuple[str, ...] = option(
         (), "prune only tensors whose name matches (repeatable)", metavar="GLOB", repeat=True
     )
@@ -199,6 +215,38 @@ class EvalRequest(Resources):
     def evaluation_text(self) -> str:
         """What perplexity is measured on: as asked, else WikiText-2, or the embedded text."""
         return self.text or (DEMO if self.model == DEMO else "wikitext2")
+
+
+def work_folder(request: PruneRequest) -> Path:
+    """Where boundaries and gradients wait: as asked, else beside the output."""
+    output = request.output or Path("pruned")
+    return (request.work_dir or output.parent) / f"{output.name}.work"
+
+
+def to_json(request: PruneRequest) -> dict[str, Any]:
+    """Everything that was asked, paths in full, so that it can be asked again from anywhere."""
+    asked = {one.name: getattr(request, one.name) for one in fields(request)}
+    if Path(request.model).exists():
+        asked["model"] = str(Path(request.model).absolute())
+    for name in ("output", "work_dir"):
+        if asked[name] is not None:
+            asked[name] = str(asked[name].absolute())
+    if request.calibration is not None and Path(request.calibration).exists():
+        asked["calibration"] = str(Path(request.calibration).absolute())
+    if request.sparsity is not None:
+        asked["sparsity"] = str(request.sparsity)
+    return asked
+
+
+def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
+    """What `to_json` was made from."""
+    values = dict(asked)
+    for name in ("output", "work_dir"):
+        if values[name] is not None:
+            values[name] = Path(values[name])
+    for name in ("include", "exclude"):
+        values[name] = tuple(values[name])
+    return PruneRequest(**values)
 
 
 def options(request_class: type) -> list[Field[Any]]:

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowmem_gblm
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.hollow import hollow_model
+from lowmem_gblm.model.opened import open_model
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Product, Slot, Tap
 from lowmem_gblm.request import Resources
 from lowmem_gblm.stats.gradient import Gradient, loss_scale
-from lowmem_gblm.workbench import open_model
 
 SIZES = {
     "vocab_size": 320, "max_position_embeddings": 128, "num_hidden_layers": 2, "hidden_size": 32,

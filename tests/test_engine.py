@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_gblm
 from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.model.blocks import BlockStream, prunable_weights
+from lowmem_gblm.model.blocks import prunable_weights
+from lowmem_gblm.model.opened import open_model
+from lowmem_gblm.model.stream import BlockStream
 from lowmem_gblm.progress import Progress, Stage
 from lowmem_gblm.request import Resources
 from lowmem_gblm.stats.activation import activation_statistics
+from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
 from lowmem_gblm.sweeps.reverse import reverse_sweep
-from lowmem_gblm.workbench import open_model
 
 NSAMPLES, SEQLEN = 4, 48
 SHARDED = {"llama", "mixtral"}
@@ -60,32 +62,51 @@ def case(
 
 
 def stream_statistics(
-    case: Case, folder: Path, norm: str
+    case: Case, folder: Path, norm: str, *, kept_every: int = 1, slices: int = 1
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Losses, and by name on disk gradient magnitudes and input norms of the dense model."""
     opened = open_model(str(case.folder), Resources())
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
-    blocks = BlockStream(checkpoint, skeleton, prunable_weights(checkpoint, skeleton))
     progress = Progress([Stage(name="all", steps=1000, cost=1)])
+    blocks = BlockStream(checkpoint, skeleton, progress, prunable_weights(checkpoint, skeleton))
     gradients: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
 
-    def finish(block, found, measured):
+    def keep(block, found):
         for weight in block.weights:
-            shape = weight.out_features, weight.in_features
-            stored = found.get(weight.slot)
-            seen = torch.zeros(shape) if stored is None else weight.in_slot(stored)
-            gradients[weight.name] = seen
-            norms[weight.name] = found_norm(measured[0], weight)
+            if weight.slot in found:
+                gradients[weight.name] = weight.in_slot(found[weight.slot])
 
-    with Spill(folder) as spill, progress.stage("all"):
-        skeleton.fill(checkpoint)
-        embed(skeleton, case.samples, spill, progress)
-        dense_sweep(blocks, skeleton, spill, NSAMPLES, progress, keep=True)
-        losses = head_pass(skeleton, case.samples, spill, blocks.depth, 1.0, progress)
+    def finish(block, measured):
+        for weight in block.weights:
+            gradients.setdefault(weight.name, torch.zeros(weight.out_features, weight.in_features))
+            norms[weight.name] = found_norm(measured[0], weight)
+        return []
+
+    folder.mkdir()
+    with (
+        Spill(folder) as spill,
+        Conveyor(spill, skeleton.device, progress, 1 << 20) as conveyor,
+        progress.stage("all"),
+    ):
+        with skeleton.filled(checkpoint):
+            embed(skeleton, case.samples, conveyor, progress)
+        dense_sweep(
+            blocks,
+            skeleton,
+            conveyor,
+            NSAMPLES,
+            progress,
+            keep_every=kept_every,
+            commit=conveyor.forget,
+        )
+        with skeleton.filled(checkpoint):
+            losses = head_pass(skeleton, case.samples, conveyor, 1.0, progress)
         reverse_sweep(
-            blocks, skeleton, spill, NSAMPLES, norm, 1.0, progress, keep_raw=False,
-            activations=lambda: activation_statistics({"input_norm"}, NSAMPLES), finish=finish,
+            blocks, skeleton, conveyor, NSAMPLES, norm, 1.0, progress, kept_every=kept_every,
+            slices=lambda block: [block.slots[part::slices] for part in range(slices)],
+            activations=lambda: activation_statistics({"input_norm"}, NSAMPLES),
+            keep=keep, finish=finish, commit=conveyor.forget,
         )  # fmt: skip
     return losses, gradients, norms
 
@@ -110,6 +131,18 @@ def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
     for name in expected:
         assert torch.equal(gradients[name], expected[name]), name
         assert torch.equal(norms[name], expected_norms[name]), name
+
+
+@pytest.mark.parametrize(("kept_every", "slices"), [(2, 1), (3, 2), (1, 4)])
+def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
+    case: Case, kept_every: int, slices: int, tmp_path: Path
+) -> None:
+    plain = stream_statistics(case, tmp_path / "plain", "l1")
+    other = stream_statistics(case, tmp_path / "other", "l1", kept_every=kept_every, slices=slices)
+    assert plain[0] == other[0]
+    for expected, found in zip(plain[1:], other[1:], strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("activations", ["pruned", "dense"])

@@ -31,9 +31,9 @@ class Residents:
                 self.buffers.add(tensor.untyped_storage().data_ptr())
             return tensor
 
-        def watching_load(skeleton: Skeleton, index: int, tensors: dict) -> None:
+        def watching_load(skeleton: Skeleton, index: int, tensors: dict, **options) -> None:
             self.trace.append(str(index))
-            load(skeleton, index, tensors)
+            load(skeleton, index, tensors, **options)
             blocks = map(skeleton.block, range(skeleton.depth))
             live = [block for block in blocks if not all(p.is_meta for p in block.parameters())]
             self.most = max(self.most, len(live))

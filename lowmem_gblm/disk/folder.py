@@ -1,21 +1,28 @@
-"""Folders that belong to one running job: marked as ours, locked while the process lives."""
+"""Folders that belong to one job: marked as ours, locked while the process lives."""
 
 from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+from lowmem_gblm.disk.publish import TEMPORARY
 from lowmem_gblm.errors import JobError
 
 MARK = ".lowmem-gblm"
 
 
-class OwnFolder:
-    """An empty folder for this process alone.
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 for one that is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    What an interrupted run left there is removed; the mark tells it from a folder of somebody
-    else's. The lock on the mark is the kernel's, so a dead process does not keep it.
+
+class OwnFolder:
+    """A folder for this process alone; made if it is not there.
+
+    The mark tells it from a folder of somebody else's. The lock on the mark is the kernel's, so a
+    dead process does not keep it.
 
     Raises:
         JobError: The folder exists without the mark, or another process is using it.
@@ -35,7 +42,25 @@ class OwnFolder:
         except BlockingIOError:
             self._lock.close()
             raise JobError(f"another process is using {path}: wait for it, or end it") from None
-        self._empty()
+
+    def empty(self, but: Collection[str] = ()) -> None:
+        """Remove what an earlier process left there, but for files of these names."""
+        for child in self.path.iterdir():
+            if child.name in but:
+                continue
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            elif child.name != MARK:
+                child.unlink()
+
+    def remove_temporary(self) -> None:
+        """Remove what an earlier process had not finished writing."""
+        for child in self.path.rglob(f"*{TEMPORARY}"):
+            child.unlink()
+
+    def close(self) -> None:
+        """Let others use the folder; it stays as it is."""
+        self._lock.close()
 
     def release(self, path: Path) -> None:
         """Give up the folder, by now called `path`, and keep its content."""
@@ -46,10 +71,3 @@ class OwnFolder:
         """Remove the folder and what is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
-
-    def _empty(self) -> None:
-        for child in self.path.iterdir():
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            elif child.name != MARK:
-                child.unlink()

@@ -9,23 +9,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, TensorEntry, raw_bytes
-from lowmem_gblm.disk.folder import MARK, OwnFolder
+from lowmem_gblm.disk.files import ordinary_file, side_files
+from lowmem_gblm.disk.folder import OwnFolder
 from lowmem_gblm.disk.publish import publish_file, publish_folder, publish_json
 from lowmem_gblm.errors import JobError
 
 RECORD = "pruning.json"
-_WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",
-}  # fmt: skip
-_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 
 class Output:
@@ -35,37 +34,84 @@ class Output:
         final: The folder that will appear.
         source: The checkpoint being pruned.
         blocks: Names on disk of the tensors of every decoder block.
+        keep: Shards that an earlier attempt has finished; anything else it left is removed.
+
+    Attributes:
+        shards: Finished shards, each with its `bytes` and its `sha256`.
 
     Raises:
-        JobError: `final` exists, or `final.partial` is in use or not a leftover of this tool.
+        JobError: `final` exists; or `final.partial` is in use, is not a leftover of this tool, or
+            lacks a finished shard.
     """
 
-    def __init__(self, final: Path, source: Checkpoint, blocks: list[list[str]]) -> None:
+    def __init__(
+        self,
+        final: Path,
+        source: Checkpoint,
+        blocks: list[list[str]],
+        keep: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.final = final
         check_absent(final)
-        self.partial = final.with_name(final.name + ".partial")
+        self.shards = dict(keep or {})
+        self._told = set(self.shards)
+        self.partial = partial_folder(final)
         self.bytes_written = 0
         self._source = source
         self._blocks = blocks
         in_blocks = {name for names in blocks for name in names}
         self._rest = [name for name in source.tensors if name not in in_blocks]
         self._folder = OwnFolder(self.partial)
+        self._clean()
+        self._writer = ThreadPoolExecutor(1, "write-block")
+        self._written: Future[None] | None = None
 
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Without `publish`, what was written goes."""
-        if self.partial.exists():
+    def close(self, *, keep: bool) -> None:
+        """Without `publish`, what was written stays for another attempt, or goes."""
+        self._writer.shutdown()
+        if self.partial.exists() and not keep:
             self._folder.remove()
+        else:
+            self._folder.close()
 
-    def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Publish the shard of decoder block `index`; tensors are CPU, dtypes as in the source."""
-        self._write_shard(self._shard(index), self._blocks[index], tensors.__getitem__)
+    def news(self) -> dict[str, Any]:
+        """The shards finished since this was last asked, for the journal."""
+        fresh = {name: shard for name, shard in self.shards.items() if name not in self._told}
+        self._told |= fresh.keys()
+        return fresh
+
+    def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
+        """Publish the shard of decoder block `index` in a thread of its own.
+
+        Args:
+            tensors: On the CPU, dtypes as in the source; not to be modified before it is done.
+
+        Returns:
+            What tells when it is done.
+
+        Raises:
+            OSError: An earlier block could not be written.
+        """
+        self.settle()
+        write = partial(_write_tensors, tensors=dict(tensors))
+        shard, names = self._shard(index), self._blocks[index]
+        self._written = self._writer.submit(self._write_shard, shard, names, write)
+        return self._written
+
+    def settle(self) -> None:
+        """Wait until the last block has been written.
+
+        Raises:
+            OSError: It could not be.
+        """
+        if self._written is not None:
+            self._written.result()
+            self._written = None
 
     def write_rest(self) -> None:
         """Write the shard of everything that no block holds, and copy the side files."""
-        self._write_shard(self._shard(len(self._blocks)), self._rest, self._source.read)
+        self.settle()
+        self._write_shard(self._shard(len(self._blocks)), self._rest, self._copy_tensors)
         copy_side_files(self._source.folder, self.partial)
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +125,18 @@ class Output:
         publish_folder(self.partial, self.final)
         self._folder.release(self.final)
         return record
+
+    def _clean(self) -> None:
+        """Remove what an earlier attempt left and had not finished."""
+        self._folder.empty(but=self.shards)
+        for shard, finished in self.shards.items():
+            path = self.partial / shard
+            if not path.is_file() or path.stat().st_size != finished["bytes"]:
+                self._folder.close()
+                raise JobError(
+                    f"{path} was written by an interrupted run and is missing or damaged: remove "
+                    f"{self.partial} and the work folder to begin anew, and look at the disk"
+                )
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}.safetensors"
@@ -94,19 +152,46 @@ class Output:
             "weight_map": dict(sorted(weight_map.items())),
         }
 
+    def _copy_tensors(self, file: _Hashing, entries: list[TensorEntry]) -> None:
+        for entry in entries:
+            for piece in self._source.pieces(entry.name):
+                file.write(piece)
+
     def _write_shard(
-        self, shard: str, names: list[str], tensor: Callable[[str], torch.Tensor]
+        self,
+        shard: str,
+        names: list[str],
+        write_data: Callable[[_Hashing, list[TensorEntry]], None],
     ) -> None:
         entries = [self._source.tensors[name] for name in names]
         header = _header(entries)
 
-        def write(file: BinaryIO) -> None:
+        def write(file: _Hashing) -> None:
             file.write(header)
-            for entry in entries:
-                _write_tensor(file, entry, tensor(entry.name))
+            write_data(file, entries)
 
-        publish_file(self.partial / shard, write)
-        self.bytes_written += len(header) + sum(entry.nbytes for entry in entries)
+        hashed = sha256()
+        publish_file(self.partial / shard, lambda file: write(_Hashing(file, hashed)))
+        size = len(header) + sum(entry.nbytes for entry in entries)
+        self.bytes_written += size
+        self.shards[shard] = {"bytes": size, "sha256": hashed.hexdigest()}
+
+
+class _Hashing:
+    """A file that knows the SHA-256 of what was written into it."""
+
+    def __init__(self, file: BinaryIO, hashed: Any) -> None:
+        self._file = file
+        self._hashed = hashed
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hashed.update(data)
+        self._file.write(data)
+
+
+def partial_folder(final: Path) -> Path:
+    """Where an output is written until it is whole."""
+    return final.with_name(f"{final.name}.partial")
 
 
 def check_absent(final: Path) -> None:
@@ -120,30 +205,18 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Symbolic links (as in a Hub cache) are followed; caches and version control are left out.
     """
-    for folder, folders, files in os.walk(source):
-        folders[:] = sorted(
-            name
-            for name in set(folders) - _SKIPPED_FOLDERS
-            if not Path(folder, name, MARK).exists()
-        )
-        for name in sorted(files):
-            path = Path(folder, name)
-            relative = path.relative_to(source)
-            if _is_weight_file(name) or relative == Path(RECORD):
-                continue
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            publish_file(target / relative, partial(_copy, path))
+    for path in side_files(source):
+        relative = path.relative_to(source)
+        if relative == Path(RECORD):
+            continue
+        ordinary_file(source, path)
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        publish_file(target / relative, partial(_copy, path))
 
 
 def _copy(source: Path, target: BinaryIO) -> None:
     with open(source, "rb") as file:
         shutil.copyfileobj(file, target)
-
-
-def _is_weight_file(name: str) -> bool:
-    if name.endswith(".index.json") or name == MARK:
-        return True
-    return Path(name).suffix in _WEIGHT_SUFFIXES
 
 
 def _header(entries: Iterable[TensorEntry]) -> bytes:
@@ -162,7 +235,11 @@ def _header(entries: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: BinaryIO, entry: TensorEntry, tensor: torch.Tensor) -> None:
-    assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name
-    if entry.nbytes:
-        file.write(raw_bytes(tensor.contiguous()))
+def _write_tensors(
+    file: _Hashing, entries: list[TensorEntry], *, tensors: dict[str, torch.Tensor]
+) -> None:
+    for entry in entries:
+        tensor = tensors[entry.name]
+        assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name
+        if entry.nbytes:
+            file.write(raw_bytes(tensor.contiguous()))

@@ -22,21 +22,77 @@ def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         FileExistsError: `path` exists; nothing is ever overwritten.
         OSError: The disk is full or failing; the temporary file is removed.
     """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already")
-    temporary = path.with_name(path.name + TEMPORARY)
+    growing = GrowingFile(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(growing.descriptor, "wb", closefd=False) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
+        growing.publish()
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        growing.discard()
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
-    _flush_folder(path.parent)
+
+
+class GrowingFile:
+    """A file that is written little by little, and has its name only when it is whole.
+
+    Args:
+        path: The name it will have.
+
+    Raises:
+        FileExistsError: `path` exists; nothing is ever overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already")
+        self.path = path
+        self.size_bytes = 0
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def append(self, data: memoryview) -> int:
+        """Write at the end; returns where that was.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        start = self.size_bytes
+        try:
+            while data:
+                count = os.pwrite(self.descriptor, data, self.size_bytes)
+                self.size_bytes += count
+                data = data[count:]
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        return start
+
+    def publish(self) -> None:
+        """Give it its name. Nothing can be written any more.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        try:
+            os.fsync(self.descriptor)
+            os.rename(self._temporary, self.path)
+            _flush_folder(self.path.parent)
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        self._close()
+
+    def discard(self) -> None:
+        """Remove it, unless it has been published."""
+        if self.descriptor >= 0:
+            self._temporary.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def publish_json(path: Path, value: Any) -> None:

@@ -1,33 +1,50 @@
 """Tensors that wait outside the device: hidden states between blocks, gradient magnitudes.
 
-A spill holds as much as it may in host memory and the rest in files of the work folder, so that
-memory does not depend on how many blocks or samples there are.
+A spill holds as much as it may in host memory and the rest in files of the work folder, one file a
+name, so that memory does not depend on how many blocks or samples there are.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowmem_gblm.disk.checkpoint import raw_bytes
-from lowmem_gblm.disk.folder import OwnFolder
+from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, DTYPES, raw_bytes
+from lowmem_gblm.disk.publish import GrowingFile
+from lowmem_gblm.errors import JobError
+
+# Of one name: for every item its place, dtype and shape, as the journal keeps it.
+Table = list[tuple[int, int, str, list[int]]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in its file a tensor lies."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class Spill:
     """Named tensors, written once, read any number of times, dropped when no longer needed.
 
     Args:
-        folder: Work folder; created, and removed on leaving the `with`.
+        folder: Where files go; must exist.
         host_bytes: How much may stay in host memory.
     """
 
     def __init__(self, folder: Path, host_bytes: int = 0) -> None:
-        self._folder = OwnFolder(folder)
+        self._folder = folder
         self._room_bytes = host_bytes
         self._held: dict[tuple[str, int], torch.Tensor] = {}
-        self._files: dict[tuple[str, int], tuple[torch.dtype, torch.Size]] = {}
+        self._places: dict[tuple[str, int], _Place] = {}
+        self._growing: dict[str, GrowingFile] = {}
 
     def write(self, name: str, item: int, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""
@@ -37,46 +54,115 @@ class Spill:
             self._room_bytes -= size
             self._held[name, item] = tensor.to("cpu", copy=True)
             return
-        self._path(name).mkdir(exist_ok=True)
-        path = self._path(name) / str(item)
-        try:
-            path.write_bytes(raw_bytes(tensor.to("cpu").contiguous()))
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
-        self._files[name, item] = (tensor.dtype, tensor.shape)
+        if name not in self._growing:
+            self._growing[name] = GrowingFile(self._path(name))
+        tensor = tensor.to("cpu").contiguous()
+        offset = self._growing[name].append(raw_bytes(tensor))
+        self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
 
     def holds(self, name: str, item: int) -> bool:
         """Whether something was written under this name and item."""
-        return (name, item) in self._held or (name, item) in self._files
+        return (name, item) in self._held or (name, item) in self._places
 
     def read(self, name: str, item: int) -> torch.Tensor:
-        """The tensor, on the CPU; not to be modified."""
+        """The tensor, on the CPU; not to be modified.
+
+        Raises:
+            JobError: Its file is gone, or has become shorter.
+        """
         if (name, item) in self._held:
             return self._held[name, item]
-        dtype, shape = self._files[name, item]
-        tensor = torch.empty(shape, dtype=dtype)
-        with open(self._path(name) / str(item), "rb") as file:
-            count = file.readinto(raw_bytes(tensor))
-        assert count == tensor.nbytes, f"spilled tensor {name}/{item} was cut short"
+        place = self._places[name, item]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        growing = self._growing.get(name)
+        if growing is not None:
+            _fill(growing.descriptor, raw_bytes(tensor), place.offset, self._path(name))
+            return tensor
+        descriptor = self._opened(name)
+        try:
+            _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name))
+        finally:
+            os.close(descriptor)
         return tensor
+
+    def publish(self, but: Collection[str] = ()) -> dict[str, Table]:
+        """Make what was written since the last time durable, but for these names.
+
+        Returns:
+            What `adopt` needs to know of it.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        tables = {}
+        for name in [name for name in self._growing if name not in but]:
+            self._growing.pop(name).publish()
+            tables[name] = self._table(name)
+        return tables
+
+    def adopt(self, tables: Mapping[str, Any]) -> None:
+        """Take over files that an earlier run has published.
+
+        Raises:
+            JobError: One is missing or has another size.
+        """
+        for name, table in tables.items():
+            end = 0
+            for item, offset, dtype, shape in table:
+                place = _Place(offset, DTYPES[dtype], tuple(shape))
+                self._places[name, item] = place
+                end = max(end, offset + place.dtype.itemsize * torch.Size(shape).numel())
+            path = self._path(name)
+            if not path.is_file() or path.stat().st_size != end:
+                raise _damaged(path)
 
     def drop(self, name: str) -> None:
         """Forget everything under `name`."""
         for key in [key for key in self._held if key[0] == name]:
             self._room_bytes += self._held.pop(key).nbytes
-        for key in [key for key in self._files if key[0] == name]:
-            del self._files[key]
-        shutil.rmtree(self._path(name), ignore_errors=True)
+        for key in [key for key in self._places if key[0] == name]:
+            del self._places[key]
+        if name in self._growing:
+            self._growing.pop(name).discard()
+        self._path(name).unlink(missing_ok=True)
 
     def __enter__(self) -> Spill:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Forget everything and remove the folder."""
+        """What was not published goes."""
+        for growing in self._growing.values():
+            growing.discard()
+        self._growing.clear()
         self._held.clear()
-        self._files.clear()
-        self._folder.remove()
+
+    def _table(self, name: str) -> Table:
+        return [
+            (item, place.offset, DTYPE_NAMES[place.dtype], list(place.shape))
+            for (other, item), place in self._places.items()
+            if other == name
+        ]
+
+    def _opened(self, name: str) -> int:
+        try:
+            return os.open(self._path(name), os.O_RDONLY)
+        except FileNotFoundError:
+            raise _damaged(self._path(name)) from None
 
     def _path(self, name: str) -> Path:
-        return self._folder.path / name
+        return self._folder / name
+
+
+def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise _damaged(path)
+        done += count
+
+
+def _damaged(path: Path) -> JobError:
+    return JobError(
+        f"{path} is missing or damaged: remove {path.parent} to begin anew, and look at the disk"
+    )

@@ -1,28 +1,21 @@
-"""One decoder block at a time: reading the next one ahead, and what in a block can be pruned."""
+"""What in a decoder block can be pruned, from headers and the hollow model alone."""
 
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.errors import NonFiniteError, RequestError
-from lowmem_gblm.memory import give_back_freed
+from lowmem_gblm.errors import RequestError
 from lowmem_gblm.model.names import Region
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot
 
-_BUFFERS = 2
-_ALIGNMENT_BYTES = 64
 _ROUTER = re.compile(r"^(gate|shared_expert_gate)$|router", re.IGNORECASE)
 
 
@@ -72,131 +65,6 @@ class PrunableWeight:
         return part.mT if self.slot.in_first else part
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """A decoder block whose parameters are resident.
-
-    Attributes:
-        index: Its position, from 0.
-        module: The module.
-        raw: Its tensors as they lie on disk, by name; on a CPU the module may share their memory.
-        weights: What can be pruned in it.
-    """
-
-    index: int
-    module: nn.Module
-    raw: dict[str, Tensor]
-    weights: list[PrunableWeight]
-
-    @property
-    def slots(self) -> list[Slot]:
-        """The matrices that the block multiplies with, each once."""
-        return list(dict.fromkeys(weight.slot for weight in self.weights))
-
-
-class BlockStream:
-    """Reads decoder blocks in a given order, one ahead of the one that is resident.
-
-    Args:
-        checkpoint: Where the tensors are.
-        skeleton: The model they are loaded into.
-        weights: What can be pruned in every block; None where nobody asks.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        skeleton: Skeleton,
-        weights: Sequence[list[PrunableWeight]] | None = None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._skeleton = skeleton
-        self._weights = weights or [[] for _ in range(skeleton.depth)]
-        self._buffers = _Buffers(
-            max(self._room(names) for names in skeleton.block_tensors),
-            pinned=skeleton.device.type == "cuda",
-        )
-
-    @property
-    def depth(self) -> int:
-        """Number of decoder blocks."""
-        return self._skeleton.depth
-
-    def stream(self, order: Sequence[int], *, keep_raw: bool) -> Iterator[Block]:
-        """Make the blocks resident one after the other; a block is freed when the next is asked.
-
-        Blocks are read into two buffers that are used over and over: at any time there are at
-        most two blocks in host memory, the resident one and the next.
-
-        Args:
-            order: Which blocks, in which order.
-            keep_raw: Whether `Block.raw` is wanted; without it, `raw` is empty.
-        """
-        following = iter(order)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-            pending = deque(reader.submit(self._read, index) for index in islice(following, 1))
-            for index in order:
-                raw, buffer = pending.popleft().result()
-                pending.extend(reader.submit(self._read, next_) for next_ in islice(following, 1))
-                self._skeleton.load_block(index, raw)
-                if not keep_raw:
-                    raw.clear()
-                try:
-                    yield Block(
-                        index=index,
-                        module=self._skeleton.block(index),
-                        raw=raw,
-                        weights=self._weights[index],
-                    )
-                finally:
-                    self._skeleton.free_block(index)
-                    # The consumer may still hold the Block: its tensors go all the same.
-                    raw.clear()
-                    self._buffers.give_back(buffer)
-                    give_back_freed()
-
-    def _read(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The tensors of a block, and the buffer that they lie in."""
-        buffer = self._buffers.take()
-        raw: dict[str, Tensor] = {}
-        position = 0
-        for name in self._skeleton.block_tensors[index]:
-            size = self._checkpoint.tensors[name].nbytes
-            part = buffer[position : position + size]
-            raw[name] = _finite(name, self._checkpoint.read(name, part))
-            position += _aligned(size)
-        return raw, buffer
-
-    def _room(self, names: Sequence[str]) -> int:
-        return sum(_aligned(self._checkpoint.tensors[name].nbytes) for name in names)
-
-
-class _Buffers:
-    """Two pieces of host memory that take turns: one for the resident block, one for the next."""
-
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        self._size_bytes = size_bytes
-        self._pinned = pinned
-        self._free: deque[Tensor] = deque()
-        self.taken = 0
-
-    def take(self) -> Tensor:
-        self.taken += 1
-        assert self.taken <= _BUFFERS, "a block is read while two are in memory"
-        if self._free:
-            return self._free.popleft()
-        return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-
-    def give_back(self, buffer: Tensor) -> None:
-        self.taken -= 1
-        self._free.append(buffer)
-
-
-def _aligned(size_bytes: int) -> int:
-    """Up to the next multiple of a cache line, where the next tensor may begin."""
-    return size_bytes + -size_bytes % _ALIGNMENT_BYTES
-
-
 def prunable_weights(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
@@ -223,16 +91,6 @@ def prunable_weights(
     if not any(blocks):
         raise RequestError("--include and --exclude leave nothing to prune")
     return blocks
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises `NonFiniteError` if a NaN or an infinity is in it."""
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel():
-        # Unlike `isfinite().all()` this takes no memory; a NaN is its own minimum and maximum.
-        extremes = torch.stack(tensor.aminmax())
-        if not bool(extremes.isfinite().all()):
-            raise NonFiniteError(f"{name} holds NaN or infinite weights: {extremes.tolist()}")
-    return tensor
 
 
 def _prunable(checkpoint: Checkpoint, skeleton: Skeleton, index: int) -> list[PrunableWeight]:

@@ -8,7 +8,8 @@ norm, head and loss are the model's own code too. There is no table of architect
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.memory import give_back_freed
 from lowmem_gblm.model.hollow import (
     FOREIGN_ERRORS,
     find_layers,
@@ -25,7 +27,10 @@ from lowmem_gblm.model.hollow import (
     reason,
 )
 from lowmem_gblm.model.names import Names
+from lowmem_gblm.model.packed import PackedWeights, pack_block
+from lowmem_gblm.model.quantized import QuantizedKind
 from lowmem_gblm.model.stubs import Call, Recorder, Replayer, check_same, stubs_in
+from lowmem_gblm.model.tap import Slot, Tap
 
 HEAD_LOGITS = 1 << 24
 _IGNORED = -100
@@ -58,6 +63,7 @@ class Skeleton:
         self._prefix = module_name(self._model, self._layers)
         self._calls: dict[int, list[Call]] = {}
         self._first: dict[int, Tensor] = {}
+        self._packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
         self.names = Names(self._model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
@@ -66,6 +72,11 @@ class Skeleton:
     def depth(self) -> int:
         """Number of decoder blocks."""
         return len(self._layers)
+
+    @property
+    def attention_matrices(self) -> bool:
+        """Whether attention makes its [heads, T, T] probabilities, or never holds them whole."""
+        return bool(self._model.config._attn_implementation == "eager")
 
     @property
     def config(self) -> PretrainedConfig:
@@ -81,13 +92,29 @@ class Skeleton:
         """What the names of the block's parameters begin with."""
         return f"{self._prefix}.{index}."
 
-    def fill(self, checkpoint: Checkpoint) -> None:
-        """Load everything outside the blocks: embeddings, norms, head; tie what the model ties.
+    @contextmanager
+    def filled(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Within, everything outside the blocks is there: embeddings, norms, head.
 
         Raises:
             CheckpointError: A tensor that the model needs is missing.
         """
-        self.names.load({name: checkpoint.read(name) for name in self.rest_tensors}, self.device)
+        self.fill(checkpoint)
+        try:
+            yield
+        finally:
+            for module in self._outside_blocks():
+                _free(module)
+            give_back_freed()
+
+    def _outside_blocks(self) -> Iterator[nn.Module]:
+        inside = {module for block in self._layers for module in block.modules()}
+        return (module for module in self._model.modules() if module not in inside)
+
+    def fill(self, checkpoint: Checkpoint) -> None:
+        self.names.load(
+            {name: checkpoint.read_finite(name) for name in self.rest_tensors}, self.device
+        )
         self._model.tie_weights()
         self._model.requires_grad_(False)
         for name, buffer in list(self._model.named_buffers()):
@@ -101,9 +128,13 @@ class Skeleton:
         if missing:
             raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {missing[0]}")
 
-    def load_block(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Fill a block from tensors named as on disk."""
-        self.names.load(tensors, self.device)
+    def load_block(self, index: int, tensors: dict[str, Tensor], *, on_host: bool = False) -> None:
+        """Fill a block from tensors named as on disk.
+
+        Args:
+            on_host: Leave it in host memory, where it cannot be run, for `pack_block`.
+        """
+        self.names.load(tensors, torch.device("cpu") if on_host else self.device)
         block = self.block(index)
         block.requires_grad_(False)
         empty = [name for name, value in block.named_parameters() if value.is_meta]
@@ -113,12 +144,16 @@ class Skeleton:
                 f"({len(empty)} such tensors)"
             )
 
+    def pack_block(self, index: int, slots: Sequence[Slot], kind: QuantizedKind) -> PackedWeights:
+        """Bring a block from host memory to the device with its matrices in 4 or 8 bits."""
+        self._packed[index] = pack_block(self.block(index), slots, kind, self.device)
+        return self._packed[index]
+
     def free_block(self, index: int) -> None:
         """Give the memory of a block's parameters back. Buffers stay: they are not on disk."""
+        self._packed.pop(index, None)
         for module in self.block(index).modules():
-            for name, value in module.named_parameters(recurse=False):
-                hollow = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
-                setattr(module, name, hollow)
+            _free(module)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """The hidden states [1, T, hidden] that enter block 0 for one sample of token ids [T].
@@ -133,6 +168,8 @@ class Skeleton:
         try:
             with torch.no_grad(), stubs_in(self._layers, recorder):
                 output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
         except FOREIGN_ERRORS as error:
             raise UnsupportedModel(
                 f"{type(self._model).__name__} cannot be run around stand-ins for its decoder "
@@ -142,10 +179,18 @@ class Skeleton:
         self._remember(tokens_T, recorder.calls)
         return recorder.entering
 
-    def forward_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Run one resident block on hidden states [1, T, hidden]; returns the same shape."""
+    def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
+        """Run one resident block on hidden states [1, T, hidden]; returns the same shape.
+
+        Args:
+            tap: Sees the multiplications.
+        """
         call = self._calls[hidden.shape[1]][index]
-        out = self.block(index)(hidden, *call.args, **call.kwargs)
+        with ExitStack() as within:
+            for mode in (self._packed.get(index), tap):
+                if mode is not None:
+                    within.enter_context(mode)
+            out = self.block(index)(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
@@ -248,3 +293,10 @@ class Skeleton:
             if not names:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor of decoder block {index}")
         return blocks, rest
+
+
+def _free(module: nn.Module) -> None:
+    """Give the memory of a module's own parameters back. Buffers stay: they are not on disk."""
+    for name, value in module.named_parameters(recurse=False):
+        hollow = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        setattr(module, name, hollow)

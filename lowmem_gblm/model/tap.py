@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,13 @@ class Tap(TorchFunctionMode):
         stored = {slot: slot.stored(block) for slot in self._unseen}
         self._slots = {matrix.data_ptr(): slot for slot, matrix in stored.items()}
         self._sizes = {slot: matrix.numel() for slot, matrix in stored.items()}
+        self._met: list[Slot] = []
+        self._left_out: Slot | None = None
+
+    def __enter__(self) -> Self:
+        self._met.clear()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self,
@@ -92,11 +99,28 @@ class Tap(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        operands = _operands(func, args, kwargs or {})
-        if operands is not None:
-            self._match(*operands, out)
+        pair = operands(func, args, kwargs or {})
+        slot = None if pair is None else self._slots.get(pair[1].data_ptr())
+        if pair is None or slot is None:
+            return func(*args, **(kwargs or {}))
+        out = self._product(slot, pair, func, args, kwargs or {})
+        self._match(slot, *pair, out)
         return out
+
+    @property
+    def last(self) -> Slot | None:
+        """The slot of the last product of the last forward, if it is the same for all samples."""
+        if not self._met or self._met[-1].expert is not None:
+            return None
+        return self._met[-1] if self._met.count(self._met[-1]) == 1 else None
+
+    def leave_out(self, slot: Slot | None) -> None:
+        """From now on, do not compute the product with this slot: NaN stands for it.
+
+        Its gradient still flows. Only for the last product of a block, and where nobody needs its
+        value.
+        """
+        self._left_out = slot
 
     def check_all_seen(self) -> None:
         """Raise `UnsupportedModel` if a matrix, or every expert of a parameter, was never met."""
@@ -108,32 +132,58 @@ class Tap(TorchFunctionMode):
                 f"pass uses an operation that is not followed here"
             )
 
-    def _match(self, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
-        slot = self._slots.get(weight_IO.data_ptr())
-        if slot is None:
-            return
+    def _product(
+        self,
+        slot: Slot,
+        pair: tuple[Tensor, Tensor],
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if slot == self._left_out:
+            return _LeftOut.apply(*pair)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+    def _match(self, slot: Slot, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
+        if self._met and self._met[-1] == self._left_out:
+            raise UnsupportedModel(f"{slot} does not come in the same order in every sample")
         if weight_IO.numel() != self._sizes[slot]:
             raise UnsupportedModel(f"{slot} is multiplied in parts")
         in_first = weight_IO.stride(-1) == 1 and weight_IO.shape[-1] > 1
         if in_first != slot.in_first and min(weight_IO.shape) > 1:
             raise UnsupportedModel(f"{slot} is multiplied the other way round than expected")
         self._unseen.discard(slot)
+        self._met.append(slot)
         input_TI = input.detach().reshape(-1, input.shape[-1])
         product = Product(slot=slot, input=input, input_TI=input_TI, out=out)
         for observer in self._observers:
             observer.observe(product)
 
 
-def _operands(
+class _LeftOut(torch.autograd.Function):
+    """A product that is not computed, for those who need its gradient only."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight_IO: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_IO)
+        return input.new_full((*input.shape[:-1], weight_IO.shape[1]), torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight_IO,) = ctx.saved_tensors
+        return gradients[0] @ weight_IO.mT, None
+
+
+def operands(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
     """Activations and the matrix `[in, out]` they are multiplied with, if `func` does that."""
     if func is nn.functional.linear:
-        operands = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)]
-        return operands[0], operands[1].mT
+        given = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)]
+        return given[0], given[1].mT
     if func in _ADDMM:
-        operands = [*args, *(kwargs[name] for name in ("mat1", "mat2") if name in kwargs)]
-        return operands[1], operands[2]
+        given = [*args, *(kwargs[name] for name in ("mat1", "mat2") if name in kwargs)]
+        return given[1], given[2]
     if func in _MATMUL and isinstance(args[1], Tensor) and args[1].ndim == 2:
         return args[0], args[1]
     return None

@@ -8,6 +8,7 @@ kept.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.tap import Product, Slot
 
 # Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
-_TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
+TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 GradientNorm = Literal["l1", "l2"]
 
@@ -40,10 +41,14 @@ class Gradient:
     Args:
         norm: Which magnitude.
         scale: What the loss was multiplied with; a power of two, divided out exactly.
+        slots: Which slots; all for None.
     """
 
-    def __init__(self, norm: GradientNorm, scale: float = 1.0) -> None:
+    def __init__(
+        self, norm: GradientNorm, scale: float = 1.0, slots: Collection[Slot] | None = None
+    ) -> None:
         self._norm = norm
+        self._wanted = None if slots is None else set(slots)
         self._scale = scale
         self._sums: dict[Slot, Tensor] = {}
         self._awaited: Counter[Slot] = Counter()
@@ -51,6 +56,8 @@ class Gradient:
 
     def observe(self, product: Product) -> None:
         slot, input_TI = product.slot, product.input_TI
+        if self._wanted is not None and slot not in self._wanted:
+            return
         version = input_TI._version
         self._awaited[slot] += 1
 
@@ -65,7 +72,7 @@ class Gradient:
             else:
                 self._arrive(slot, gradient_TO, input_TI)
 
-        product.out.register_hook(arrive)  # type: ignore[no-untyped-call]
+        product.out.register_hook(arrive)
 
     def finish_sample(self) -> None:
         """Account for weights some of whose products did not reach the loss."""
@@ -101,7 +108,7 @@ class Gradient:
         """Add the magnitude of a whole gradient, a few rows at a time to stay in cache."""
         rows, columns = left_TR.shape[1], right_TC.shape[1]
         sums = self._sums_of(slot, (rows, columns), left_TR.device)
-        step = max(1, _TILE[left_TR.device.type] // columns)
+        step = max(1, TILE[left_TR.device.type] // columns)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             sums[part] += self._magnitude(left_TR[:, part].T @ right_TC)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.masks import Pattern
 from lowmem_gblm.methods import Decision, Method, Statistics
-from lowmem_gblm.model.blocks import Block, PrunableWeight
+from lowmem_gblm.model.blocks import PrunableWeight
+from lowmem_gblm.model.stream import Block
 from lowmem_gblm.model.tap import Slot
 from lowmem_gblm.stats.activation import ActivationStatistic
 
@@ -39,6 +39,22 @@ class Pruner:
     device: torch.device
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _told: tuple[int, int] = (0, 0)
+
+    def news(self) -> dict[str, Any]:
+        """What was decided since this was last asked, for the journal."""
+        tensors, notes = self._told
+        self._told = len(self.tensors), len(self.notes)
+        return {
+            "tensors": dict(list(self.tensors.items())[tensors:]),
+            "notes": self.notes[notes:],
+        }
+
+    def remember(self, news: Mapping[str, Any]) -> None:
+        """Take over what an earlier attempt has decided."""
+        self.tensors |= news["tensors"]
+        self.notes += news["notes"]
+        self._told = len(self.tensors), len(self.notes)
 
     def prune(
         self, block: Block, measured: Sequence[ActivationStatistic], gradient_of: GradientOf
@@ -51,10 +67,9 @@ class Pruner:
         for weight in block.weights:
             on_disk_OI = weight.on_disk(block.raw[weight.name])
             statistics = self._statistics(weight, measured, gradient_of)
-            decision = self._decide(weight, on_disk_OI.to(self.device, torch.float32), statistics)
+            decision = self._decide(weight, on_disk_OI.to(self.device), statistics)
             _apply(decision, on_disk_OI)
-            # What goes on computing is what was written, rounding included.
-            weight.in_slot(weight.slot.stored(block.module)).copy_(on_disk_OI)
+            block.go_on_with(weight, on_disk_OI)
             if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
                 raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
         self._record(block)
@@ -101,7 +116,7 @@ class Pruner:
             tensor = block.raw[weight.name]
             self.tensors[weight.name] = {
                 "shape": list(tensor.shape),
-                "zeros": int((tensor == 0).sum()),
+                "zeros": tensor.numel() - int(tensor.count_nonzero()),
                 "layout": "in,out" if weight.in_first_on_disk else "out,in",
             }
 
@@ -110,32 +125,5 @@ def _apply(decision: Decision, target_OI: Tensor) -> None:
     """Write a decision into a matrix. Zeros come from masking: a product could leave `-0.0`."""
     if decision.weight is not None:
         target_OI.copy_(decision.weight)
-    target_OI.masked_fill_(~decision.keep.to(target_OI.device), 0)
-
-
-def store_gradients(spill: Spill, block: Block, gradients: dict[Slot, Tensor]) -> None:
-    """Keep the gradient magnitudes of a block until the prune sweep."""
-    for item, slot in enumerate(block.slots):
-        if slot in gradients:
-            spill.write(_store(block), item, gradients[slot])
-
-
-def stored_gradients(spill: Spill, block: Block) -> GradientOf:
-    """Read them back, slot by slot; None for an expert that saw no token."""
-    items = {slot: item for item, slot in enumerate(block.slots)}
-
-    def gradient_of(slot: Slot) -> Tensor | None:
-        if not spill.holds(_store(block), items[slot]):
-            return None
-        return spill.read(_store(block), items[slot])
-
-    return gradient_of
-
-
-def drop_gradients(spill: Spill, block: Block) -> None:
-    """Give their room back."""
-    spill.drop(_store(block))
-
-
-def _store(block: Block) -> str:
-    return f"magnitudes-{block.index}"
+    removed_OI = decision.keep.to(target_OI.device).logical_not_()
+    target_OI.masked_fill_(removed_OI, 0)

@@ -10,27 +10,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.model.blocks import Block, BlockStream
 from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.model.tap import Tap
 from lowmem_gblm.progress import Progress
 from lowmem_gblm.stats.activation import ActivationStatistic
-from lowmem_gblm.sweeps.dense import boundary
+from lowmem_gblm.sweeps.conveyor import Conveyor
+from lowmem_gblm.sweeps.dense import Commit, boundary, forward
 
-Finish = Callable[[Block, Sequence[ActivationStatistic]], None]
+Finish = Callable[[Block, Sequence[ActivationStatistic]], list[str]]
 
 
 def prune_sweep(
     blocks: BlockStream,
     skeleton: Skeleton,
-    spill: Spill,
+    conveyor: Conveyor,
     nsamples: int,
     forwards: int,
     progress: Progress,
     *,
     activations: Callable[[], list[ActivationStatistic]],
     finish: Finish,
+    commit: Commit,
+    first: int = 0,
 ) -> None:
     """Prune every block, first block first.
 
@@ -40,17 +42,21 @@ def prune_sweep(
             from the dense block, 2 from the pruned one.
         activations: Makes the statistics to measure, per block.
         finish: Called with each resident block and what was measured; prunes it and writes it.
+            Returns what in the spill it will not read again.
+        commit: Called after every block.
+        first: Blocks that are done already.
     """
-    for block in blocks.stream(range(blocks.depth), keep_raw=True):
+    for block in blocks.stream(range(first, blocks.depth)):
         measured = activations()
         last = block.index == blocks.depth - 1
         if forwards:
-            _measure(block, skeleton, spill, nsamples, measured, go_on=forwards == 1 and not last)
-        finish(block, measured)
+            _measure(
+                block, skeleton, conveyor, nsamples, measured, go_on=forwards == 1 and not last
+            )
+        past = finish(block, measured)
         if forwards == 2 and not last:
-            _advance(block, skeleton, spill, nsamples)
-        if forwards:
-            spill.drop(boundary("pruned", block.index))
+            forward(block, skeleton, conveyor, nsamples, "pruned")
+        commit([*past, boundary("pruned", block.index)] if forwards else past)
         progress.step()
 
 
@@ -58,7 +64,7 @@ def prune_sweep(
 def _measure(
     block: Block,
     skeleton: Skeleton,
-    spill: Spill,
+    conveyor: Conveyor,
     nsamples: int,
     measured: Sequence[ActivationStatistic],
     *,
@@ -66,21 +72,12 @@ def _measure(
 ) -> None:
     """Run the dense block; with `go_on`, what leaves it is the next boundary."""
     tap = Tap(block.module, block.slots, measured)
-    for n in range(nsamples):
-        hidden = spill.read(boundary("pruned", block.index), n).to(skeleton.device)
-        with tap:
-            out = skeleton.forward_block(block.index, hidden)
+    for n, (hidden,) in enumerate(conveyor.arriving([boundary("pruned", block.index)], nsamples)):
+        out = skeleton.forward_block(block.index, hidden, tap)
         for statistic in measured:
             statistic.finish_sample()
         if go_on:
-            spill.write(boundary("pruned", block.index + 1), n, out)
+            conveyor.leaving(boundary("pruned", block.index + 1), n, out)
+        else:
+            tap.leave_out(tap.last)
     tap.check_all_seen()
-
-
-@torch.no_grad()
-def _advance(block: Block, skeleton: Skeleton, spill: Spill, nsamples: int) -> None:
-    """Run the pruned block for the next boundary."""
-    for n in range(nsamples):
-        hidden = spill.read(boundary("pruned", block.index), n).to(skeleton.device)
-        out = skeleton.forward_block(block.index, hidden)
-        spill.write(boundary("pruned", block.index + 1), n, out)

@@ -1,0 +1,78 @@
+"""What identifies a job: everything that gives another result if it is another."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.model.opened import OpenModel
+from lowmem_gblm.request import PruneRequest, options
+
+_PACKAGES = (
+    "lowmem-gblm",
+    "torch",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "tokenizers",
+    "bitsandbytes",
+)
+# Of these another version may compute other numbers; the samples are known by their tokens.
+_COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
+
+
+def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str, Any]:
+    """What was asked, as the person asked for it and as it was understood; and by what."""
+    asked = {
+        one.name: getattr(request, one.name)
+        for one in options(PruneRequest)
+        if one.metadata["identity"]
+    }
+    understood = {
+        "sparsity": float(request.target.sparsity),
+        "pattern": str(request.target),
+        "calibration": request.calibration_text,
+        "seqlen": seqlen,
+        "include": list(request.include),
+        "exclude": list(request.exclude),
+        "device": device_name(opened.skeleton.device),
+        "dtype": str(opened.skeleton.dtype).removeprefix("torch."),
+    }
+    return {**asked, **understood}
+
+
+def computing_versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {name: version for name, version in versions().items() if name in _COMPUTING}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def fingerprints(checkpoint: Checkpoint, samples_NT: Tensor) -> dict[str, str]:
+    """SHA-256 of what went in: names, dtypes, shapes and places in the source, and the samples."""
+    source = hashlib.sha256()
+    for entry in checkpoint.tensors.values():
+        line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
+        source.update(line.encode())
+    samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
+    return {"source_headers": source.hexdigest(), "calibration_tokens": samples.hexdigest()}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,293 @@
+"""A job that is killed at any instant is gone on with, and gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+import lowmem_gblm
+from lowmem_gblm.disk import publish
+from lowmem_gblm.errors import JobError, NonFiniteError
+from lowmem_gblm.model.skeleton import Skeleton
+
+SIZE = {"nsamples": 2, "seqlen": 16}
+KILLS = 50
+SCHEDULES = [
+    ("gblm", "pruned"),
+    ("gblm", "dense"),
+    ("wanda", "pruned"),
+    ("wanda", "dense"),
+    ("sparsegpt", "pruned"),
+    ("gradient", "pruned"),
+    ("magnitude", "pruned"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("resume") / "model", blocks=2, width=16)
+
+
+@pytest.fixture
+def run(model: Path, text_file: Path):
+    def run(output: Path, **options: object) -> dict:
+        return lowmem_gblm.prune(model, output, calibration=str(text_file), **SIZE, **options)
+
+    return run
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a finished output but the record, by its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "pruning.json"
+    }
+
+
+class Photographer:
+    """Copies what lies on the disk before and after every durable operation of a run."""
+
+    def __init__(self, parent: Path, album: Path) -> None:
+        self._parent = parent
+        self._album = album
+        self._seen: set[str] = set()
+        self.operations = 0
+        self.photographs: list[Path] = []
+
+    @contextmanager
+    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename"):
+                patch.setattr(publish.os, name, self._photographed(getattr(os, name)))
+            yield
+
+    def _photographed(self, operation):
+        def wrapped(*args):
+            self.operations += 1
+            self._photograph()
+            operation(*args)
+            self._photograph()
+
+        return wrapped
+
+    def _photograph(self) -> None:
+        target = self._album / f"{len(self.photographs):04}"
+        shutil.copytree(self._parent, target)
+        state = str(sorted((path.name, path.stat().st_size) for path in target.rglob("*")))
+        if state in self._seen:
+            shutil.rmtree(target)
+        else:
+            self._seen.add(state)
+            self.photographs.append(target)
+
+
+@pytest.mark.parametrize(("method", "activations"), SCHEDULES)
+def test_killed_before_or_after_any_durable_operation(
+    method: str, activations: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": method, "activations": activations}
+    run(tmp_path / "expected", **options)
+    expected = content(tmp_path / "expected")
+    (tmp_path / "run").mkdir()
+    photographer = Photographer(tmp_path / "run", tmp_path / "album")
+    with photographer.watching(monkeypatch):
+        run(tmp_path / "run" / "out", **options)
+    assert content(tmp_path / "run" / "out") == expected
+    assert photographer.operations > 20
+    for photograph in photographer.photographs:
+        output = photograph / "out"
+        if not output.exists():
+            run(output, **options)
+        else:
+            with pytest.raises(lowmem_gblm.LowmemGblmError, match="exists already"):
+                run(output, **options)
+        assert content(output) == expected, photograph
+        assert [path.name for path in photograph.iterdir()] == ["out"], photograph
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C at a chosen moment."""
+
+
+def stopped_at(run, output: Path, stage: str, step: int, **options: object) -> None:
+    """Run until a step of a stage is done, and no further."""
+
+    def listener(tick) -> None:
+        if (tick.stage, tick.step) == (stage, step):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(output, listener=listener, **options)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "order"),
+    [
+        ("embed", 2, "0 1 1 0 0 1"),
+        ("dense", 1, "1 1 0 0 1"),
+        ("head", 2, "1 0 0 1"),
+        ("reverse", 1, "0 0 1"),
+        ("prune", 1, "1"),
+        ("prune", 2, ""),
+    ],
+)
+def test_only_what_is_left_is_done(
+    stage: str, step: int, order: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "out", stage, step)
+    loaded: list[str] = []
+    load = Skeleton.load_block
+
+    def watching(skeleton: Skeleton, index: int, tensors: dict, **options: object) -> None:
+        loaded.append(str(index))
+        load(skeleton, index, tensors, **options)
+
+    monkeypatch.setattr(Skeleton, "load_block", watching)
+    record = run(tmp_path / "out")
+    # The step of a listener that stops everything is not yet written down in embed and head.
+    assert " ".join(loaded) == order
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert record["attempts"] == (1 if stage == "embed" else 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+def test_the_record_of_a_resumed_run_is_whole(run, tmp_path: Path) -> None:
+    plain = run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "out", "prune", 1)
+    resumed = run(tmp_path / "out")
+    for name in ("tensors", "shards", "calibration_loss", "sparsity_measured", "fingerprints"):
+        assert resumed[name] == plain[name], name
+    assert resumed["seconds"].keys() == plain["seconds"].keys()
+    assert lowmem_gblm.verify(tmp_path / "out")["pruned_tensors"] == 14
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("sparsity", 0.7, "sparsity: 0.5, now 0.7"),
+        ("method", "wanda", "method: 'gblm', now 'wanda'"),
+        ("nsamples", 1, "nsamples: 2, now 1"),
+        ("seed", 4, "seed: 0, now 4"),
+    ],
+)
+def test_another_job_in_the_same_place_is_refused(
+    option: str, value: object, sentence: str, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {"calibration": str(text_file), **SIZE}
+
+    def run(output: Path, **more: object) -> dict:
+        return lowmem_gblm.prune(model, output, **options | more)
+
+    stopped_at(run, tmp_path / "out", "dense", 1)
+    with pytest.raises(JobError) as caught:
+        run(tmp_path / "out", **{option: value})
+    assert sentence in str(caught.value)
+    assert f"lowmem-gblm resume {tmp_path}/out.work" in str(caught.value)
+    assert f"to begin anew, remove {tmp_path}/out.work" in str(caught.value)
+    run(tmp_path / "out")
+
+
+def test_another_text_is_another_job(model: Path, text_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+
+    def run(output: Path, **more: object) -> dict:
+        return lowmem_gblm.prune(model, output, calibration=str(text), **SIZE, **more)
+
+    stopped_at(run, tmp_path / "out", "dense", 1)
+    text.write_text(text_file.read_text()[::-1])
+    with pytest.raises(JobError, match="calibration_tokens: "):
+        run(tmp_path / "out")
+
+
+def test_budgets_may_change_between_attempts(run, tmp_path: Path) -> None:
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "out", "reverse", 1)
+    run(tmp_path / "out", cpu_memory=4 << 30, disk=1 << 30)
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_another_device_has_to_be_accepted(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(run, tmp_path / "out", "reverse", 1)
+    for module in ("identity", "workbench"):
+        name = f"lowmem_gblm.{module}.device_name"
+        monkeypatch.setattr(name, lambda device: "NVIDIA Something")
+    with pytest.raises(JobError, match=r"device: 'cpu', now 'NVIDIA.*--accept-other-rounding"):
+        run(tmp_path / "out")
+    record = run(tmp_path / "out", accept_other_rounding=True)
+    assert "begun on cpu and continued on NVIDIA Something" in " ".join(record["notes"])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
+@pytest.mark.parametrize("place", ["out.work/gradient-1", "out.partial/model-00001*"])
+def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
+    stopped_at(run, tmp_path / "out", *(("prune", 1) if "partial" in place else ("reverse", 1)))
+    (path,) = tmp_path.glob(place)
+    damage(path)
+    with pytest.raises(JobError, match=r"missing or damaged: remove .* to begin anew"):
+        run(tmp_path / "out")
+
+
+def test_what_cannot_be_mended_leaves_nothing(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(*args: object, **options: object):
+        raise NonFiniteError("sick")
+
+    monkeypatch.setattr("lowmem_gblm.sweeps.decide.Pruner.prune", sick)
+    with pytest.raises(NonFiniteError, match="sick"):
+        run(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_at_random_times(run, tmp_path: Path) -> None:
+    options = {"method": "gblm", "sparsity": 0.6}
+    start = time.monotonic()
+    run(tmp_path / "expected", **options)
+    seconds = time.monotonic() - start
+    expected = content(tmp_path / "expected")
+    chance = random.Random(0)
+    kills, finished = 0, 0
+    while kills < KILLS:
+        output = tmp_path / "out"
+        if in_a_child(lambda output=output: run(output, **options), chance.uniform(0, seconds)):
+            kills += 1
+        if output.exists():
+            finished += 1
+            shutil.rmtree(tmp_path / "out.work", ignore_errors=True)
+            assert content(output).keys() - {".lowmem-gblm"} == expected.keys()
+            assert all(content(output)[name] == expected[name] for name in expected)
+            shutil.rmtree(output)
+    assert finished
+
+
+def in_a_child(action, seconds: float) -> bool:
+    """Run an action in a forked process; whether it had to be killed after so many seconds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
