@@ -22,4 +22,5 @@ METHOD = Method(
     needs=(),
     group="matrix",
     decide=by_score(magnitude_scores, "matrix"),
+    bytes_per_weight=14,
 )
