@@ -1,0 +1,305 @@
+"""Writing pruned blocks over the dense ones, where there is no room for a second checkpoint.
+
+    MODEL/PRUNING-IN-PLACE                     there until all is done (`notice`)
+    MODEL/*.safetensors                        names, headers and sizes stay as they are
+    MODEL.work/overwrites-00003.safetensors    what the pruned tensors of block 3 are to become
+
+A block takes four steps, each on the disk before the next one begins:
+
+    1. its new tensors are published in the work folder
+    2. the journal says that the step which has pruned it is done
+    3. they are written over the old ones in the shards
+    4. their file is removed
+
+Killed before 2, a run finds the dense block as it was, and prunes it again. From 2 on that step is
+done and never repeated, and it is the last one that reads the block: nobody needs the old tensors
+any more, so that 3 can be done as often as needed, and is done again by the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_gblm.disk.checkpoint import Checkpoint, TensorEntry, read_header
+from lowmem_gblm.disk.notice import Notice
+from lowmem_gblm.disk.output import RECORD, Output, publish_shard, write_tensors
+from lowmem_gblm.disk.publish import publish_json
+from lowmem_gblm.disk.trouble import blamed
+from lowmem_gblm.errors import JobError, RequestError, shown
+from lowmem_gblm.request import PruneRequest
+
+_PIECE_BYTES = 1 << 20
+_HUB_MODEL = "models--"
+
+
+class InPlace:
+    """A checkpoint that becomes the pruned one; to a run it is what `Output` is.
+
+    Args:
+        source: The checkpoint.
+        pruned: Names on disk of the tensors of every decoder block that are to be pruned.
+        work_folder: Of the job; nobody else uses it.
+        keep: Files of the work folder that the journal has; what is left of them is written over
+            the old tensors now, and any other such file is removed.
+
+    Attributes:
+        shards: All shards, each with its `bytes` and its `sha256`; empty before `write_rest`.
+        bytes_written: Into the shards.
+
+    Raises:
+        JobError: A file in `keep` is damaged.
+        OSError: The disk is full or failing.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        pruned: Sequence[Sequence[str]],
+        work_folder: Path,
+        keep: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.shards: dict[str, dict[str, Any]] = {}
+        self.bytes_written = 0
+        self._source = source
+        self._pruned = pruned
+        self._work_folder = work_folder
+        self._published: dict[str, dict[str, Any]] = {}
+        self._notice = Notice(source.folder, work_folder)
+        self._notice.tell(overwritten=bool(keep))
+        self._repair(keep)
+        self._writer = ThreadPoolExecutor(1, "write-block")
+        self._written: Future[None] | None = None
+
+    def close(self, *, keep: bool) -> None:
+        """Leave everything for another attempt to `keep`; or nothing was or is left to be done."""
+        self._writer.shutdown()
+        if not keep:
+            self._notice.remove()
+
+    def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
+        """Publish the pruned tensors of decoder block `index` in a thread of its own.
+
+        Args:
+            tensors: On the CPU, dtypes as in the source; not to be modified before it is done.
+
+        Returns:
+            What tells when it is done.
+
+        Raises:
+            OSError: An earlier block could not be written.
+        """
+        self.settle()
+        self._written = self._writer.submit(self._publish, index, dict(tensors))
+        return self._written
+
+    def settle(self) -> None:
+        """Wait until the last block has been published.
+
+        Raises:
+            OSError: It could not be.
+        """
+        if self._written is not None:
+            self._written.result()
+
+    def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
+        """The files of these blocks, which have been published, for the journal."""
+        return {name: self._published[name] for name in map(_file_name, blocks)}
+
+    def committed(self, blocks: Sequence[int]) -> None:
+        """The journal has these blocks: write them over the old ones.
+
+        Raises:
+            OSError: The disk is full or failing; the next run will do it.
+        """
+        for name in map(_file_name, blocks):
+            self._notice.tell(overwritten=True)
+            self._overwrite(self._work_folder / name)
+
+    def write_rest(self) -> None:
+        """Read all shards as they are now: nothing is left to be written."""
+        files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
+        self.shards = {name: _summary(file) for name, file in sorted(files.items())}
+        self._source.bytes_read += self._source.nbytes()
+
+    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write `record` as pruning.json: the model is whole.
+
+        Returns:
+            `record`.
+        """
+        publish_json(self._source.folder / RECORD, record)
+        self._notice.remove()
+        return record
+
+    def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """In a thread of its own."""
+        entries = [self._source.tensors[name] for name in self._pruned[index]]
+        path = self._work_folder / _file_name(index)
+        write = partial(write_tensors, tensors=tensors)
+        self._published[path.name] = publish_shard(path, entries, write)
+
+    def _repair(self, keep: Mapping[str, dict[str, Any]]) -> None:
+        """Finish what an earlier run has begun to write over the old tensors."""
+        for path in sorted(self._work_folder.glob(_file_name("*"))):
+            if path.name not in keep:
+                path.unlink()
+                continue
+            if _summary(path) != keep[path.name]:
+                raise JobError(
+                    f"{path} is damaged: its checksum is not the one in the journal. It holds what "
+                    f"was being written over weights in {self._source.folder}, which cannot be "
+                    f"finished without it: look at the disk, and fetch the model anew"
+                )
+            self._overwrite(path)
+
+    def _overwrite(self, path: Path) -> None:
+        """Write all tensors of a file over those of their names, then remove it."""
+        with ExitStack() as opened:
+            new = opened.enter_context(_opened(path, os.O_RDONLY))
+            shards: dict[Path, int] = {}
+            for name, entry in read_header(path).items():
+                target = self._source.tensors[name]
+                if target.file not in shards:
+                    shard = opened.enter_context(_opened(target.file, os.O_WRONLY))
+                    shards[target.file] = shard
+                _copy(new, entry, shards[target.file], target)
+                self.bytes_written += entry.nbytes
+            for file, shard in shards.items():
+                with blamed(file):
+                    os.fsync(shard)
+        path.unlink()
+
+
+# What a run writes to.
+Target = Output | InPlace
+
+
+def check_confirmed(request: PruneRequest) -> None:
+    """Raise `RequestError` unless MODEL is a folder and the person knows what will become of it."""
+    if not Path(request.model).is_dir():
+        raise RequestError(
+            f"--in-place overwrites a model folder, and {request.model} is none: download the "
+            f"model into a folder of yours (hf download MODEL --local-dir FOLDER), and give that"
+        )
+    if not request.overwrite_my_only_copy:
+        raise RequestError(
+            f"--in-place overwrites the weights in {request.model}, block by block: the dense "
+            f"model is gone then, and a run that is interrupted leaves a folder that is good for "
+            f"nothing until the run has been gone on with. If that is what you want, type "
+            f"--in-place --overwrite-my-only-copy"
+        )
+
+
+def check_unpruned(folder: Path) -> None:
+    """Raise `JobError` if a model has been pruned already."""
+    if os.path.lexists(folder / RECORD):
+        raise JobError(
+            f"{folder} was pruned already: it has a {RECORD}. To prune once more what is there "
+            f"now, move that file away"
+        )
+
+
+def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool) -> None:
+    """Raise `RequestError` if the shards of these tensors should not or cannot be overwritten.
+
+    Args:
+        shared: Whether they may be those of somebody else, too.
+    """
+    for file in sorted({source.tensors[name].file for name in names}):
+        also = _elsewhere(file)
+        if also and not shared:
+            raise RequestError(
+                f"{_named(file)} {also}: --in-place would prune it for whoever else uses it, too. "
+                f"Give a copy of the model; or add --in-place-shared, if nobody else needs it"
+            )
+        _check_writable(file)
+    _check_writable(source.folder)
+
+
+def check_finite(source: Checkpoint, blocks: Iterable[Iterable[str]]) -> None:
+    """Read all blocks, one tensor at a time, while the model is still what it was.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity is in a tensor: pruning would end there, half-way.
+    """
+    names = [name for block in blocks for name in block]
+    room = torch.empty(max(source.tensors[name].nbytes for name in names), dtype=torch.uint8)
+    for name in names:
+        source.read_finite(name, room[: source.tensors[name].nbytes])
+
+
+def _check_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK):
+        raise RequestError(
+            f"{_named(path)} may not be written to by this user, and --in-place has to: change its "
+            f"permissions, or give an OUTPUT folder instead"
+        )
+
+
+def _elsewhere(file: Path) -> str | None:
+    """Where else a file is in use, as far as it can be seen from here."""
+    real = Path(os.path.realpath(file))
+    if file.is_symlink():
+        return f"is a symbolic link to {shown(real)}"
+    if any(part.startswith(_HUB_MODEL) for part in real.parts):
+        return "lies in a cache of the Hub"
+    names = real.stat().st_nlink
+    return f"has {names} names (hard links)" if names > 1 else None
+
+
+def _named(path: Path) -> str:
+    return f"{path.parent}/{shown(path.name)}"
+
+
+def _file_name(block: int | str) -> str:
+    number = f"{block:05}" if isinstance(block, int) else block
+    return f"overwrites-{number}.safetensors"
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    """Its `bytes` and its `sha256`."""
+    with open(file, "rb") as opened, blamed(file):
+        digest = file_digest(opened, "sha256").hexdigest()
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}
+
+
+@contextmanager
+def _opened(file: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(file, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> None:
+    """Write the bytes of a tensor over those of another one that is as large."""
+    assert entry.nbytes == place.nbytes, entry.name
+    done = 0
+    while done < entry.nbytes:
+        with blamed(entry.file):
+            piece = os.pread(source, min(_PIECE_BYTES, entry.nbytes - done), entry.offset + done)
+        if not piece:
+            raise OSError(errno.EIO, "the file has become shorter", str(entry.file))
+        _write(target, memoryview(piece), place.offset + done, place.file)
+        done += len(piece)
+
+
+def _write(target: int, data: memoryview, offset: int, file: Path) -> None:
+    with blamed(file):
+        while data:
+            count = os.pwrite(target, data, offset)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing was written")
+            offset += count
+            data = data[count:]

@@ -1,0 +1,79 @@
+"""The file in a model folder that tells everybody: this model is being pruned in place.
+
+It is there from before the first byte is overwritten until after the last one, so that nobody
+takes a folder with some blocks pruned and some not for a model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from lowmem_gblm.disk.output import RECORD
+from lowmem_gblm.disk.publish import publish_file
+from lowmem_gblm.errors import JobError
+
+NOTICE = "PRUNING-IN-PLACE"
+
+_INTACT = """\
+lowmem-gblm is pruning the model in this folder in place. Nothing has been overwritten yet.
+
+If no process is at it any more, this goes on with it:
+
+    {command}
+
+To give up, remove this file and {work_folder}: the model is as it was.
+"""
+_PARTLY = """\
+lowmem-gblm is pruning the model in this folder in place. Some of its blocks are pruned and some
+are not: it is good for nothing before all of them are.
+
+If no process is at it any more, this goes on with it:
+
+    {command}
+
+It needs {work_folder}; without that, the model has to be fetched anew from where it came from.
+"""
+
+
+class Notice:
+    """The notice of one job.
+
+    Args:
+        model: The folder that it is put into.
+        work_folder: Of the job.
+    """
+
+    def __init__(self, model: Path, work_folder: Path) -> None:
+        self._path = model / NOTICE
+        self._work_folder = work_folder.absolute()
+
+    def tell(self, *, overwritten: bool) -> None:
+        """Put it there, as true as it is now: the model is as it was, or partly `overwritten`.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        command = shlex.join(["lowmem-gblm", "resume", str(self._work_folder)])
+        words = _PARTLY if overwritten else _INTACT
+        text = words.format(command=command, work_folder=self._work_folder)
+        if self._path.is_file() and self._path.read_text() == text:
+            return
+        self._path.unlink(missing_ok=True)
+        publish_file(self._path, lambda file: file.write(text.encode()))
+
+    def remove(self) -> None:
+        """The model is whole again."""
+        self._path.unlink(missing_ok=True)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise `JobError` if a model is being pruned in place and has not been finished.
+
+    What has its record is finished: that is written before the notice goes.
+    """
+    if (folder / NOTICE).exists() and not (folder / RECORD).exists():
+        raise JobError(
+            f"{folder} is being pruned in place, or was until that was interrupted: some of its "
+            f"blocks may be pruned and others not. {folder / NOTICE} says how to go on with it"
+        )
