@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_gblm.disk.checkpoint import INDEX, Checkpoint, read_json
+from lowmem_gblm.disk.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from lowmem_gblm.disk.hashes import check_hashes, hash_violations
 from lowmem_gblm.disk.output import RECORD
 from lowmem_gblm.disk.source import locate
 from lowmem_gblm.errors import CheckpointError, RequestError, VerificationError
@@ -19,21 +20,24 @@ from lowmem_gblm.methods.sparsegpt import block_columns
 
 NAMED = 10
 
+_UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
+
 
 def verify(output: str, against: str | None = None) -> dict[str, Any]:
     """Check an output checkpoint.
 
-    Always: every file whole, an index that fits, the zeros that `pruning.json` counts, the pattern
-    in every comparison group. Against the source: unpruned tensors byte-identical, kept weights
-    bit-identical (unless the method updates them), no negative zero, no group with more zeros than
-    asked beyond those that the source had.
+    Always: every shard with the SHA-256 that `pruning.json` has for it, an index that fits, the
+    zeros that `pruning.json` counts, the pattern in every comparison group. Against the source:
+    unpruned tensors byte-identical, kept weights bit-identical (unless the method updates them), no
+    negative zero, no group with more zeros than asked beyond those that the source had.
 
     Args:
         output: The folder.
         against: The source model: folder, Hub id, or "demo".
 
     Returns:
-        `output`, `against`, `tensors`, `pruned_tensors`, `sparsity_measured`.
+        `output`, `against`, `tensors`, `pruned_tensors`, `hashed_shards`, `sparsity_measured`,
+        `notes`.
 
     Raises:
         VerificationError: Names the first violations.
@@ -42,9 +46,12 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     folder = locate(output)
     record = read_json(folder / RECORD)
     _check_record(record)
-    checkpoint = Checkpoint(folder)
+    hashes = record.get("shards", {})
+    changed = list(hash_violations(folder, hashes))
+    checkpoint = _readable(folder, changed)
     source = Checkpoint(locate(against)) if against is not None else None
     violations: list[str] = []
+    violations += _strangers(checkpoint, hashes)
     violations += _index_violations(folder, checkpoint)
     violations += _record_violations(record, checkpoint)
     if source is not None:
@@ -60,18 +67,41 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
                 zeros += int((tensor == 0).sum())
                 numel += tensor.numel()
             violations += rule.violations(name, tensor, described, original)
-    if violations:
-        more = f"\n… and {len(violations) - NAMED} more" if len(violations) > NAMED else ""
-        raise VerificationError(
-            f"{folder} does not keep its promises:\n" + "\n".join(violations[:NAMED]) + more
-        )
+    if changed or violations:
+        raise _broken(folder, [*changed, *violations])
     return {
         "output": output,
         "against": against,
         "tensors": len(checkpoint.tensors),
         "pruned_tensors": len(record["tensors"]),
+        "hashed_shards": len(hashes),
         "sparsity_measured": zeros / numel,
+        "notes": [] if hashes else [_UNHASHED],
     }
+
+
+def _readable(folder: Path, changed: list[str]) -> Checkpoint:
+    """The checkpoint; where shards that have changed make it unreadable, that is the violation."""
+    try:
+        return Checkpoint(folder)
+    except CheckpointError as error:
+        if not changed:
+            raise
+        raise _broken(folder, [*changed, str(error)]) from None
+
+
+def _broken(folder: Path, violations: list[str]) -> VerificationError:
+    more = f"\n… and {len(violations) - NAMED} more" if len(violations) > NAMED else ""
+    return VerificationError(
+        f"{folder} does not keep its promises:\n" + "\n".join(violations[:NAMED]) + more
+    )
+
+
+def _strangers(checkpoint: Checkpoint, hashes: dict[str, Any]) -> Iterator[str]:
+    """Shards that the model is loaded from and that the run has not written."""
+    if hashes:
+        used = {entry.file.name for entry in checkpoint.tensors.values()}
+        yield from (f"{name} has no hash in {RECORD}" for name in sorted(used - hashes.keys()))
 
 
 class _Rule:
@@ -168,9 +198,18 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(_bits(one), _bits(other))
 
 
+def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    if (folder / INDEX).exists():
+        return read_json(folder / INDEX)
+    return {"weight_map": dict.fromkeys(checkpoint.tensors, SINGLE)}
+
+
 def _index_violations(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """The index and the shards must name the same tensors; no shard may lie beside it."""
-    index = read_json(folder / INDEX)
+    """The index and the shards must name the same tensors; no shard may lie beside it.
+
+    What was pruned in place may be one file without an index.
+    """
+    index = _index(folder, checkpoint)
     surplus = sorted(checkpoint.tensors.keys() - index["weight_map"].keys())
     if surplus:
         yield f"{surplus[0]} is in a shard, but not in {INDEX}"
@@ -196,6 +235,8 @@ def _check_record(record: dict[str, Any]) -> None:
                 raise ValueError(f"not a description of a tensor: {one}")
         if not record["tensors"]:
             raise ValueError("no tensors")
+        if "shards" in record:
+            check_hashes(record["shards"])
     except (RequestError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
 

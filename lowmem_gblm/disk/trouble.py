@@ -1,0 +1,79 @@
+"""A disk that fills up or fails in the middle of a run: which error it is, and its sentence."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowmem_gblm.errors import DiskError, DiskFull
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+# Anything else, such as a folder without permission, is wrong from the start and says so itself.
+_FAILING = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENXIO, errno.ENODEV}
+
+_WORDS = (
+    (r"model(?:-\d+-of-\d+)?\.safetensors", "the shard"),
+    (r"overwrites-0*(\d+)\.safetensors", "the new weights of block {}"),
+    (r"embedded", "the hidden states before block 0"),
+    (r"(?:dense|pruned)-(\d+)", "the hidden states before block {}"),
+    (r"gradient-(\d+)", "the gradients before block {}"),
+    (r"magnitudes-(\d+)-\d+", "the gradient magnitudes of block {}"),
+    (r"\d{6}\.json|journal", "the journal"),
+    (r"job\.json", "the description of the job"),
+    (r"model\.safetensors\.index\.json", "the index"),
+    (r"pruning\.json", "the record"),
+)
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Within, an error of the system names `path`, unless it names a file itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def is_trouble(error: OSError) -> bool:
+    """Whether a disk is full or failing."""
+    return error.errno in _FULL or error.errno in _FAILING
+
+
+def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
+    """The same as a sentence.
+
+    Args:
+        error: One that `is_trouble`.
+        needs: How much is still needed and how much is free, and where.
+        way_out: What the person can do, once the disk is in order.
+    """
+    path = Path(str(error.filename or "a file of this run"))
+    failed = f"{_what(path)} could not be written to {path}"
+    if error.errno in _FULL:
+        return DiskFull(f"{_FULL[error.errno]}: {failed}, {needs}: make room, then {way_out}")
+    return DiskError(
+        f"a disk is failing ({error.strerror}): {_what(path)} could not be written to or read from "
+        f"{path}: look after that disk, then {way_out}"
+    )
+
+
+def to_go_on(work_folder: Path, *, kept: bool) -> str:
+    """What to do after an attempt that has ended early, where the job is `kept` or not."""
+    if not kept:
+        return "give the same command again; nothing was done yet that could be kept"
+    command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
+    return f"give the same command again, or {command}, which goes on from what is done"
+
+
+def _what(path: Path) -> str:
+    """What a file holds."""
+    name = path.name.removesuffix(".tmp")
+    for pattern, words in _WORDS:
+        if match := re.fullmatch(pattern, name):
+            return words.format(*match.groups())
+    return f"the file {name}"

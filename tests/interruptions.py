@@ -1,0 +1,119 @@
+"""What tests of interrupted runs share: photographs of the disk; runs that stop or are killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import pytest
+
+from lowmem_gblm.disk import publish
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a finished output but the record, by its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "pruning.json"
+    }
+
+
+class Photographer:
+    """Copies what lies on the disk before and after every durable operation of a run."""
+
+    def __init__(self, parent: Path, album: Path) -> None:
+        self._parent = parent
+        self._album = album
+        self._seen: set[str] = set()
+        self._lock = RLock()
+        self.operations = 0
+        self.photographs: list[Path] = []
+
+    @contextmanager
+    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename"):
+                patch.setattr(publish.os, name, self.photographed(getattr(os, name)))
+            for name in ("unlink", "pwrite"):
+                patch.setattr(publish.os, name, self._held(getattr(os, name)))
+            yield
+
+    def photographed(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """The same operation, with a photograph before it and one after it."""
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with self._lock:
+                self.operations += 1
+                self._photograph()
+                result = operation(*args, **options)
+                self._photograph()
+                return result
+
+        return wrapped
+
+    def _held(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """Not while a photograph is taken: other threads write and remove, too."""
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with self._lock:
+                return operation(*args, **options)
+
+        return wrapped
+
+    def _photograph(self) -> None:
+        target = self._album / f"{len(self.photographs):04}"
+        shutil.copytree(self._parent, target)
+        state = str(sorted((path.name, _state(path)) for path in target.rglob("*")))
+        if state in self._seen:
+            shutil.rmtree(target)
+        else:
+            self._seen.add(state)
+            self.photographs.append(target)
+
+
+def _state(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C at a chosen moment."""
+
+
+def stopped_at(
+    run: Callable[..., Any], folder: Path, stage: str, step: int, **options: Any
+) -> None:
+    """Run until a step of a stage is done, and no further."""
+
+    def listener(tick: Any) -> None:
+        if (tick.stage, tick.step) == (stage, step):
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(folder, listener=listener, **options)
+
+
+def in_a_child(action: Callable[[], object], seconds: float) -> bool:
+    """Run an action in a forked process; whether it had to be killed after so many seconds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True

@@ -1,0 +1,251 @@
+"""Ctrl-C and SIGTERM at any moment: exit code 130, what is kept, and a command that goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from interruptions import content
+from tiny import save_tiny
+
+from lowmem_gblm import cli
+from lowmem_gblm.disk import publish
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+MOMENTS = 20
+KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To go on:"
+NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To go on:"
+WHOLE = r"lowmem-gblm: interrupted, but \S+ is whole already\."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its name needs quotes in a shell."""
+    return save_tiny("llama", tmp_path_factory.mktemp("it's") / "a model", blocks=2, width=32)
+
+
+@pytest.fixture
+def argv(model: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    return arguments(model, tmp_path / "out", text_file)
+
+
+def arguments(model: Path, output: Path, text: Path) -> list[str]:
+    size = ["--nsamples", "4", "--seqlen", "64", "--calibration", str(text)]
+    return ["prune", str(model), str(output), *size]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, str], float]:
+    """What an undisturbed run writes, and how many seconds it takes."""
+    output = tmp_path_factory.mktemp("expected") / "out"
+    start = time.monotonic()
+    assert cli.main(arguments(model, output, text_file)) == 0
+    return content(output), time.monotonic() - start
+
+
+class Child:
+    """A command in a forked process, whose stderr goes to a file. Comes back once it has begun."""
+
+    def __init__(self, argv: list[str], log: Path, ignoring: int | None = None) -> None:
+        self._log = log
+        begun, to_begin = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(argv, to_begin, ignoring)
+        os.close(to_begin)
+        os.read(begun, 1)
+        os.close(begun)
+
+    def _be(self, argv: list[str], to_begin: int, ignoring: int | None) -> None:
+        code = 99
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if ignoring is not None:
+                signal.signal(ignoring, signal.SIG_IGN)
+            sys.stderr = self._log.open("w", buffering=1)
+            run = cli._prune
+
+            def announced(arguments: object) -> int:
+                os.write(to_begin, b".")
+                return run(arguments)
+
+            cli._prune = announced
+            code = cli.main(argv)
+        finally:
+            os._exit(code)
+
+    def ended(self) -> tuple[int, list[str]]:
+        """Waits for it; its exit code and the lines it wrote."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        text = self._log.read_text()
+        assert "Traceback" not in text
+        return code, text.splitlines()
+
+
+def goes_on(code: int, lines: list[str], output: Path, expected: dict[str, str]) -> None:
+    """A run that was interrupted says so, and the command that it printed gives the same bytes."""
+    if code == 0:
+        assert content(output) == expected
+        return
+    assert code == 130, lines
+    if re.fullmatch(WHOLE, lines[-1]):
+        assert content(output) == expected
+        return
+    assert re.fullmatch(f"{KEPT}|{NOTHING}", lines[-2]), lines
+    work_folder = output.with_name("out.work")
+    assert work_folder.exists() == bool(re.fullmatch(KEPT, lines[-2]))
+    assert not output.exists()
+    program, *again = shlex.split(lines[-1])
+    assert program == "lowmem-gblm"
+    assert cli.main(again) == 0
+    assert content(output) == expected
+    assert not work_folder.exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_interrupted_at_random_moments(
+    number: signal.Signals,
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+) -> None:
+    chance, interrupted = random.Random(int(number)), 0
+    for _ in range(MOMENTS):
+        child = Child(argv, tmp_path / "log")
+        time.sleep(chance.uniform(0, expected[1]))
+        os.kill(child.pid, number)
+        code, lines = child.ended()
+        interrupted += code == 130
+        goes_on(code, lines, tmp_path / "out", expected[0])
+        shutil.rmtree(tmp_path / "out")
+    assert interrupted > MOMENTS / 4
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13, 21, -2, -1])
+@pytest.mark.parametrize("name", ["fsync", "rename"])
+def test_interrupted_during_a_commit(
+    name: str,
+    at: int,
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+    real = getattr(os, name)
+
+    def counting(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.os, name, counting)
+        assert cli.main(argv) == 0
+    shutil.rmtree(tmp_path / "out")
+    left = at if at > 0 else calls + 1 + at
+
+    def interrupting(*args: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.os, name, interrupting)
+        code, lines = Child(argv, tmp_path / "log").ended()
+    goes_on(code, lines, tmp_path / "out", expected[0])
+
+
+def test_the_first_of_two_interruptions_counts(
+    argv: list[str], expected: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    child = Child(argv, tmp_path / "log")
+    time.sleep(expected[1] / 2)
+    for number in SIGNALS:
+        os.kill(child.pid, number)
+    goes_on(*child.ended(), tmp_path / "out", expected[0])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_ignored_stays_ignored(
+    number: signal.Signals,
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+) -> None:
+    child = Child(argv, tmp_path / "log", number)
+    for _ in range(5):
+        time.sleep(expected[1] / 10)
+        os.kill(child.pid, number)
+    assert child.ended()[0] == 0
+    assert content(tmp_path / "out") == expected[0]
+
+
+def test_the_printed_command_can_be_pasted_into_a_shell(
+    argv: list[str], expected: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "lowmem_gblm", *argv]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("embed")
+        process.send_signal(signal.SIGTERM)
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert lines[-1].startswith(f"{sys.executable} -m lowmem_gblm prune ")
+    assert subprocess.run(["bash", "-c", lines[-1]], capture_output=True).returncode == 0
+    assert content(tmp_path / "out") == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("called", "found", "program"),
+    [
+        ("/opt/bin/lowmem-gblm", "/opt/bin/lowmem-gblm", ["lowmem-gblm"]),
+        ("/opt/bin/lowmem-gblm", None, ["/opt/bin/lowmem-gblm"]),
+        ("/lib/lowmem_gblm/__main__.py", None, [sys.executable, "-m", "lowmem_gblm"]),
+    ],
+)
+def test_the_printed_command_is_called_as_this_one_was(
+    called: str, found: str | None, program: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr(cli.shutil, "which", lambda name: found)
+    assert cli._program() == program
+
+
+def test_an_interrupted_resume_says_where_the_job_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem_gblm.pipeline.find_job", interrupt)
+    assert cli.main(["resume", "my out.work"]) == 130
+    error = capsys.readouterr().err
+    assert "What is done is kept in my out.work. To go on:" in error
+    assert error.endswith("\nlowmem-gblm resume 'my out.work'\n")
+
+
+def test_an_interruption_after_the_end_says_that_the_output_is_whole(
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_print", interrupt)
+    assert cli.main(argv) == 130
+    assert re.search(f"{WHOLE}\n$", capsys.readouterr().err)
