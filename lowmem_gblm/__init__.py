@@ -37,16 +37,19 @@ __all__ = ["LowmemGblmError", "compare", "evaluate", "plan", "prune", "verify"]
 
 def prune(
     model: str | PathLike[str],
-    output: str | PathLike[str],
+    output: str | PathLike[str] | None = None,
     *,
     listener: Listener | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Prune `model` into the new folder `output`; returns the content of its pruning.json.
+    """Prune `model` into the new folder `output`, or in place.
+
+    Returns the content of its pruning.json.
 
     Args:
         model: Folder, Hub id, or "demo".
-        output: Folder to create.
+        output: Folder to create; None with `in_place=True, overwrite_my_only_copy=True`, which
+            overwrites the weights of `model` itself.
         listener: Called with a `lowmem_gblm.progress.Tick` after every step.
         options: Fields of `lowmem_gblm.request.PruneRequest`.
 
@@ -56,7 +59,8 @@ def prune(
     from lowmem_gblm.pipeline import prune as run
     from lowmem_gblm.request import PruneRequest
 
-    return run(PruneRequest(model=fspath(model), output=Path(output), **options), listener)
+    folder = None if output is None else Path(output)
+    return run(PruneRequest(model=fspath(model), output=folder, **options), listener)
 
 
 def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:

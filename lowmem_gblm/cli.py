@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,32 +30,33 @@ from lowmem_gblm.request import (
     Resources,
     evaluation_of,
     options,
+    output_folder,
+    work_folder_of,
 )
 
 _DEMO_FOLDER = "lowmem-gblm-demo"
 _DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
 _DEMO_SEQLEN = 256
-_COMPARISON_STAYS = "Finished checkpoints stay; move them away, or give another --output."
 _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
-_KEPT = "What is done is kept: the same command goes on with it, and so does resume WORKDIR."
+_IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
+_PROGRAM = "lowmem-gblm"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = arguments.run(arguments)
         return code
     except LowmemGblmError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        command = shlex.join(["lowmem-gblm", *(sys.argv[1:] if argv is None else argv)])
-        hint = arguments.interrupted
-        return _fail(f"interrupted. {hint} To run it again:\n{command}", INTERRUPTED)
+        return _interrupted(arguments, argv)
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError by its name: torch may not have been imported at all.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
@@ -64,6 +66,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
         where = f"{error.strerror}: {error.filename or 'while writing'}"
         return _fail(where if error.strerror else str(error), code)
+
+
+def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Say what is kept, and what to type to go on."""
+    if argv is None:
+        # This process ends now: an impatient second Ctrl-C has nothing left to interrupt.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    hint = arguments.interrupted(arguments)
+    if hint is None:
+        return _fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
+    typed = [*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv]
+    return _fail(f"interrupted. {hint} To go on:\n{shlex.join(typed)}", INTERRUPTED)
+
+
+def _program() -> list[str]:
+    """How this program can be called from the same terminal."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return [sys.executable, "-m", "lowmem_gblm"]
+    if called.name == _PROGRAM and shutil.which(_PROGRAM) is None:
+        return [str(called)]
+    return [_PROGRAM]
+
+
+def _kept(arguments: argparse.Namespace) -> str | None:
+    """What an interrupted `prune` has kept; None if it was done."""
+    output = Path(_made(arguments))
+    if (output / "pruning.json").is_file():
+        return None
+    output = output.resolve() if arguments.in_place else output
+    work_folder = work_folder_of(output, arguments.work_dir)
+    if work_folder.is_dir():
+        return f"What is done is kept in {work_folder}."
+    return "Nothing was done yet that could be kept."
+
+
+def _made(arguments: argparse.Namespace) -> str:
+    """What `prune` makes: OUTPUT, or in place MODEL."""
+    return str(arguments.output or arguments.model)
+
+
+def _kept_in(arguments: argparse.Namespace) -> str:
+    """The same for `resume`."""
+    return f"What is done is kept in {arguments.work_folder}."
+
+
+def _nothing_left(arguments: argparse.Namespace) -> str:
+    """What an interrupted command says that writes nothing to stay."""
+    return "Nothing half-done is left."
 
 
 def _fail(message: str, code: int) -> int:
@@ -81,10 +133,11 @@ def _quiet_libraries() -> None:
 def _prune(arguments: argparse.Namespace) -> int:
     from lowmem_gblm.pipeline import prune
 
-    request = _request(PruneRequest, arguments, output=Path(arguments.output))
+    output = None if arguments.output is None else Path(arguments.output)
+    request = _request(PruneRequest, arguments, output=output)
     with Display(sys.stderr) as display:
         record = prune(request, display)
-    _print(arguments, record, lambda: prune_lines(record, arguments.output))
+    _print(arguments, record, lambda: prune_lines(record, _made(arguments)))
     return 0
 
 
@@ -97,7 +150,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     request = find_job(Path(arguments.work_folder), **changed)
     with Display(sys.stderr) as display:
         record = prune(request, display)
-    _print(arguments, record, lambda: prune_lines(record, str(request.output)))
+    _print(arguments, record, lambda: prune_lines(record, str(output_folder(request))))
     return 0
 
 
@@ -136,7 +189,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         lambda: [
             f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
             f"tensors, {result['pruned_tensors']} of them pruned to "
-            f"{result['sparsity_measured']:.2%} zeros"
+            f"{result['sparsity_measured']:.2%} zeros",
+            *(f"note: {note}" for note in result["notes"]),
         ],
     )
     return 0
@@ -155,6 +209,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     evaluation = evaluation_of(request)
     folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
     return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
+
+
+def _checkpoints_stay(arguments: argparse.Namespace) -> str:
+    """What an interrupted comparison says."""
+    return "Finished checkpoints stay; move them away, or give another --output."
 
 
 def _free_folder(path: Path) -> Path:
@@ -198,14 +257,26 @@ def _request(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any
     return kind(model=arguments.model, **values, **more)
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed. Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    missing = arguments.run is _prune and arguments.output is None
+    if missing and left and not left[0].startswith("-"):
+        arguments.output = left.pop(0)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowmem-gblm",
         description="Prune large language models with gradients, one decoder block in memory at "
         "a time.",
-        epilog="Exit codes: 0 done, 2 bad request, 3 checkpoint unusable, 4 does not fit the "
-        "budget, 5 output exists or is in use, 6 non-finite numbers, 7 verification failed, "
-        "130 interrupted.",
+        epilog="Exit codes: 0 done, 2 bad request or failing disk, 3 checkpoint unusable, 4 does "
+        "not fit the budget or on the disk, 5 output exists or is in use, 6 non-finite numbers, "
+        "7 verification failed, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -213,13 +284,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    command.add_argument("output", metavar="OUTPUT", help="folder to create")
-    command.set_defaults(interrupted=_KEPT)
+    command.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
+    )
+    command.set_defaults(interrupted=_kept)
     _add_options(command, PruneRequest)
 
     command = _command(commands, "resume", _resume, "go on with an interrupted prune")
     command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
-    command.set_defaults(interrupted=_KEPT)
+    command.set_defaults(interrupted=_kept_in)
     _add_options(command, PruneRequest, only=_MAY_CHANGE)
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
@@ -232,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    command.set_defaults(interrupted=_COMPARISON_STAYS)
+    command.set_defaults(interrupted=_checkpoints_stay)
     command.add_argument(
         "--methods",
         default="magnitude,wanda,sparsegpt,gblm",
@@ -244,14 +317,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
     command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
-    _add_options(command, PruneRequest, without=("method",))
+    _add_options(command, PruneRequest, without=("method", *_IN_PLACE))
 
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
-    command.set_defaults(interrupted=_COMPARISON_STAYS)
+    command.set_defaults(interrupted=_checkpoints_stay)
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     _add_options(command, Resources)
     return parser
@@ -261,7 +334,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    command.set_defaults(run=run, interrupted="Nothing half-done is left.")
+    command.set_defaults(run=run, interrupted=_nothing_left)
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return command
 

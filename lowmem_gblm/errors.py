@@ -2,9 +2,11 @@
 
 LowmemGblmError
 ├── RequestError            2  an option is wrong, or contradicts another
+├── DiskError               2  a disk fails in the middle of a run, or may not be written any more
 ├── CheckpointError         3  the model folder cannot be used
 │   └── UnsupportedModel    3  the architecture does not fit the streaming contract
 ├── BudgetError             4  memory or disk do not suffice
+│   └── DiskFull            4  the disk, or a quota, was used up in the middle of a run
 ├── JobError                5  the output exists, or belongs to another job
 ├── NonFiniteError          6  a loss, a hidden state or a score is NaN or infinite
 └── VerificationError       7  an output breaks a promise
@@ -72,6 +74,20 @@ class BudgetError(LowmemGblmError):
     """The run needs more memory or disk than there is."""
 
     exit_code = 4
+
+
+class DiskFull(BudgetError):
+    """The disk or a quota was used up in the middle of a run; what was done is kept."""
+
+
+class DiskError(LowmemGblmError):
+    """A disk fails in the middle of a run; what was done is kept.
+
+    Like a folder that may not be written, this asks for another place or a repair: it has the exit
+    code of a request that cannot be met.
+    """
+
+    exit_code = 2
 
 
 class JobError(LowmemGblmError):

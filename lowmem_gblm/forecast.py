@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 
 from lowmem_gblm import machine
+from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.disk.files import side_files
+from lowmem_gblm.disk.folder import size_on_disk
+from lowmem_gblm.disk.output import partial_folder
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import AT_ONCE, Method
 from lowmem_gblm.model.blocks import PrunableWeight
@@ -26,6 +30,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _OUTPUT_PROJECTION = re.compile(r"(^|\.)(o|out|down|c|w2|fc2|wo|dense\w*h)(_?proj|_lin)?$|dense$")
 _MEASURED_S = 2.0
+_TOLD_PER_TENSOR = 1000
 _RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
 
 
@@ -43,9 +48,11 @@ def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> Mode
             math.prod(checkpoint.tensors[name].shape) for name in skeleton.rest_tensors
         ),
         total_bytes=checkpoint.nbytes(),
+        side_bytes=_side_bytes(checkpoint),
         prunable=tuple(_numel(block) for block in weights),
         slots=tuple(slot.stored(skeleton.block(largest)).numel() for slot in slots),
         gram_entries=_gram_entries(weights[largest]),
+        columns=sum(weight.in_features for weight in weights[largest]),
         active_fraction=fraction,
         largest_matrix=max(weight.numel for weight in every),
         widest_input=max(weight.in_features for weight in every),
@@ -137,6 +144,27 @@ def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
             )
 
 
+def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> str:
+    """How much of a plan is not yet on the disk, and how much is free there.
+
+    Args:
+        failed: What could not be written, which tells the disk where there are two.
+    """
+    partial = partial_folder(output)
+    if machine.same_disk(output, work_folder):
+        folder, needed = work_folder, made.predicted.disk_bytes
+        taken = size_on_disk(work_folder) + size_on_disk(partial)
+    elif failed.is_relative_to(work_folder):
+        folder, needed, taken = work_folder, made.spill_bytes, size_on_disk(work_folder)
+    else:
+        folder, needed, taken = partial, made.output_bytes, size_on_disk(partial)
+    free = machine.free_disk_bytes(folder)
+    return (
+        f"{gibibytes(max(0, needed - taken))} more are needed in {folder.parent} and "
+        f"{gibibytes(free)} are free"
+    )
+
+
 def speeds_of(
     opened: OpenModel,
     weights: Sequence[list[PrunableWeight]],
@@ -182,6 +210,13 @@ def smaller_work(work: Work) -> list[tuple[str, Work]]:
     if work.on_gpu and work.resident_bits is None:
         options.append(("--compute-weights nf4", replace(work, resident_bits=4)))
     return options
+
+
+def _side_bytes(checkpoint: Checkpoint) -> int:
+    """Side files as they are, and about so much per tensor for headers, record and journal."""
+    paths = side_files(checkpoint.folder)
+    files = sum(path.stat().st_size for path in paths if path.is_file())
+    return files + _TOLD_PER_TENSOR * len(checkpoint.tensors)
 
 
 def _numel(weights: Sequence[PrunableWeight]) -> int:

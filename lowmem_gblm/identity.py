@@ -26,6 +26,9 @@ _PACKAGES = (
 # Of these another version may compute other numbers; the samples are known by their tokens.
 _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
 
+_TENSORS_SEEN = 500
+_BYTES_SEEN = 512
+
 
 def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str, Any]:
     """What was asked, as the person asked for it and as it was understood; and by what."""
@@ -63,14 +66,36 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprints(checkpoint: Checkpoint, samples_NT: Tensor) -> dict[str, str]:
-    """SHA-256 of what went in: names, dtypes, shapes and places in the source, and the samples."""
+def fingerprints(
+    checkpoint: Checkpoint, samples_NT: Tensor, *, in_place: bool = False
+) -> dict[str, str]:
+    """SHA-256 of what went in.
+
+    Args:
+        checkpoint: Names, dtypes, shapes and places of its tensors count, and the first bytes of
+            some hundreds of them: two models of one architecture differ there.
+        samples_NT: Token ids.
+        in_place: Whether matrices are overwritten; only bytes that stay are then looked at.
+    """
     source = hashlib.sha256()
     for entry in checkpoint.tensors.values():
         line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
         source.update(line.encode())
+    names = [
+        entry.name
+        for entry in checkpoint.tensors.values()
+        if entry.nbytes and not (in_place and len(entry.shape) > 1)
+    ]
+    seen = hashlib.sha256()
+    step = max(1, -(-len(names) // _TENSORS_SEEN))
+    for name in names[::step]:
+        seen.update(checkpoint.first_bytes(name, _BYTES_SEEN))
     samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
-    return {"source_headers": source.hexdigest(), "calibration_tokens": samples.hexdigest()}
+    return {
+        "source_headers": source.hexdigest(),
+        "source_bytes": seen.hexdigest(),
+        "calibration_tokens": samples.hexdigest(),
+    }
 
 
 def device_name(device: torch.device) -> str:

@@ -12,19 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_gblm import memory
+from lowmem_gblm import machine, memory
 from lowmem_gblm.calibration import evaluation_windows, load_tokenizer, open_source
 from lowmem_gblm.disk.spill import Spill
+from lowmem_gblm.disk.trouble import explained, is_trouble
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.forecast import budget_of
 from lowmem_gblm.model.blocks import prunable_weights
 from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
 from lowmem_gblm.model.stream import BlockStream
-from lowmem_gblm.planning import Plan
+from lowmem_gblm.planning import Plan, gibibytes
 from lowmem_gblm.progress import Listener, Progress, Stage
 from lowmem_gblm.request import EvalRequest, resolve_seqlen
 from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, losses_of
+from lowmem_gblm.sweeps.samples import Samples
 from lowmem_gblm.watchdog import HostWatch
 from lowmem_gblm.workbench import plan_evaluation
 
@@ -42,6 +44,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
 
     Raises:
         NonFiniteError: The perplexity is NaN or infinite.
+        DiskFull: Where windows wait, the disk has become full.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     memory.reset_host_peak()
@@ -69,7 +72,11 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     )
     folder = _work_folder(request)
     made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
-    with _watched(opened, request, made, folder), _folder(folder) as own:
+    with (
+        _told_of_its_disk(made, folder),
+        _watched(opened, request, made, folder),
+        _folder(folder) as own,
+    ):
         losses = _losses(opened, request, made, samples_NT, own, progress)
     mean = sum(losses) / count
     if not math.isfinite(mean):
@@ -118,9 +125,15 @@ def _losses(
         with progress.stage("embed"), skeleton.filled(checkpoint):
             embed(skeleton, samples_NT, conveyor, progress)
         with progress.stage("forward"):
-            count = len(samples_NT)
+            windows = Samples(len(samples_NT), tolerated=0, what="window")
             dense_sweep(
-                blocks, skeleton, conveyor, count, progress, keep_every=None, commit=conveyor.forget
+                blocks,
+                skeleton,
+                conveyor,
+                windows,
+                progress,
+                keep_every=None,
+                commit=conveyor.forget,
             )
         with progress.stage("loss"), skeleton.filled(checkpoint):
             return losses_of(skeleton, samples_NT, conveyor, progress)
@@ -143,6 +156,20 @@ def _work_folder(request: EvalRequest) -> Path:
     if request.work_dir is not None:
         return request.work_dir
     return _ON_DISK if os.access(_ON_DISK, os.W_OK) else Path(tempfile.gettempdir())
+
+
+@contextmanager
+def _told_of_its_disk(made: Plan, folder: Path) -> Iterator[None]:
+    """Within, a disk that is full or failing becomes a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if not is_trouble(error):
+            raise
+        free = gibibytes(machine.free_disk_bytes(folder))
+        needs = f"{gibibytes(made.spill_bytes)} are needed in {folder} and {free} are free"
+        way_out = "give the same command again, or give another --work-dir"
+        raise explained(error, needs, way_out) from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_gblm import memory
+from lowmem_gblm.disk.in_place import check_confirmed, check_unpruned
 from lowmem_gblm.disk.job import forget_finished, read_description
 from lowmem_gblm.disk.output import check_absent
 from lowmem_gblm.errors import JobError, RequestError
@@ -31,7 +32,7 @@ from lowmem_gblm.model.tap import Slot
 from lowmem_gblm.planning import FLOAT32_BYTES, Plan, slices_within
 from lowmem_gblm.progress import Listener
 from lowmem_gblm.report import record
-from lowmem_gblm.request import PruneRequest, request_from_json, work_folder
+from lowmem_gblm.request import PruneRequest, output_folder, request_from_json, work_folder
 from lowmem_gblm.run import Run, begin_or_resume
 from lowmem_gblm.stats.activation import ActivationStatistic
 from lowmem_gblm.sweeps.dense import boundary, dense_sweep, embed, head_pass, learn_calls
@@ -44,22 +45,20 @@ _DESCRIBED = "the weights are not here: their sizes are those that config.json d
 
 
 def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, Any]:
-    """Prune a model into a new checkpoint.
+    """Prune a model into a new checkpoint, or in place.
 
     Args:
         request: What is asked.
         listener: Told of every step.
 
     Returns:
-        The content of OUTPUT/pruning.json.
+        The content of OUTPUT/pruning.json; in place, of MODEL/pruning.json.
 
     Raises:
-        LowmemGblmError: See `lowmem_gblm.errors`; nothing is left under the name OUTPUT.
+        LowmemGblmError: See `lowmem_gblm.errors`; nothing is left under the name OUTPUT. In place
+            see `lowmem_gblm.disk.in_place`.
     """
-    if request.output is None:
-        raise RequestError("prune needs an OUTPUT folder")
-    forget_finished(request.output, work_folder(request))
-    check_absent(request.output)
+    _check_place(request)
     memory.reset_host_peak()
     memory.settle_allocator()
     bench = open_workbench(request)
@@ -78,10 +77,13 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
                 run.progress.skip(run.done(name))
                 _PASSES[name](run)
         with run.progress.stage("finish"):
+            run.settle()
             run.output.write_rest()
             run.progress.step()
-        made = record(bench, run.pruner, run.losses, run.progress, run.output, run.job.attempts)
-        return run.output.publish(made)
+        made = record(
+            bench, run.pruner, run.samples, run.losses, run.progress, run.output, run.job.attempts
+        )
+        return run.publish(made)
 
 
 def find_job(folder: Path, **changes: Any) -> PruneRequest:
@@ -125,6 +127,20 @@ def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:
     return made
 
 
+def _check_place(request: PruneRequest) -> None:
+    """Raise unless the result may be put where it is to go; clear away a finished job."""
+    if request.in_place:
+        check_confirmed(request)
+    elif request.output is None:
+        raise RequestError("prune needs an OUTPUT folder, or --in-place to overwrite MODEL itself")
+    output = output_folder(request)
+    forget_finished(output, work_folder(request))
+    if request.in_place:
+        check_unpruned(output)
+    else:
+        check_absent(output)
+
+
 def _embed(run: Run) -> None:
     skeleton, samples_NT = run.bench.opened.skeleton, run.bench.samples
     with skeleton.filled(run.bench.opened.checkpoint):
@@ -140,7 +156,7 @@ def _dense(run: Run) -> None:
         run.blocks,
         run.bench.opened.skeleton,
         run.conveyor,
-        len(run.bench.samples),
+        run.samples,
         run.progress,
         keep_every=run.bench.plan.choices.keep_every,
         first=run.done("dense"),
@@ -154,7 +170,12 @@ def _head(run: Run) -> None:
     skeleton, samples_NT = run.bench.opened.skeleton, run.bench.samples
     with skeleton.filled(run.bench.opened.checkpoint):
         run.losses = head_pass(
-            skeleton, samples_NT, run.conveyor, run.bench.loss_scale, run.progress
+            skeleton,
+            samples_NT,
+            run.samples,
+            run.conveyor,
+            run.bench.loss_scale,
+            run.progress,
         )
     run.commit("head", [boundary("dense", skeleton.depth)])
 
@@ -189,13 +210,13 @@ def _reverse(run: Run) -> None:
         run.blocks,
         run.bench.opened.skeleton,
         run.conveyor,
-        len(run.bench.samples),
+        run.samples,
         run.bench.gradient_norm,
         run.bench.loss_scale,
         run.progress,
         kept_every=choices.keep_every,
         slices=slices,
-        activations=run.activations if prunes else list,
+        activations=run.activations if prunes else lambda count: [],
         keep=keep,
         finish=finish,
         first=run.done("reverse"),
@@ -213,7 +234,7 @@ def _prune(run: Run) -> None:
         run.blocks,
         run.bench.opened.skeleton,
         run.conveyor,
-        len(run.bench.samples),
+        run.samples,
         run.bench.schedule.prune_forwards,
         run.progress,
         activations=run.activations,

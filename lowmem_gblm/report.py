@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem_gblm import memory
-from lowmem_gblm.disk.output import Output
-from lowmem_gblm.identity import fingerprints, identity, versions
+from lowmem_gblm.disk.in_place import Target
+from lowmem_gblm.identity import identity, versions
 from lowmem_gblm.progress import Progress, Stage
 from lowmem_gblm.schedule import reverse_order
 from lowmem_gblm.sweeps.decide import Pruner
+from lowmem_gblm.sweeps.samples import Samples
 from lowmem_gblm.workbench import Workbench
 
 _WORTH_A_NOTE = 0.01
@@ -38,9 +39,10 @@ def stages(bench: Workbench) -> list[Stage]:
 def record(
     bench: Workbench,
     pruner: Pruner,
+    samples: Samples,
     losses: list[float],
     progress: Progress,
-    output: Output,
+    output: Target,
     attempts: int,
 ) -> dict[str, Any]:
     """The content of pruning.json."""
@@ -60,8 +62,10 @@ def record(
             *bench.plan.reasons,
             *_unused(bench),
             *_dense(bench),
+            *samples.notes(),
             *pruner.notes,
         ],
+        "dropped_samples": samples.dropped,
         "tensors": tensors,
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
         "waited_seconds": progress.waited_seconds,
@@ -75,22 +79,20 @@ def record(
         "choices": asdict(bench.plan.choices),
         "flops": bench.plan.flops,
         "versions": versions(),
-        "fingerprints": fingerprints(checkpoint, bench.samples),
+        "fingerprints": bench.fingerprints,
         "shards": output.shards,
         "attempts": attempts,
     }
 
 
 def _unused(bench: Workbench) -> list[str]:
-    """A sentence about tensors that the model does not use, and that were only copied."""
+    """A sentence about tensors that the model does not use."""
     skeleton = bench.opened.skeleton
     used = {name for names in [*skeleton.block_tensors, skeleton.rest_tensors] for name in names}
     unused = [name for name in bench.opened.checkpoint.tensors if name not in used]
     if not unused:
         return []
-    return [
-        f"{len(unused)} tensors are no part of the model and were copied as they are: {unused[0]}"
-    ]
+    return [f"{len(unused)} tensors are no part of the model and stay as they are: {unused[0]}"]
 
 
 def _dense(bench: Workbench) -> list[str]:

@@ -111,7 +111,7 @@ class PruneRequest(Resources):
 
     Attributes:
         model: Folder, Hub id, or "demo".
-        output: Folder to create; None for a plan without one.
+        output: Folder to create; None in place, and for a plan without one.
 
     Raises:
         RequestError: A value is out of range, or two contradict each other.
@@ -155,6 +155,17 @@ class PruneRequest(Resources):
         False, "go on with an interrupted job on another device than it was begun on",
         identity=False, parse=bool,
     )  # fmt: skip
+    in_place: bool = option(
+        False, "overwrite the weights of MODEL itself, which must be a folder; no OUTPUT",
+        parse=bool,
+    )  # fmt: skip
+    overwrite_my_only_copy: bool = option(
+        False, "say to --in-place that the dense model may go", identity=False, parse=bool
+    )
+    in_place_shared: bool = option(
+        False, "say to --in-place that the files may be those of others, too: links, a Hub cache",
+        identity=False, parse=bool,
+    )  # fmt: skip
     include: tuple[str, ...] = option(
         (), "prune only tensors whose name matches (repeatable)", metavar="GLOB", repeat=True
     )
@@ -171,7 +182,21 @@ class PruneRequest(Resources):
             raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
         if not 0 <= self.alpha < float("inf"):
             raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
+        self._check_place()
         _ = self.target
+
+    def _check_place(self) -> None:
+        if not self.in_place:
+            for name in ("overwrite_my_only_copy", "in_place_shared"):
+                if getattr(self, name):
+                    raise RequestError(f"--{name.replace('_', '-')} needs --in-place")
+        elif self.output is not None:
+            raise RequestError(
+                f"--in-place overwrites {self.model} itself: give that, or the OUTPUT "
+                f"{self.output}, not both"
+            )
+        elif self.model == DEMO:
+            raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
 
     @cached_property
     def target(self) -> Pattern:
@@ -217,10 +242,22 @@ class EvalRequest(Resources):
         return self.text or (DEMO if self.model == DEMO else "wikitext2")
 
 
+def output_folder(request: PruneRequest) -> Path:
+    """Where the pruned model will be; for a plan without one, beside this folder's content.
+
+    In place every name of the folder leads to the same one.
+    """
+    return Path(request.model).resolve() if request.in_place else request.output or Path("pruned")
+
+
 def work_folder(request: PruneRequest) -> Path:
     """Where boundaries and gradients wait: as asked, else beside the output."""
-    output = request.output or Path("pruned")
-    return (request.work_dir or output.parent) / f"{output.name}.work"
+    return work_folder_of(output_folder(request), request.work_dir)
+
+
+def work_folder_of(output: Path, work_dir: Path | None) -> Path:
+    """The same, from the two options that tell it."""
+    return (work_dir or output.parent) / f"{output.name}.work"
 
 
 def to_json(request: PruneRequest) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.disk.job import Job
+from lowmem_gblm.disk.in_place import InPlace, Target, check_finite
+from lowmem_gblm.disk.job import Job, read_description
 from lowmem_gblm.disk.output import Output
 from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.errors import CheckpointError, NonFiniteError, RequestError
-from lowmem_gblm.interrupts import finished_first
+from lowmem_gblm.disk.trouble import explained, is_trouble, to_go_on
+from lowmem_gblm.errors import CheckpointError, JobError, NonFiniteError, RequestError
+from lowmem_gblm.forecast import still_needed
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import stages
@@ -20,10 +25,12 @@ from lowmem_gblm.stats.activation import ActivationStatistic, activation_statist
 from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.decide import Pruner
 from lowmem_gblm.sweeps.magnitudes import Magnitudes
+from lowmem_gblm.sweeps.samples import Samples
 from lowmem_gblm.workbench import Workbench
 
 # The same command would end in the same way again: nothing is worth keeping.
 _HOPELESS = (CheckpointError, NonFiniteError, RequestError)
+_LOST = "{} is partly pruned by now: if this cannot be mended, the model has to be fetched anew"
 
 
 @dataclass(kw_only=True)
@@ -36,20 +43,25 @@ class Run:
     spill: Spill
     conveyor: Conveyor
     magnitudes: Magnitudes
-    output: Output
+    output: Target
     pruner: Pruner
+    samples: Samples
     progress: Progress
     losses: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
+    _committer: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "commit"))
+    _committing: Future[None] | None = None
+    _written: list[int] = field(default_factory=list)
 
-    def activations(self) -> list[ActivationStatistic]:
+    def activations(self, nsamples: int) -> list[ActivationStatistic]:
         """Fresh accumulators for one block."""
-        return activation_statistics(self.bench.method.needs, len(self.bench.samples))
+        return activation_statistics(self.bench.method.needs, nsamples)
 
     def write(self, block: Block) -> None:
         """Write a pruned block, beside what comes next."""
         with self.progress.waiting():
             block.pending.append(self.output.write_block(block.index, block.raw))
+        self._written.append(block.index)
 
     def done(self, name: str) -> int:
         """How many steps of a pass an earlier attempt has finished."""
@@ -57,6 +69,8 @@ class Run:
 
     def commit(self, name: str, drop: Sequence[str]) -> None:
         """Make a finished step durable: what it wrote, then the journal; then drop what is past.
+
+        This happens in a thread of its own, beside the next step; one step at a time.
 
         Where host memory stands in for the disk nothing can be resumed, and nothing is written
         down.
@@ -66,30 +80,82 @@ class Run:
             drop: What no later step reads.
 
         Raises:
-            OSError: The disk is full or failing.
+            OSError: The disk is full or failing; perhaps in the step before.
         """
         with self.progress.waiting():
-            self.output.settle()
-            self.conveyor.settle()
-            with finished_first():
-                if not self.bench.plan.host_spill_bytes:
-                    waiting = self.spill.publish(but=drop)
-                    self.job.add(self._entry(name, waiting, drop))
-                for gone in drop:
-                    self.spill.drop(gone)
+            self.settle()
+        names, arriving = self.conveyor.on_their_way()
+        names = names.union(self.spill.written()).difference(drop)
+        step = _Step(self._entry(name, drop), sorted(names), self._written, arriving)
+        self._written = []
+        self._committing = self._committer.submit(self._make_durable, step)
 
-    def _entry(self, name: str, waiting: dict[str, Any], drop: Sequence[str]) -> dict[str, Any]:
+    def settle(self) -> None:
+        """Wait until the last step is durable.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        if self._committing is not None:
+            self._committing.result()
+            self._committing = None
+
+    def publish(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Give the result its place. Once begun this is done, whatever interrupts the run.
+
+        Args:
+            made: The record.
+
+        Returns:
+            `made`.
+        """
+        self._committer.submit(self._publish, made).result()
+        return made
+
+    def _publish(self, made: dict[str, Any]) -> None:
+        """In a thread of its own."""
+        self.output.publish(made)
+        self.job.forget()
+
+    def close(self) -> None:
+        """Let the step under way become durable."""
+        self._committer.shutdown()
+
+    def _make_durable(self, step: _Step) -> None:
+        """In a thread of its own."""
+        for future in step.arriving:
+            future.result()
+        if step.blocks:
+            self.output.settle()
+        if not self.bench.plan.host_spill_bytes:
+            waiting = self.spill.publish(step.names)
+            shards = self.output.finished(step.blocks)
+            self.job.add(step.entry | {"waiting": waiting, "shards": shards})
+            self.output.committed(step.blocks)
+        for gone in step.entry["dropped"]:
+            self.spill.drop(gone)
+
+    def _entry(self, name: str, drop: Sequence[str]) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
         return {
             "pass": name,
             "seconds": seconds,
-            "waiting": waiting,
             "dropped": list(drop),
-            "shards": self.output.news(),
             **self.pruner.news(),
+            **self.samples.news(),
             "losses": self.losses if name == "head" else [],
         }
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A finished step: its entry in the journal, names in the spill, blocks, writes under way."""
+
+    entry: dict[str, Any]
+    names: list[str]
+    blocks: list[int]
+    arriving: list[Future[None]]
 
 
 @contextmanager
@@ -101,16 +167,27 @@ def begin_or_resume(bench: Workbench, listener: Listener | None) -> Iterator[Run
 
     Raises:
         JobError: Another job is there, or another process works on it.
+        DiskFull: The disk or a quota was used up.
+        DiskError: A disk is failing.
     """
+    try:
+        with _begun(bench, listener) as run:
+            yield run
+    except OSError as error:
+        if not is_trouble(error):
+            raise
+        failed = Path(error.filename or bench.work_folder)
+        needs = still_needed(bench.plan, bench.output, bench.work_folder, failed)
+        kept = read_description(bench.work_folder) is not None
+        raise explained(error, needs, to_go_on(bench.work_folder, kept=kept)) from error
+
+
+@contextmanager
+def _begun(bench: Workbench, listener: Listener | None) -> Iterator[Run]:
     job = Job(bench.work_folder, bench.description())
     with ExitStack() as within:
         try:
-            output = Output(
-                bench.output,
-                bench.opened.checkpoint,
-                bench.opened.skeleton.block_tensors,
-                keep=_shards(job),
-            )
+            output = _target(bench, job)
         except BaseException:
             _put_away(job, None, keep=job.resumed)
             raise
@@ -118,12 +195,34 @@ def begin_or_resume(bench: Workbench, listener: Listener | None) -> Iterator[Run
             yield _assembled(bench, job, output, Progress(stages(bench), listener), within)
         except BaseException as error:
             within.close()
-            _put_away(job, output, keep=job.resumed and not isinstance(error, _HOPELESS))
+            hopeless = isinstance(error, _HOPELESS)
+            overwritten = bench.request.in_place and bool(_shards(job))
+            _put_away(job, output, keep=job.resumed and (overwritten or not hopeless))
+            if overwritten and (hopeless or isinstance(error, JobError)):
+                raise type(error)(f"{error}. {_LOST.format(bench.output)}") from None
             raise
-    _put_away(job, output, keep=False)
+    try:
+        _put_away(job, output, keep=False)
+    except KeyboardInterrupt:
+        job.remove()
+        raise
 
 
-def _put_away(job: Job, output: Output | None, *, keep: bool) -> None:
+def _target(bench: Workbench, job: Job) -> Target:
+    """What the run writes to, as an earlier attempt has left it."""
+    checkpoint, keep = bench.opened.checkpoint, _shards(job)
+    if not bench.request.in_place:
+        return Output(bench.output, checkpoint, bench.opened.skeleton.block_tensors, keep)
+    if bench.work.reads_first and not job.resumed:
+        check_finite(checkpoint, bench.opened.skeleton.block_tensors)
+    pruned = [list(dict.fromkeys(weight.name for weight in block)) for block in bench.weights]
+    return InPlace(checkpoint, pruned, bench.work_folder, keep)
+
+
+def _put_away(job: Job, output: Target | None, *, keep: bool) -> None:
+    if not keep:
+        with suppress(OSError):
+            job.forget()
     if output is not None:
         output.close(keep=keep)
     if keep:
@@ -133,7 +232,7 @@ def _put_away(job: Job, output: Output | None, *, keep: bool) -> None:
 
 
 def _assembled(
-    bench: Workbench, job: Job, output: Output, progress: Progress, within: ExitStack
+    bench: Workbench, job: Job, output: Target, progress: Progress, within: ExitStack
 ) -> Run:
     checkpoint, skeleton = bench.opened.checkpoint, bench.opened.skeleton
     choices, request = bench.plan.choices, bench.request
@@ -158,10 +257,13 @@ def _assembled(
         magnitudes=Magnitudes(spill, conveyor, choices.store),
         output=output,
         pruner=Pruner(bench.method, request.target, request.alpha, skeleton.device),
+        samples=Samples(len(bench.samples), scaled=bench.loss_scale > 1),
         progress=progress,
     )
+    within.callback(run.close)
     for entry in job.entries:
         run.pruner.remember(entry)
+        run.samples.remember(entry)
         run.losses += entry["losses"]
         progress.remember(entry["pass"], entry["seconds"])
     return run

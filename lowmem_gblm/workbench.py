@@ -14,8 +14,9 @@ from torch import Tensor
 from lowmem_gblm import memory
 from lowmem_gblm.calibration import calibration_samples, load_tokenizer, open_source
 from lowmem_gblm.disk.folder import size_on_disk
-from lowmem_gblm.disk.job import check_same_job, read_description
-from lowmem_gblm.disk.output import partial_folder
+from lowmem_gblm.disk.in_place import check_overwritable
+from lowmem_gblm.disk.job import check_same_job, is_overwriting, read_description
+from lowmem_gblm.disk.output import RECORD, partial_folder
 from lowmem_gblm.forecast import budget_of, check_disks, sizes_of, smaller_work, work_of
 from lowmem_gblm.identity import computing_versions, device_name, fingerprints, identity
 from lowmem_gblm.masks import NofM
@@ -23,7 +24,14 @@ from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.model.blocks import PrunableWeight, prunable_weights
 from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
 from lowmem_gblm.planning import Budget, Choices, Plan, Speeds, Work, plan
-from lowmem_gblm.request import EvalRequest, PruneRequest, resolve_seqlen, to_json, work_folder
+from lowmem_gblm.request import (
+    EvalRequest,
+    PruneRequest,
+    output_folder,
+    resolve_seqlen,
+    to_json,
+    work_folder,
+)
 from lowmem_gblm.schedule import Schedule, schedule
 from lowmem_gblm.stats.gradient import GradientNorm, loss_scale
 
@@ -94,7 +102,7 @@ class Workbench:
     @cached_property
     def work(self) -> Work:
         """What is to be done."""
-        return work_of(
+        found = work_of(
             self.opened,
             self.weights,
             self.schedule,
@@ -103,6 +111,7 @@ class Workbench:
             nsamples=self.request.nsamples,
             seqlen=self.seqlen,
         )
+        return replace(found, writes=False, rewrites=True) if self.request.in_place else found
 
     @cached_property
     def plan(self) -> Plan:
@@ -134,7 +143,7 @@ class Workbench:
     @cached_property
     def budget(self) -> Budget:
         """What it may take."""
-        folders = (self.output, self.work_folder)
+        folders = [self.work_folder, *([] if self.request.in_place else [self.output])]
         found = budget_of(self.request, self.opened.skeleton.device, folders)
         if self.previous is None or self.request.disk is not None or found.disk_bytes is None:
             return found
@@ -144,8 +153,8 @@ class Workbench:
 
     @property
     def output(self) -> Path:
-        """The folder to create; for a plan without one, something beside this folder's content."""
-        return self.request.output or Path("pruned")
+        """Where the pruned model will be."""
+        return output_folder(self.request)
 
     @property
     def work_folder(self) -> Path:
@@ -157,12 +166,22 @@ class Workbench:
         """What an earlier attempt at this job has described; None for a new one."""
         return read_description(self.work_folder) if self.resumes else None
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the model and the samples."""
+        checkpoint, in_place = self.opened.checkpoint, self.request.in_place
+        return fingerprints(checkpoint, self.samples, in_place=in_place)
+
     @property
     def identity(self) -> dict[str, Any]:
         """What gives another result if it is another."""
         asked = identity(self.request, self.opened, self.seqlen)
-        asked |= fingerprints(self.opened.checkpoint, self.samples)
+        asked |= self.fingerprints
         asked |= computing_versions()
+        # Headers do not tell whether the model was pruned in place in the meantime.
+        asked["source_pruned"] = (self.opened.checkpoint.folder / RECORD).exists()
+        if self.request.in_place:
+            asked["overwritten"] = str(self.output)
         if self.previous is not None and self.request.accept_other_rounding:
             asked["device"] = self.previous["identity"].get("device")
         return asked
@@ -194,9 +213,15 @@ def open_workbench(request: PruneRequest, *, to_plan: bool = False) -> Workbench
     Raises:
         CheckpointError: The model cannot be used.
         RequestError: The request does not fit the model.
+        JobError: The model is being pruned in place by another job.
     """
-    opened = open_model(request.model, request, to_plan=to_plan)
+    goes_on = request.in_place and not to_plan
+    goes_on = goes_on and is_overwriting(output_folder(request), work_folder(request))
+    opened = open_model(request.model, request, to_plan=to_plan, unfinished=goes_on)
     weights = prunable_weights(opened.checkpoint, opened.skeleton, request.include, request.exclude)
+    if request.in_place and Path(request.model).is_dir() and opened.checkpoint.on_disk:
+        names = [weight.name for block in weights for weight in block]
+        check_overwritable(opened.checkpoint, names, shared=request.in_place_shared)
     if isinstance(request.target, NofM):
         for weight in (weight for block in weights for weight in block):
             request.target.check_width(weight.name, weight.in_features)

@@ -24,6 +24,7 @@ from lowmem_gblm.stats.activation import activation_statistics
 from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
 from lowmem_gblm.sweeps.reverse import reverse_sweep
+from lowmem_gblm.sweeps.samples import Samples
 
 NSAMPLES, SEQLEN = 4, 48
 SHARDED = {"llama", "mixtral"}
@@ -69,6 +70,7 @@ def stream_statistics(
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     progress = Progress([Stage(name="all", steps=1000, cost=1)])
     blocks = BlockStream(checkpoint, skeleton, progress, prunable_weights(checkpoint, skeleton))
+    samples = Samples(NSAMPLES)
     gradients: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
 
@@ -95,17 +97,17 @@ def stream_statistics(
             blocks,
             skeleton,
             conveyor,
-            NSAMPLES,
+            samples,
             progress,
             keep_every=kept_every,
             commit=conveyor.forget,
         )
         with skeleton.filled(checkpoint):
-            losses = head_pass(skeleton, case.samples, conveyor, 1.0, progress)
+            losses = head_pass(skeleton, case.samples, samples, conveyor, 1.0, progress)
         reverse_sweep(
-            blocks, skeleton, conveyor, NSAMPLES, norm, 1.0, progress, kept_every=kept_every,
+            blocks, skeleton, conveyor, samples, norm, 1.0, progress, kept_every=kept_every,
             slices=lambda block: [block.slots[part::slices] for part in range(slices)],
-            activations=lambda: activation_statistics({"input_norm"}, NSAMPLES),
+            activations=lambda count: activation_statistics({"input_norm"}, count),
             keep=keep, finish=finish, commit=conveyor.forget,
         )  # fmt: skip
     return losses, gradients, norms

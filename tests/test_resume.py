@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from interruptions import Photographer, content, in_a_child, stopped_at
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.disk import publish
 from lowmem_gblm.errors import JobError, NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
 
@@ -46,52 +41,6 @@ def run(model: Path, text_file: Path):
     return run
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Every file of a finished output but the record, by its hash."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "pruning.json"
-    }
-
-
-class Photographer:
-    """Copies what lies on the disk before and after every durable operation of a run."""
-
-    def __init__(self, parent: Path, album: Path) -> None:
-        self._parent = parent
-        self._album = album
-        self._seen: set[str] = set()
-        self.operations = 0
-        self.photographs: list[Path] = []
-
-    @contextmanager
-    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            for name in ("fsync", "rename"):
-                patch.setattr(publish.os, name, self._photographed(getattr(os, name)))
-            yield
-
-    def _photographed(self, operation):
-        def wrapped(*args):
-            self.operations += 1
-            self._photograph()
-            operation(*args)
-            self._photograph()
-
-        return wrapped
-
-    def _photograph(self) -> None:
-        target = self._album / f"{len(self.photographs):04}"
-        shutil.copytree(self._parent, target)
-        state = str(sorted((path.name, path.stat().st_size) for path in target.rglob("*")))
-        if state in self._seen:
-            shutil.rmtree(target)
-        else:
-            self._seen.add(state)
-            self.photographs.append(target)
-
-
 @pytest.mark.parametrize(("method", "activations"), SCHEDULES)
 def test_killed_before_or_after_any_durable_operation(
     method: str, activations: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,21 +63,6 @@ def test_killed_before_or_after_any_durable_operation(
                 run(output, **options)
         assert content(output) == expected, photograph
         assert [path.name for path in photograph.iterdir()] == ["out"], photograph
-
-
-class Stop(BaseException):
-    """Stands for Ctrl-C at a chosen moment."""
-
-
-def stopped_at(run, output: Path, stage: str, step: int, **options: object) -> None:
-    """Run until a step of a stage is done, and no further."""
-
-    def listener(tick) -> None:
-        if (tick.stage, tick.step) == (stage, step):
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(output, listener=listener, **options)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +146,15 @@ def test_another_text_is_another_job(model: Path, text_file: Path, tmp_path: Pat
         run(tmp_path / "out")
 
 
+def test_another_model_of_the_same_shapes_is_another_job(
+    run, model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    stopped_at(run, tmp_path / "out", "dense", 1)
+    other = save_tiny("llama", tmp_path / "other", blocks=2, width=16, seed=1)
+    with pytest.raises(JobError, match="source_bytes: "):
+        lowmem_gblm.prune(other, tmp_path / "out", calibration=str(text_file), **SIZE)
+
+
 def test_budgets_may_change_between_attempts(run, tmp_path: Path) -> None:
     run(tmp_path / "expected")
     stopped_at(run, tmp_path / "out", "reverse", 1)
@@ -273,21 +216,3 @@ def test_killed_at_random_times(run, tmp_path: Path) -> None:
             assert all(content(output)[name] == expected[name] for name in expected)
             shutil.rmtree(output)
     assert finished
-
-
-def in_a_child(action, seconds: float) -> bool:
-    """Run an action in a forked process; whether it had to be killed after so many seconds."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return False
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True

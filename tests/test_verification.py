@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -237,7 +238,96 @@ def test_many_faults_are_counted_and_the_first_ones_named(output):
         lowmem_gblm.verify(output)
 
 
-def test_a_truncated_shard_is_refused(output):
+def without_hashes(folder: Path) -> None:
+    edit_json(folder / "pruning.json", lambda record: record.pop("shards"))
+
+
+def flip_a_bit(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def changed(shard: Path) -> str:
+    found = hashlib.sha256(shard.read_bytes()).hexdigest()
+    return rf"{shard.name} has the SHA-256 {found}, the record says [0-9a-f]{{64}}\n?"
+
+
+def test_what_prune_writes_is_hashed(good):
+    assert lowmem_gblm.verify(good)["hashed_shards"] == 4
+    assert lowmem_gblm.verify(good)["notes"] == []
+
+
+def test_a_flipped_bit_in_an_unpruned_tensor_is_found_without_the_source(output):
+    shard = shard_of(output, NORM)
+    flip_a_bit(shard, -1)
+    with pytest.raises(VerificationError, match=changed(shard) + "$"):
+        lowmem_gblm.verify(output)
+
+
+def test_a_flipped_bit_in_the_header_is_found(output):
+    shard = shard_of(output, QUERY)
+    flip_a_bit(shard, 12)
+    with pytest.raises(VerificationError, match=changed(shard) + "tensor __letadata__ in"):
+        lowmem_gblm.verify(output)
+
+
+def test_a_flipped_bit_in_the_size_of_the_header_is_found(output):
+    shard = shard_of(output, QUERY)
+    flip_a_bit(shard, 7)
+    with pytest.raises(VerificationError, match=changed(shard) + f".*{shard.name}"):
+        lowmem_gblm.verify(output)
+
+
+def test_a_truncated_shard_is_found(output):
+    shard = shard_of(output, QUERY)
+    size = len(shard.read_bytes())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    message = rf"{shard.name} has {size - 1} bytes, the record says {size}\ntensor .* ends at byte"
+    with pytest.raises(VerificationError, match=message):
+        lowmem_gblm.verify(output)
+
+
+def test_a_missing_shard_is_found(output):
+    shard = shard_of(output, QUERY)
+    shard.unlink()
+    with pytest.raises(VerificationError, match=f"{shard.name} is missing\n.*{shard.name}, which"):
+        lowmem_gblm.verify(output)
+
+
+def test_a_shard_too_many_is_found_though_the_index_names_it(output):
+    save_file({"x": torch.ones(1)}, output / "more.safetensors")
+    edit_json(output / INDEX, lambda index: index["weight_map"].update(x="more.safetensors"))
+    with pytest.raises(VerificationError, match=r"more\.safetensors has no hash in pruning\.json"):
+        lowmem_gblm.verify(output)
+
+
+def test_changed_shards_count_among_the_violations(output):
+    for shard in output.glob("*.safetensors"):
+        flip_a_bit(shard, -1)
+    for number in range(12):
+        save_file({"x": torch.ones(1)}, output / f"stray{number:02}.safetensors")
+    with pytest.raises(
+        VerificationError,
+        match=r"promises:\n(model-.* has the SHA-256 .*\n){4}(stray.*\n){6}… and 6",
+    ):
+        lowmem_gblm.verify(output)
+
+
+def test_an_output_that_is_older_than_hashes_is_checked_all_the_same(output, llama):
+    without_hashes(output)
+    found = lowmem_gblm.verify(output, llama)
+    assert found["hashed_shards"] == 0
+    assert found["notes"] == [
+        "pruning.json is older than hashes: a change that leaves every count as it is goes unseen"
+    ]
+    edit_weight(output, zero_another)
+    with pytest.raises(VerificationError, match="1153 zeros"):
+        lowmem_gblm.verify(output)
+
+
+def test_without_hashes_a_truncated_shard_is_refused(output):
+    without_hashes(output)
     shard = shard_of(output, QUERY)
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
@@ -246,10 +336,29 @@ def test_a_truncated_shard_is_refused(output):
         lowmem_gblm.verify(output)
 
 
-def test_a_missing_shard_is_refused(output):
+def test_without_hashes_a_missing_shard_is_refused(output):
+    without_hashes(output)
     shard = shard_of(output, QUERY)
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"the shard {shard.name}, which is missing"):
+        lowmem_gblm.verify(output)
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        {},
+        [],
+        {"model.safetensors": 3},
+        {"../model.safetensors": {"bytes": 3, "sha256": "0" * 64}},
+        {"model.safetensors": {"bytes": "3", "sha256": "0" * 64}},
+        {"model.safetensors": {"bytes": 3, "sha256": "0" * 63}},
+        {"model.safetensors": {"bytes": 3}},
+    ],
+)
+def test_hashes_that_make_no_sense_are_refused(shards, output):
+    edit_json(output / "pruning.json", lambda record: record.update(shards=shards))
+    with pytest.raises(CheckpointError, match=r"pruning\.json is not valid: .*not (a )?shard"):
         lowmem_gblm.verify(output)
 
 

@@ -100,10 +100,16 @@ def products_of_passes(record: Figures, product_flops: int) -> dict[str, Product
 
 
 def stage_figures(record: Figures, job: Job, rates: Sequence[Rates]) -> dict[str, Figures]:
-    """Seconds of every stage and their share; of one that multiplies also how fast it did."""
+    """Seconds of every stage, its share of all, the part of it in which the computation waited for
+    data; of one that multiplies also how fast it did.
+    """
     seconds = dict(record["seconds"])
     total = seconds.pop("total")
-    stages = {name: {"seconds": s, "share": s / total} for name, s in seconds.items()}
+    waited = record["waited_seconds"]
+    stages = {
+        name: {"seconds": s, "share": s / total, "waited": waited[name] / s if s else 0.0}
+        for name, s in seconds.items()
+    }
     for name, products in products_of_passes(record, job.product_flops).items():
         flops = job.product_flops * sum(products.values())
         stages[name] |= reached(flops, seconds[name], products, rates)
@@ -187,7 +193,7 @@ def stage_table(run: Figures) -> list[str]:
     rows = [(name, one["seconds"], one) for name, one in run["stages"].items()]
     rows += [("total", run["seconds"], {"share": 1.0, **run})]
     rows += [("process", run["wall_seconds"], {})]
-    lines = [("stage", "seconds", "share", "GFLOP/s", "of the rate")]
+    lines = [("stage", "seconds", "share", "waited", "GFLOP/s", "of the rate")]
     for name, seconds, one in rows:
         speed = one.get("flops_per_second")
         lines.append(
@@ -195,6 +201,7 @@ def stage_table(run: Figures) -> list[str]:
                 name,
                 f"{seconds:.2f}",
                 f"{one['share']:.1%}" if "share" in one else "",
+                f"{one['waited']:.1%}" if "waited" in one else "",
                 f"{speed / GIGA:.1f}" if speed else "",
                 f"{one['fraction']:.1%}" if speed else "",
             )

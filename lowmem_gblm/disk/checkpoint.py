@@ -17,6 +17,7 @@ import torch
 from lowmem_gblm.disk.files import ordinary_file, side_files
 from lowmem_gblm.disk.header import DTYPE_NAMES, DTYPES, TensorEntry, read_header
 from lowmem_gblm.disk.strict_json import read_json
+from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import CheckpointError, NonFiniteError, shown, shown_value
 
 __all__ = [
@@ -128,6 +129,16 @@ class Checkpoint:
                 )
         return tensor
 
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The first bytes of a tensor, to tell it from others.
+
+        Raises:
+            CheckpointError: The file has become shorter since its header was read.
+        """
+        buffer = torch.empty(min(count, self.tensors[name].nbytes), dtype=torch.uint8)
+        _read_fully(self.tensors[name], buffer)
+        return raw_bytes(buffer).tobytes()
+
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, a few at a time; a piece is valid until the next is asked for.
 
@@ -155,7 +166,8 @@ def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> Non
     try:
         done = 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
+            with blamed(entry.file):
+                count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
             if count == 0:
                 raise CheckpointError(
                     f"{entry.file} ends inside tensor {shown(entry.name)}: {start + done} of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from lowmem_gblm.disk.publish import TEMPORARY
@@ -30,7 +31,8 @@ class OwnFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and not (path / MARK).is_file():
+        # An empty one may be our own, left by an attempt that was killed between two operations.
+        if path.exists() and not (path / MARK).is_file() and not _is_empty(path):
             raise JobError(
                 f"{path} exists and was not made by lowmem-gblm: move it away, or choose another "
                 f"place"
@@ -68,6 +70,12 @@ class OwnFolder:
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove the folder and what is in it."""
+        """Remove the folder and what is in it, as far as the disk lets us; the mark goes last."""
+        with suppress(OSError):
+            self.empty()
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

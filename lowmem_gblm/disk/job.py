@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem_gblm.disk.checkpoint import read_json
 from lowmem_gblm.disk.folder import MARK, OwnFolder
+from lowmem_gblm.disk.notice import NOTICE
 from lowmem_gblm.disk.output import RECORD, partial_folder
 from lowmem_gblm.disk.publish import publish_json
 from lowmem_gblm.errors import CheckpointError, JobError
@@ -41,11 +42,29 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_finished(output: Path, folder: Path) -> None:
-    """Remove what is left of a job that was killed after its output had got its name."""
+    """Remove what is left of a job that was killed after its output was whole."""
     whole = (output / RECORD).is_file() and not partial_folder(output).exists()
-    if whole and read_description(folder) is not None:
+    found = read_description(folder) if whole else None
+    if found is not None and _overwritten(found) in (None, str(output.resolve())):
+        (output / NOTICE).unlink(missing_ok=True)
         (output / MARK).unlink(missing_ok=True)
         OwnFolder(folder).remove()
+
+
+def is_overwriting(model: Path, folder: Path) -> bool:
+    """Whether the job in a work folder prunes this model in place.
+
+    Raises:
+        JobError: Its description cannot be read.
+    """
+    found = read_description(folder)
+    return found is not None and _overwritten(found) == str(model.resolve())
+
+
+def _overwritten(description: Mapping[str, Any]) -> str | None:
+    """The model that a job prunes in place; None for one with an OUTPUT."""
+    folder: str | None = description["identity"].get("overwritten")
+    return folder
 
 
 class Job:
@@ -77,7 +96,10 @@ class Job:
             self.entries = [read_json(path) for path in paths]
             self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
         except BaseException:
-            self._own.close()
+            if (folder / _DESCRIPTION).is_file():
+                self._own.close()
+            else:
+                self._own.remove()
             raise
 
     @property
@@ -119,6 +141,11 @@ class Job:
         """Leave everything for another process to go on with."""
         self._own.close()
 
+    def forget(self) -> None:
+        """From now on there is nothing to go on with: its result has its place, or never will."""
+        (self.folder / _DESCRIPTION).unlink(missing_ok=True)
+        self.entries.clear()
+
     def remove(self) -> None:
         """The job is over: remove its folder."""
         self._own.remove()
@@ -138,7 +165,10 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     listed = "; ".join(f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
     rounding = differing == ["device"]
     way_out = ", or add --accept-other-rounding" if rounding else ""
+    anew = f"to begin anew, remove {folder}"
+    if old.get("overwritten"):
+        anew = f"{NOTICE} in the model says whether it can still be given up"
     raise JobError(
         f"{folder} holds a job that was begun otherwise ({listed}). To go on with it, ask for what "
-        f"it was begun with (lowmem-gblm resume {folder}){way_out}; to begin anew, remove {folder}"
+        f"it was begun with (lowmem-gblm resume {folder}){way_out}; {anew}"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,10 +20,12 @@ import torch
 from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, TensorEntry, raw_bytes
 from lowmem_gblm.disk.files import ordinary_file, side_files
 from lowmem_gblm.disk.folder import OwnFolder
-from lowmem_gblm.disk.publish import publish_file, publish_folder, publish_json
+from lowmem_gblm.disk.publish import Writable, publish_file, publish_folder, publish_json
+from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError
 
 RECORD = "pruning.json"
+_PIECE_BYTES = 1 << 20
 
 
 class Output:
@@ -54,7 +55,6 @@ class Output:
         self.final = final
         check_absent(final)
         self.shards = dict(keep or {})
-        self._told = set(self.shards)
         self.partial = partial_folder(final)
         self.bytes_written = 0
         self._source = source
@@ -74,11 +74,9 @@ class Output:
         else:
             self._folder.close()
 
-    def news(self) -> dict[str, Any]:
-        """The shards finished since this was last asked, for the journal."""
-        fresh = {name: shard for name, shard in self.shards.items() if name not in self._told}
-        self._told |= fresh.keys()
-        return fresh
+    def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
+        """The shards of these blocks, which have been written, for the journal."""
+        return {shard: self.shards[shard] for shard in map(self._shard, blocks)}
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
         """Publish the shard of decoder block `index` in a thread of its own.
@@ -93,7 +91,7 @@ class Output:
             OSError: An earlier block could not be written.
         """
         self.settle()
-        write = partial(_write_tensors, tensors=dict(tensors))
+        write = partial(write_tensors, tensors=dict(tensors))
         shard, names = self._shard(index), self._blocks[index]
         self._written = self._writer.submit(self._write_shard, shard, names, write)
         return self._written
@@ -104,9 +102,12 @@ class Output:
         Raises:
             OSError: It could not be.
         """
+        # Several threads may wait: the future stays.
         if self._written is not None:
             self._written.result()
-            self._written = None
+
+    def committed(self, blocks: Iterable[int]) -> None:
+        """The journal has these blocks: nothing more is to be done for them."""
 
     def write_rest(self) -> None:
         """Write the shard of everything that no block holds, and copy the side files."""
@@ -152,41 +153,56 @@ class Output:
             "weight_map": dict(sorted(weight_map.items())),
         }
 
-    def _copy_tensors(self, file: _Hashing, entries: list[TensorEntry]) -> None:
+    def _copy_tensors(self, file: Hashing, entries: list[TensorEntry]) -> None:
         for entry in entries:
             for piece in self._source.pieces(entry.name):
                 file.write(piece)
 
-    def _write_shard(
-        self,
-        shard: str,
-        names: list[str],
-        write_data: Callable[[_Hashing, list[TensorEntry]], None],
-    ) -> None:
+    def _write_shard(self, shard: str, names: list[str], write_data: WriteData) -> None:
         entries = [self._source.tensors[name] for name in names]
-        header = _header(entries)
-
-        def write(file: _Hashing) -> None:
-            file.write(header)
-            write_data(file, entries)
-
-        hashed = sha256()
-        publish_file(self.partial / shard, lambda file: write(_Hashing(file, hashed)))
-        size = len(header) + sum(entry.nbytes for entry in entries)
-        self.bytes_written += size
-        self.shards[shard] = {"bytes": size, "sha256": hashed.hexdigest()}
+        self.shards[shard] = publish_shard(self.partial / shard, entries, write_data)
+        self.bytes_written += self.shards[shard]["bytes"]
 
 
-class _Hashing:
+class Hashing:
     """A file that knows the SHA-256 of what was written into it."""
 
-    def __init__(self, file: BinaryIO, hashed: Any) -> None:
+    def __init__(self, file: Writable, hashed: Any) -> None:
         self._file = file
         self._hashed = hashed
 
     def write(self, data: bytes | memoryview) -> None:
         self._hashed.update(data)
         self._file.write(data)
+
+
+WriteData = Callable[[Hashing, list[TensorEntry]], None]
+
+
+def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData) -> dict[str, Any]:
+    """Create a safetensors file.
+
+    Args:
+        path: Its name.
+        entries: What is in it; where that lies in the source does not matter.
+        write_data: Writes their data, in this order.
+
+    Returns:
+        Its `bytes` and its `sha256`.
+
+    Raises:
+        OSError: The disk is full or failing.
+    """
+    header = _header(entries)
+    hashed = sha256()
+
+    def write(file: Hashing) -> None:
+        file.write(header)
+        write_data(file, entries)
+
+    publish_file(path, lambda file: write(Hashing(file, hashed)))
+    size = len(header) + sum(entry.nbytes for entry in entries)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
 
 
 def partial_folder(final: Path) -> Path:
@@ -214,9 +230,15 @@ def copy_side_files(source: Path, target: Path) -> None:
         publish_file(target / relative, partial(_copy, path))
 
 
-def _copy(source: Path, target: BinaryIO) -> None:
+def _copy(source: Path, target: Writable) -> None:
     with open(source, "rb") as file:
-        shutil.copyfileobj(file, target)
+        while piece := _read(file, source):
+            target.write(piece)
+
+
+def _read(file: BinaryIO, path: Path) -> bytes:
+    with blamed(path):
+        return file.read(_PIECE_BYTES)
 
 
 def _header(entries: Iterable[TensorEntry]) -> bytes:
@@ -235,9 +257,10 @@ def _header(entries: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(
-    file: _Hashing, entries: list[TensorEntry], *, tensors: dict[str, torch.Tensor]
+def write_tensors(
+    file: Hashing, entries: list[TensorEntry], *, tensors: dict[str, torch.Tensor]
 ) -> None:
+    """Write the data of these entries from tensors of their names, on the CPU."""
     for entry in entries:
         tensor = tensors[entry.name]
         assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name

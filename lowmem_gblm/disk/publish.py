@@ -6,16 +6,26 @@ temporary name, flushed to the disk, renamed, and the folder is flushed too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
+
+from lowmem_gblm.disk.trouble import blamed
 
 TEMPORARY = ".tmp"
 
 
-def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+class Writable(Protocol):
+    """What can be written to at its end."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Take all of it."""
+
+
+def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
     """Create `path` with what `write` puts into the open file.
 
     Raises:
@@ -24,14 +34,16 @@ def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     growing = GrowingFile(path)
     try:
-        with open(growing.descriptor, "wb", closefd=False) as file:
-            write(file)
+        write(growing)
         growing.publish()
-    except BaseException as error:
+    except BaseException:
         growing.discard()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + TEMPORARY)
 
 
 class GrowingFile:
@@ -49,7 +61,7 @@ class GrowingFile:
             raise FileExistsError(f"{path} exists already")
         self.path = path
         self.size_bytes = 0
-        self._temporary = path.with_name(path.name + TEMPORARY)
+        self._temporary = temporary_name(path)
         self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def append(self, data: memoryview) -> int:
@@ -59,15 +71,19 @@ class GrowingFile:
             OSError: The disk is full or failing.
         """
         start = self.size_bytes
-        try:
+        with blamed(self.path):
             while data:
                 count = os.pwrite(self.descriptor, data, self.size_bytes)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing was written")
                 self.size_bytes += count
                 data = data[count:]
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
         return start
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Likewise; returns how much that was, as other files do."""
+        self.append(memoryview(data))
+        return len(data)
 
     def publish(self) -> None:
         """Give it its name. Nothing can be written any more.
@@ -75,13 +91,10 @@ class GrowingFile:
         Raises:
             OSError: The disk is full or failing.
         """
-        try:
+        with blamed(self.path):
             os.fsync(self.descriptor)
             os.rename(self._temporary, self.path)
             _flush_folder(self.path.parent)
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise
         self._close()
 
     def discard(self) -> None:
@@ -106,17 +119,24 @@ def publish_folder(partial: Path, final: Path) -> None:
 
     Raises:
         FileExistsError: `final` exists.
+        OSError: The disk is failing; the folder has its former name.
     """
     if final.exists():
         raise FileExistsError(f"{final} exists already")
     _flush_folder(partial)
-    os.rename(partial, final)
-    _flush_folder(final.parent)
+    with blamed(final):
+        os.rename(partial, final)
+    try:
+        _flush_folder(final.parent)
+    except OSError:
+        os.rename(final, partial)
+        raise
 
 
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with blamed(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

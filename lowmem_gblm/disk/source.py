@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from lowmem_gblm.disk.notice import check_whole
 from lowmem_gblm.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -14,7 +15,7 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LI
 _DESCRIPTION = ["config.json"]
 
 
-def locate(model: str, *, weights: bool = True) -> Path:
+def locate(model: str, *, weights: bool = True, unfinished: bool = False) -> Path:
     """The folder of a model.
 
     Args:
@@ -22,10 +23,19 @@ def locate(model: str, *, weights: bool = True) -> Path:
             Hub's own cache (safetensors and side files only).
         weights: Whether they are wanted; without them, of a Hub id only config.json is
             downloaded. What the cache has already is in the folder all the same.
+        unfinished: Whether it may be one that is being pruned in place.
 
     Raises:
         CheckpointError: None of these.
+        JobError: It is being pruned in place, and that has not been finished.
     """
+    found = _found(model, _WANTED if weights else _DESCRIPTION)
+    if not unfinished:
+        check_whole(found)
+    return found
+
+
+def _found(model: str, wanted: list[str]) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
@@ -33,7 +43,7 @@ def locate(model: str, *, weights: bool = True) -> Path:
         return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
     if path.exists() or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"there is no model folder {model}")
-    return _download(model, _WANTED if weights else _DESCRIPTION)
+    return _download(model, wanted)
 
 
 def _download(model: str, wanted: list[str]) -> Path:

@@ -7,15 +7,17 @@ name, so that memory does not depend on how many blocks or samples there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, DTYPES, raw_bytes
-from lowmem_gblm.disk.publish import GrowingFile
+from lowmem_gblm.disk.publish import GrowingFile, temporary_name
+from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError
 
 # Of one name: for every item its place, dtype and shape, as the journal keeps it.
@@ -32,7 +34,11 @@ class _Place:
 
 
 class Spill:
-    """Named tensors, written once, read any number of times, dropped when no longer needed.
+    """Named tensors: written, read any number of times, dropped when no longer needed.
+
+    What is written again before it is published takes the place of what was there.
+
+    Threads may use it at the same time, each for other names or for what has been written.
 
     Args:
         folder: Where files go; must exist.
@@ -45,20 +51,28 @@ class Spill:
         self._held: dict[tuple[str, int], torch.Tensor] = {}
         self._places: dict[tuple[str, int], _Place] = {}
         self._growing: dict[str, GrowingFile] = {}
+        self._lock = Lock()
 
     def write(self, name: str, item: int, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""
         tensor = tensor.detach()
         size = tensor.nbytes
-        if size <= self._room_bytes:
-            self._room_bytes -= size
-            self._held[name, item] = tensor.to("cpu", copy=True)
+        with self._lock:
+            former = self._held.pop((name, item), None)
+            self._room_bytes += 0 if former is None else former.nbytes
+            room = size <= self._room_bytes
+            self._room_bytes -= size * room
+            if not room and name not in self._growing:
+                self._growing[name] = GrowingFile(self._path(name))
+        if room:
+            tensor = tensor.to("cpu", copy=True)
+            with self._lock:
+                self._held[name, item] = tensor
             return
-        if name not in self._growing:
-            self._growing[name] = GrowingFile(self._path(name))
         tensor = tensor.to("cpu").contiguous()
         offset = self._growing[name].append(raw_bytes(tensor))
-        self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
+        with self._lock:
+            self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
 
     def holds(self, name: str, item: int) -> bool:
         """Whether something was written under this name and item."""
@@ -74,10 +88,6 @@ class Spill:
             return self._held[name, item]
         place = self._places[name, item]
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        growing = self._growing.get(name)
-        if growing is not None:
-            _fill(growing.descriptor, raw_bytes(tensor), place.offset, self._path(name))
-            return tensor
         descriptor = self._opened(name)
         try:
             _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name))
@@ -85,8 +95,13 @@ class Spill:
             os.close(descriptor)
         return tensor
 
-    def publish(self, but: Collection[str] = ()) -> dict[str, Table]:
-        """Make what was written since the last time durable, but for these names.
+    def written(self) -> list[str]:
+        """Names that have been written to and are not durable yet."""
+        with self._lock:
+            return list(self._growing)
+
+    def publish(self, names: Iterable[str]) -> dict[str, Table]:
+        """Make what was written under these names durable; nothing can be added to it then.
 
         Returns:
             What `adopt` needs to know of it.
@@ -95,9 +110,11 @@ class Spill:
             OSError: The disk is full or failing.
         """
         tables = {}
-        for name in [name for name in self._growing if name not in but]:
-            self._growing.pop(name).publish()
-            tables[name] = self._table(name)
+        for name in names:
+            self._growing[name].publish()
+            with self._lock:
+                del self._growing[name]
+                tables[name] = self._table(name)
         return tables
 
     def adopt(self, tables: Mapping[str, Any]) -> None:
@@ -118,12 +135,14 @@ class Spill:
 
     def drop(self, name: str) -> None:
         """Forget everything under `name`."""
-        for key in [key for key in self._held if key[0] == name]:
-            self._room_bytes += self._held.pop(key).nbytes
-        for key in [key for key in self._places if key[0] == name]:
-            del self._places[key]
-        if name in self._growing:
-            self._growing.pop(name).discard()
+        with self._lock:
+            for key in [key for key in self._held if key[0] == name]:
+                self._room_bytes += self._held.pop(key).nbytes
+            for key in [key for key in self._places if key[0] == name]:
+                del self._places[key]
+            growing = self._growing.pop(name, None)
+        if growing is not None:
+            growing.discard()
         self._path(name).unlink(missing_ok=True)
 
     def __enter__(self) -> Spill:
@@ -144,10 +163,14 @@ class Spill:
         ]
 
     def _opened(self, name: str) -> int:
-        try:
-            return os.open(self._path(name), os.O_RDONLY)
-        except FileNotFoundError:
-            raise _damaged(self._path(name)) from None
+        """Its file for reading; another thread may be just about to publish it."""
+        path = self._path(name)
+        for candidate in (path, temporary_name(path), path):
+            try:
+                return os.open(candidate, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+        raise _damaged(path)
 
     def _path(self, name: str) -> Path:
         return self._folder / name
@@ -156,7 +179,8 @@ class Spill:
 def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        with blamed(path):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             raise _damaged(path)
         done += count

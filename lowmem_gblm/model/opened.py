@@ -33,20 +33,24 @@ class OpenModel:
         return found if isinstance(found, int) else None
 
 
-def open_model(model: str, resources: Resources, *, to_plan: bool = False) -> OpenModel:
+def open_model(
+    model: str, resources: Resources, *, to_plan: bool = False, unfinished: bool = False
+) -> OpenModel:
     """Read headers and configuration; no weight is loaded.
 
     Args:
         to_plan: The weights need not be there, nor the device.
+        unfinished: It may be one that is being pruned in place.
 
     Raises:
         CheckpointError: The model cannot be used.
         RequestError: The device is not there.
+        JobError: It is being pruned in place, and that has not been finished.
     """
     if to_plan:
         checkpoint = read_or_describe(locate(model, weights=False))
     else:
-        checkpoint = Checkpoint(locate(model))
+        checkpoint = Checkpoint(locate(model, unfinished=unfinished))
     device = choose_device(resources.device, must_be_here=not to_plan)
     dtype = choose_dtype(resources.dtype, checkpoint, device)
     return OpenModel(checkpoint, Skeleton(checkpoint, device, dtype))

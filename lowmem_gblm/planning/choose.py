@@ -98,11 +98,12 @@ def _waiting_somewhere(
     """Where boundaries and gradient magnitudes can wait, in the most exact way that fits.
 
     That is the disk; host memory, of which so much is left over, where the disk does not suffice.
+    Then nothing can be resumed, which a run that overwrites its model must be.
     """
     for choices in ways:
         waits = waiting(sizes, work, choices)
         missing = 0 if budget.disk_bytes is None else waits.on_disk(0) - budget.disk_bytes
-        room = waits.room_for(missing) if missing > 0 else 0
+        room = waits.room_for(missing) if missing > 0 and not work.rewrites else 0
         if left is not None:
             room = min(room, left)
         if not _exceeds(waits.on_disk(room), budget.disk_bytes):
@@ -188,7 +189,7 @@ def _made(
         host_spill_bytes=found.room,
         boundary_bytes=waits.boundaries,
         magnitude_bytes=waits.magnitudes,
-        spill_bytes=max(0, waits.together - found.room),
+        spill_bytes=waits.on_disk(0) if work.rewrites else max(0, waits.together - found.room),
         output_bytes=sizes.total_bytes * work.writes,
         read_bytes=_read(sizes, work, again),
         written_bytes=_written(sizes, work, choices, again),
@@ -206,11 +207,15 @@ def again_fraction(sizes: ModelSizes, work: Work, choices: Choices) -> float:
 
 
 def _read(sizes: ModelSizes, work: Work, again: float) -> int:
-    """Blocks once per pass; the rest to embed, for the head, and to copy what is not pruned."""
+    """Blocks once per pass; the rest to embed, for the head, and to copy what is not pruned.
+
+    In place, everything once more at the end, for the hashes of the shards.
+    """
     in_blocks = sum(sizes.block_bytes)
     rest = sizes.rest_bytes * sum(name in ("embed", "head") for name in work.schedule.passes)
     copied = (sizes.total_bytes - in_blocks) * work.writes
-    return int((work.schedule.reads + again) * in_blocks) + rest + copied
+    checked = in_blocks * work.reads_first + sizes.total_bytes * work.rewrites
+    return int((work.schedule.reads + again) * in_blocks) + rest + copied + checked
 
 
 def _written(sizes: ModelSizes, work: Work, choices: Choices, again: float) -> int:
@@ -221,7 +226,8 @@ def _written(sizes: ModelSizes, work: Work, choices: Choices, again: float) -> i
     boundaries = sum(written.get(name, 0) for name in work.schedule.passes)
     one = work.nsamples * boundary_bytes(sizes, work)
     stored = stored_bytes(sum(sizes.prunable), choices.store) * work.stores_gradients
-    return sizes.total_bytes * work.writes + int(boundaries * one) + stored
+    blocks = 2 * sum(sizes.block_bytes) * work.rewrites
+    return sizes.total_bytes * work.writes + blocks + int(boundaries * one) + stored
 
 
 def _flops(sizes: ModelSizes, work: Work, choices: Choices, again: float) -> int:

@@ -16,6 +16,7 @@ _ATTENTION_RATE = 0.3
 # Passes over the weights to decide about them, and over the accumulators per sample.
 _DECIDING, _ACCUMULATING = 16, 3
 _PER_BLOCK_S = 0.02
+_PER_COLUMN_S = 0.0002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,12 @@ class _Clock:
         if "gram" in self._work.needs:
             grams = 2 * self._tokens * self._sizes.gram_entries * self._sizes.depth
             computing += grams / self._speeds.products
-        return self._beside(computing, reads=1, boundaries=2 * forwards * self._sizes.depth)
+        reads = 1 + self._work.reads_first
+        return self._beside(computing, reads=reads, boundaries=2 * forwards * self._sizes.depth)
 
     def _finish(self) -> float:
+        if self._work.rewrites:
+            return self._sizes.total_bytes / self._speeds.read
         rest = self._sizes.total_bytes - sum(self._sizes.block_bytes)
         return rest / self._speeds.read + rest / self._speeds.write
 
@@ -126,4 +130,11 @@ class _Clock:
         return passes * size / self._speeds.memory
 
     def _decisions(self) -> float:
-        return _DECIDING * self._weights * FLOAT32_BYTES / self._speeds.memory
+        passes = _DECIDING * self._weights * FLOAT32_BYTES / self._speeds.memory
+        return passes + (self._sweeps_of_columns() if "gram" in self._work.needs else 0)
+
+    def _sweeps_of_columns(self) -> float:
+        """SparseGPT: factors of the gram matrices, then column after column."""
+        sizes = self._sizes
+        factors = 3 * sizes.gram_entries * sizes.widest_input / self._speeds.products
+        return sizes.depth * (factors + sizes.columns * _PER_COLUMN_S)

@@ -14,6 +14,9 @@ from lowmem_gblm.planning.sizes import (
 
 # What Python and the libraries load on the way, and what the allocator keeps for itself.
 _PROCESS_BYTES = 24 << 20
+# What the allocator keeps between the blocks where it takes only very large pieces from the system:
+# from this size of a boundary on (`memory.settle_allocator`).
+_HOLES_BYTES, _HOLES_FROM_BYTES = 20 << 20, 1 << 20
 # What CUDA takes of a GPU for itself.
 _CUDA_BYTES = 512 << 20
 # Tokenizer, text, and the code that reads them.
@@ -80,6 +83,8 @@ def footprints(sizes: ModelSizes, work: Work, choices: Choices, base_bytes: int)
     for name in passes:
         footprint = Footprint(name)
         process = base_bytes + _PROCESS_BYTES + _TEXT_BYTES * work.schedule.needs_samples
+        if work.schedule.needs_samples and boundary_bytes(sizes, work) >= _HOLES_FROM_BYTES:
+            process += _HOLES_BYTES
         footprint.host["the process itself"] = process
         if work.on_gpu:
             footprint.gpu["CUDA itself"] = _CUDA_BYTES

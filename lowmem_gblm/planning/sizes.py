@@ -24,9 +24,11 @@ class ModelSizes:
         rest_bytes: Bytes on disk of everything else the model uses.
         rest_weights: The same in numbers.
         total_bytes: Bytes on disk of all tensors.
+        side_bytes: Bytes of everything else that an output has: side files, headers, the record.
         prunable: Prunable weights of every block.
         slots: Weights of every matrix that the largest block multiplies with.
         gram_entries: Entries of all gram matrices of the largest block.
+        columns: Inputs of all its matrices.
         active_fraction: Share of the weights that one token meets (below 1 with routed experts).
         largest_matrix: Weights of the largest prunable matrix.
         widest_input: Inputs of the widest prunable matrix.
@@ -42,9 +44,11 @@ class ModelSizes:
     rest_bytes: int
     rest_weights: int
     total_bytes: int
+    side_bytes: int
     prunable: tuple[int, ...]
     slots: tuple[int, ...]
     gram_entries: int
+    columns: int
     active_fraction: float
     largest_matrix: int
     widest_input: int
@@ -80,6 +84,8 @@ class Work:
         slab: Numbers of a matrix that are decided at once.
         stores: The precisions in which gradient magnitudes may wait.
         writes: Whether a checkpoint is written.
+        rewrites: Whether pruned blocks are written over the dense ones, each through a file in
+            the work folder.
     """
 
     schedule: Schedule
@@ -96,11 +102,17 @@ class Work:
     slab: int
     stores: tuple[StoreKind, ...] = STORES
     writes: bool = True
+    rewrites: bool = False
 
     @property
     def stores_gradients(self) -> bool:
         """Whether the gradient magnitudes of all blocks wait between two sweeps."""
         return {"reverse", "prune"} <= set(self.schedule.passes)
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether all blocks are looked at before one is overwritten; the dense sweep does so."""
+        return self.rewrites and "dense" not in self.schedule.passes
 
     @property
     def keeps_boundaries(self) -> bool:

@@ -14,7 +14,8 @@ class Waiting:
     """What waits and what is written at every moment of a run, in bytes.
 
     Attributes:
-        moments: Boundaries, gradient magnitudes, and the part of the output that is there by then.
+        moments: Boundaries, gradient magnitudes, and the part of the output that is there by then;
+            in place, the new tensors of the blocks that are being overwritten.
     """
 
     moments: tuple[tuple[int, int, int], ...]
@@ -55,7 +56,7 @@ def waiting(sizes: ModelSizes, work: Work, choices: Choices) -> Waiting:
         _reverse(tally, sizes, work, choices)
     if "prune" in work.schedule.passes:
         _prune(tally, sizes, work, choices)
-    tally.output(sizes.total_bytes - sum(sizes.block_bytes))
+    tally.output(sizes.total_bytes - sum(sizes.block_bytes) + sizes.side_bytes)
     return Waiting(tuple(tally.moments))
 
 
@@ -65,7 +66,10 @@ class _Tally:
     def __init__(self, sizes: ModelSizes, work: Work) -> None:
         self._one = work.nsamples * boundary_bytes(sizes, work)
         self._writes = work.writes
+        self._rewrites = work.rewrites
         self._now = [0, 0, 0]
+        self._dropped: list[tuple[int, int]] = []
+        self._dropping: list[tuple[int, int]] = []
         self.moments = [(0, 0, 0)]
 
     def boundaries(self, count: int) -> None:
@@ -77,7 +81,23 @@ class _Tally:
     def output(self, size: int) -> None:
         self._add(2, size if self._writes else 0)
 
+    def block(self, size: int) -> None:
+        """A pruned block is written: to the output, or over the dense one by way of a file."""
+        self.output(size)
+        if self._rewrites:
+            self._add(2, size)
+            self._add(2, -size)
+
+    def commit(self) -> None:
+        """A step is done: what it takes back is dropped beside the next one."""
+        for kind, size in self._dropping:
+            self._now[kind] += size
+        self._dropping, self._dropped = self._dropped, []
+
     def _add(self, kind: int, size: int) -> None:
+        if size < 0:
+            self._dropped.append((kind, size))
+            return
         self._now[kind] += size
         boundaries, magnitudes, output = self._now
         self.moments.append((boundaries, magnitudes, output))
@@ -88,32 +108,37 @@ def _dense(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> No
         tally.boundaries(1)
         if not work.keeps_boundaries or index % choices.keep_every:
             tally.boundaries(-1)
+        tally.commit()
 
 
 def _reverse(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> None:
     # The gradient at the last boundary takes that boundary's place.
     tally.boundaries(1)
     tally.boundaries(-1)
+    tally.commit()
     for step in reverse_order(sizes.depth, choices.keep_every):
         if not step.backward:
             tally.boundaries(1)
+            tally.commit()
             continue
         tally.boundaries(step.block > 0)
         if work.stores_gradients or choices.accumulator_bytes is not None:
             tally.magnitudes(stored_bytes(sizes.prunable[step.block], choices.store))
         tally.boundaries(-1 - (step.block > 0))
         if not work.stores_gradients:
-            tally.output(sizes.block_bytes[step.block])
+            tally.block(sizes.block_bytes[step.block])
             if choices.accumulator_bytes is not None:
                 tally.magnitudes(-stored_bytes(sizes.prunable[step.block], choices.store))
+        tally.commit()
 
 
 def _prune(tally: _Tally, sizes: ModelSizes, work: Work, choices: Choices) -> None:
     for index in range(sizes.depth):
         if work.schedule.needs_samples and index + 1 < sizes.depth:
             tally.boundaries(1)
-        tally.output(sizes.block_bytes[index])
+        tally.block(sizes.block_bytes[index])
         if work.stores_gradients:
             tally.magnitudes(-stored_bytes(sizes.prunable[index], choices.store))
         if work.schedule.needs_samples:
             tally.boundaries(-1)
+        tally.commit()

@@ -23,6 +23,9 @@ class ActivationStatistic(Protocol):
     def finish_sample(self) -> None:
         """Called when a sample has passed."""
 
+    def is_finite(self) -> bool:
+        """Whether no sample so far was NaN or infinite."""
+
     def result(self, slot: Slot) -> Tensor | None:
         """The statistic of one slot, float32; None for an expert that saw no token."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.tap import Product, Slot
+from lowmem_gblm.stats.finite import are_finite
 
 # Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
@@ -42,11 +43,15 @@ class Gradient:
         norm: Which magnitude.
         scale: What the loss was multiplied with; a power of two, divided out exactly.
         slots: Which slots; all for None.
+
+    Attributes:
+        boost: By how much less the loss of the present sample was multiplied; a power of two.
     """
 
     def __init__(
         self, norm: GradientNorm, scale: float = 1.0, slots: Collection[Slot] | None = None
     ) -> None:
+        self.boost = 1.0
         self._norm = norm
         self._wanted = None if slots is None else set(slots)
         self._scale = scale
@@ -79,6 +84,10 @@ class Gradient:
         for slot in list(self._partial):
             self._fold(slot)
         self._awaited.clear()
+
+    def is_finite(self) -> bool:
+        """Whether no sample so far had a gradient that is NaN or infinite."""
+        return are_finite(self._sums.values())
 
     def results(self) -> dict[Slot, Tensor]:
         """The statistic of every slot that saw a token, float32, in the slot's stored shape.
@@ -126,4 +135,6 @@ class Gradient:
 
     def _magnitude(self, gradient: Tensor) -> Tensor:
         """What a sample adds. Not `addcmul_` for l2: it rounds once where this rounds twice."""
+        if self.boost != 1:
+            gradient = gradient.float() * self.boost
         return gradient.abs_() if self._norm == "l1" else gradient.float().square_()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.tap import Product, Slot
+from lowmem_gblm.stats.finite import are_finite
 
 
 class Gram:
@@ -42,6 +43,10 @@ class Gram:
             self._sums[owner] += gram_II
         else:
             self._sums[owner] = gram_II
+
+    def is_finite(self) -> bool:
+        """Whether no sample so far was NaN or infinite."""
+        return are_finite(self._sums.values())
 
     def result(self, slot: Slot) -> Tensor | None:
         """float32 [in, in]; None for an expert that saw no token."""

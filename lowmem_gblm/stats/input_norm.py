@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowmem_gblm.model.tap import Product, Slot
+from lowmem_gblm.stats.finite import are_finite
 
 
 class InputNorm:
@@ -35,6 +36,10 @@ class InputNorm:
         if self._last is None or self._last[0] is not product.input:
             self._last = product.input, product.input_TI.float().square().sum(dim=0)
         return self._last[1]
+
+    def is_finite(self) -> bool:
+        """Whether no sample so far was NaN or infinite."""
+        return are_finite(self._squares.values())
 
     def result(self, slot: Slot) -> Tensor | None:
         """float32 [in]; None for an expert that saw no token."""

@@ -35,7 +35,7 @@ class Conveyor:
         self._device = device
         self._progress = progress
         self._allowed_bytes = behind_bytes
-        self._behind: deque[tuple[int, Future[None]]] = deque()
+        self._behind: deque[tuple[str, int, Future[None]]] = deque()
         self._reader = ThreadPoolExecutor(1, "spill-read")
         self._writer = ThreadPoolExecutor(1, "spill-write")
         self._in = self._out = None
@@ -50,21 +50,26 @@ class Conveyor:
         for thread in (self._reader, self._writer):
             thread.shutdown(cancel_futures=True)
 
-    def arriving(self, names: Sequence[str], nsamples: int) -> Iterator[tuple[Tensor, ...]]:
-        """For every sample the tensors of these names, on the device; not to be modified."""
+    def arriving(
+        self, names: Sequence[str], order: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """For these samples their number and the tensors of these names, on the device.
+
+        The tensors are not to be modified.
+        """
         # What was sent off must have arrived before it can come back.
-        self.settle()
-        ahead = self._reader.submit(self._fetch, names, 0)
-        for n in range(nsamples):
+        self._wait([future for name, _, future in self._behind if name in names])
+        ahead = self._reader.submit(self._fetch, names, order[0])
+        for n, following in zip(order, [*order[1:], None], strict=True):
             with self._progress.waiting():
                 tensors = ahead.result()
-            if n + 1 < nsamples:
-                ahead = self._reader.submit(self._fetch, names, n + 1)
+            if following is not None:
+                ahead = self._reader.submit(self._fetch, names, following)
             for tensor in tensors:
                 if tensor.is_cuda:
                     # It came by another stream: not to be used anew before this one is done.
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
-            yield tensors
+            yield n, tensors
 
     def leaving(self, name: str, item: int, tensor: Tensor) -> None:
         """Send a tensor off to the spill; it must not be modified any more.
@@ -77,7 +82,7 @@ class Conveyor:
         if ready is not None:
             ready.record()
         future = self._writer.submit(self._store, name, item, tensor.detach(), ready)
-        self._behind.append((tensor.nbytes, future))
+        self._behind.append((name, tensor.nbytes, future))
         if not self._allowed_bytes:
             self.settle()
 
@@ -89,6 +94,15 @@ class Conveyor:
         """
         self._settle_down_to(0)
 
+    def on_their_way(self) -> tuple[set[str], list[Future[None]]]:
+        """Names under which something is still being written or could not be; what to wait for."""
+        left = [
+            (name, future)
+            for name, _, future in self._behind
+            if not future.done() or future.exception() is not None
+        ]
+        return {name for name, _ in left}, [future for _, future in left]
+
     def forget(self, names: Iterable[str]) -> None:
         """Drop everything of these names, once all is written."""
         self.settle()
@@ -96,12 +110,16 @@ class Conveyor:
             self._spill.drop(name)
 
     def _settle_down_to(self, bytes_left: int) -> None:
-        total = sum(size for size, _ in self._behind)
+        total = sum(size for _, size, _ in self._behind)
         while self._behind and total > bytes_left:
-            size, future = self._behind.popleft()
-            with self._progress.waiting():
-                future.result()
+            _, size, future = self._behind.popleft()
+            self._wait([future])
             total -= size
+
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
+        with self._progress.waiting():
+            for future in futures:
+                future.result()
 
     def _fetch(self, names: Sequence[str], n: int) -> tuple[Tensor, ...]:
         """In the reading thread."""

@@ -105,6 +105,8 @@ class Pruner:
             stored = gradient_of(weight.slot)
             if stored is not None:
                 values["gradient"] = weight.in_slot(stored)
+                if not bool(values["gradient"].any()):
+                    self.notes.append(f"{weight}: all of its gradients are zero")
         for name in self.method.needs:
             if name not in values:
                 values[name] = torch.zeros(shapes[name])

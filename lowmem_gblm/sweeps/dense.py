@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Progress
+from lowmem_gblm.stats.finite import all_finite
 from lowmem_gblm.sweeps.conveyor import Conveyor
+from lowmem_gblm.sweeps.samples import Samples, sick
 
 
 def boundary(sweep: str, index: int) -> str:
@@ -47,7 +48,7 @@ def dense_sweep(
     blocks: BlockStream,
     skeleton: Skeleton,
     conveyor: Conveyor,
-    nsamples: int,
+    samples: Samples,
     progress: Progress,
     *,
     keep_every: int | None,
@@ -57,13 +58,14 @@ def dense_sweep(
     """Run every sample through every block, first to last, from boundary 0.
 
     Args:
+        samples: Which; those that turn non-finite are dropped.
         keep_every: Which boundaries stay in the spill: 0, k, 2k, … for k, and the last one; only
             the last one for None.
         commit: Called after every block.
         first: Blocks that are done already.
     """
     for block in blocks.stream(range(first, blocks.depth)):
-        forward(block, skeleton, conveyor, nsamples, "dense")
+        forward(block, skeleton, conveyor, samples, sweep="dense", name="dense")
         past = keep_every is None or block.index % keep_every
         commit([boundary("dense", block.index)] if past else [])
         progress.step()
@@ -71,38 +73,66 @@ def dense_sweep(
 
 @torch.no_grad()
 def forward(
-    block: Block, skeleton: Skeleton, conveyor: Conveyor, nsamples: int, sweep: str
+    block: Block,
+    skeleton: Skeleton,
+    conveyor: Conveyor,
+    samples: Samples,
+    *,
+    sweep: str,
+    name: str,
 ) -> None:
-    """Run every sample through one resident block, from its boundary to the next one."""
-    arriving = conveyor.arriving([boundary(sweep, block.index)], nsamples)
-    for n, (hidden,) in enumerate(arriving):
+    """Run every sample through one resident block, from its boundary to the next one.
+
+    Args:
+        samples: Which; those that leave the block non-finite are dropped.
+        sweep: Whose boundaries.
+        name: Of the pass.
+
+    Raises:
+        NonFiniteError: Too many are dropped.
+    """
+    order, finite = samples.left, []
+    for n, (hidden,) in conveyor.arriving([boundary(sweep, block.index)], order):
         out = skeleton.forward_block(block.index, hidden)
+        finite.append(all_finite(out))
         conveyor.leaving(boundary(sweep, block.index + 1), n, out)
+    samples.drop(sick(order, finite), name, block.index)
 
 
 def head_pass(
     skeleton: Skeleton,
     samples_NT: Tensor,
+    samples: Samples,
     conveyor: Conveyor,
     scale: float,
     progress: Progress,
 ) -> list[float]:
     """The loss of every sample; and `scale` times its gradient at the last boundary, spilled.
 
+    Args:
+        samples: Which; those whose loss is not finite are dropped, those whose gradient overflows
+            are scaled with less.
+
     Returns:
-        The losses, in nats per token.
+        The losses of those that are left, in nats per token.
 
     Raises:
-        NonFiniteError: A loss is NaN or infinite.
+        NonFiniteError: Too many are dropped.
     """
     losses = []
     last = boundary("dense", skeleton.depth)
-    for n, (hidden,) in enumerate(conveyor.arriving([last], len(samples_NT))):
-        loss, gradient = skeleton.loss_and_gradient(hidden, samples_NT[n], scale)
-        losses.append(float(loss))
-        if not (loss.isfinite() and gradient.isfinite().all()):
-            raise NonFiniteError(f"calibration sample {n} has the loss {losses[-1]}")
-        conveyor.leaving(boundary("gradient", skeleton.depth), n, gradient)
+    for n, (hidden,) in conveyor.arriving([last], samples.left):
+        while True:
+            factor = scale * 2.0 ** -samples.exponent(n)
+            loss, gradient = skeleton.loss_and_gradient(hidden, samples_NT[n], factor)
+            sound = bool(loss.isfinite() & all_finite(gradient))
+            if sound or not bool(loss.isfinite()) or not samples.weaken(n):
+                break
+        if sound:
+            losses.append(float(loss))
+            conveyor.leaving(boundary("gradient", skeleton.depth), n, gradient)
+        else:
+            samples.drop([n], "head", None)
         progress.step()
     return losses
 
@@ -113,7 +143,7 @@ def losses_of(
     """The loss of every sample from the last boundary, in nats per token."""
     losses = []
     last = boundary("dense", skeleton.depth)
-    for n, (hidden,) in enumerate(conveyor.arriving([last], len(samples_NT))):
+    for n, (hidden,) in conveyor.arriving([last], range(len(samples_NT))):
         losses.append(float(skeleton.loss(hidden, samples_NT[n])))
         progress.step()
     return losses

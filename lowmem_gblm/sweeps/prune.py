@@ -7,6 +7,7 @@ Wanda, SparseGPT and GBLM-Pruner), or those of the dense ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -15,8 +16,10 @@ from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.model.tap import Tap
 from lowmem_gblm.progress import Progress
 from lowmem_gblm.stats.activation import ActivationStatistic
+from lowmem_gblm.stats.finite import all_finite
 from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import Commit, boundary, forward
+from lowmem_gblm.sweeps.samples import Samples, sick
 
 Finish = Callable[[Block, Sequence[ActivationStatistic]], list[str]]
 
@@ -25,11 +28,11 @@ def prune_sweep(
     blocks: BlockStream,
     skeleton: Skeleton,
     conveyor: Conveyor,
-    nsamples: int,
+    samples: Samples,
     forwards: int,
     progress: Progress,
     *,
-    activations: Callable[[], list[ActivationStatistic]],
+    activations: Callable[[int], list[ActivationStatistic]],
     finish: Finish,
     commit: Commit,
     first: int = 0,
@@ -37,47 +40,83 @@ def prune_sweep(
     """Prune every block, first block first.
 
     Args:
-        nsamples: Samples whose boundary 0 is in the spill.
+        samples: Those whose boundary 0 is in the spill; the ones that turn non-finite are dropped.
         forwards: As in `Schedule.prune_forwards`: 0 runs no sample, 1 takes the next boundary
             from the dense block, 2 from the pruned one.
-        activations: Makes the statistics to measure, per block.
+        activations: Makes the statistics to measure, per block, for so many samples.
         finish: Called with each resident block and what was measured; prunes it and writes it.
             Returns what in the spill it will not read again.
         commit: Called after every block.
         first: Blocks that are done already.
     """
     for block in blocks.stream(range(first, blocks.depth)):
-        measured = activations()
+        measured: Sequence[ActivationStatistic] = []
         last = block.index == blocks.depth - 1
         if forwards:
-            _measure(
-                block, skeleton, conveyor, nsamples, measured, go_on=forwards == 1 and not last
-            )
+            go_on = forwards == 1 and not last
+            measured = _measured(block, skeleton, conveyor, samples, activations, go_on=go_on)
         past = finish(block, measured)
         if forwards == 2 and not last:
-            forward(block, skeleton, conveyor, nsamples, "pruned")
+            forward(block, skeleton, conveyor, samples, sweep="pruned", name="prune")
         commit([*past, boundary("pruned", block.index)] if forwards else past)
         progress.step()
 
 
-@torch.no_grad()
-def _measure(
+def _measured(
     block: Block,
     skeleton: Skeleton,
     conveyor: Conveyor,
-    nsamples: int,
+    samples: Samples,
+    activations: Callable[[int], list[ActivationStatistic]],
+    *,
+    go_on: bool,
+) -> list[ActivationStatistic]:
+    """Statistics of the dense block by the samples that stay finite in it.
+
+    Args:
+        go_on: Whether what leaves the block is the next boundary.
+    """
+    run = partial(_run, block, skeleton, conveyor)
+
+    def sound(n: int) -> bool:
+        alone = activations(1)
+        run([n], alone, go_on=False)
+        return all(statistic.is_finite() for statistic in alone)
+
+    while True:
+        order = samples.left
+        measured = activations(len(order))
+        found = run(order, measured, go_on=go_on)
+        if not found and not all(statistic.is_finite() for statistic in measured):
+            found = [n for n in order if not sound(n)]
+        if not found:
+            return measured
+        samples.drop(found, "prune", block.index)
+        # What the others leave is in the spill already.
+        go_on = False
+
+
+@torch.no_grad()
+def _run(
+    block: Block,
+    skeleton: Skeleton,
+    conveyor: Conveyor,
+    order: Sequence[int],
     measured: Sequence[ActivationStatistic],
     *,
     go_on: bool,
-) -> None:
-    """Run the dense block; with `go_on`, what leaves it is the next boundary."""
+) -> list[int]:
+    """Run these samples; returns those that leave the block non-finite, where they go on."""
     tap = Tap(block.module, block.slots, measured)
-    for n, (hidden,) in enumerate(conveyor.arriving([boundary("pruned", block.index)], nsamples)):
+    finite = []
+    for n, (hidden,) in conveyor.arriving([boundary("pruned", block.index)], order):
         out = skeleton.forward_block(block.index, hidden, tap)
         for statistic in measured:
             statistic.finish_sample()
         if go_on:
+            finite.append(all_finite(out))
             conveyor.leaving(boundary("pruned", block.index + 1), n, out)
         else:
             tap.leave_out(tap.last)
     tap.check_all_seen()
+    return sick(order, finite) if go_on else []

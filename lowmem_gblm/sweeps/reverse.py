@@ -8,6 +8,8 @@ that were not kept are computed again from the last one that was (`schedule.reve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +21,11 @@ from lowmem_gblm.model.tap import Slot, Tap
 from lowmem_gblm.progress import Progress
 from lowmem_gblm.schedule import reverse_order
 from lowmem_gblm.stats.activation import ActivationStatistic
+from lowmem_gblm.stats.finite import all_finite
 from lowmem_gblm.stats.gradient import Gradient, GradientNorm
 from lowmem_gblm.sweeps.conveyor import Conveyor
 from lowmem_gblm.sweeps.dense import Commit, boundary, forward
+from lowmem_gblm.sweeps.samples import Samples
 
 Slices = Callable[[Block], list[list[Slot]]]
 Keep = Callable[[Block, dict[Slot, Tensor]], None]
@@ -32,14 +36,14 @@ def reverse_sweep(
     blocks: BlockStream,
     skeleton: Skeleton,
     conveyor: Conveyor,
-    nsamples: int,
+    samples: Samples,
     norm: GradientNorm,
     scale: float,
     progress: Progress,
     *,
     kept_every: int,
     slices: Slices,
-    activations: Callable[[], list[ActivationStatistic]],
+    activations: Callable[[int], list[ActivationStatistic]],
     keep: Keep,
     finish: Finish,
     commit: Commit,
@@ -48,13 +52,17 @@ def reverse_sweep(
     """Measure every block's gradient magnitudes, last block first.
 
     Args:
+        samples: Which; those whose gradients overflow are scaled with less, and dropped if that
+            does not help.
         norm: l1 or l2 over samples.
         scale: What the loss was multiplied with.
         kept_every: Which boundaries the dense sweep has kept.
         slices: The matrices of a block in parts whose accumulators fit at the same time; every
             part after the first takes a forward and a backward pass more.
-        activations: Makes the activation statistics to measure in the same forward, per block.
-        keep: Called with each resident block and the gradient magnitudes of every part of it.
+        activations: Makes the activation statistics to measure in the same forward, per block, for
+            so many samples.
+        keep: Called with each resident block and the gradient magnitudes of every part of it; again
+            where a sample was found to be sick in a later part.
         finish: Called last with each resident block and what was measured; it may prune and write.
             Returns what in the spill it will not read again.
         commit: Called after every step of `reverse_order`.
@@ -68,52 +76,124 @@ def reverse_sweep(
         strict=True,
     ):
         if not backward:
-            forward(block, skeleton, conveyor, nsamples, "dense")
+            forward(block, skeleton, conveyor, samples, sweep="dense", name="reverse")
             commit([])
             progress.step()
             continue
-        measured = activations()
-        for number, slots in enumerate(slices(block)):
-            gradient = Gradient(norm, scale, slots)
-            observers: list[Gradient | ActivationStatistic] = [gradient]
-            if not number:
-                observers += measured
-            tap = Tap(block.module, block.slots, observers)
-            _sample_by_sample(
-                block, skeleton, conveyor, nsamples, tap, observers, shortcut, first=not number
-            )
-            keep(block, gradient.results())
+        work = _BlockBackward(
+            block=block,
+            skeleton=skeleton,
+            conveyor=conveyor,
+            samples=samples,
+            gradient=partial(Gradient, norm, scale),
+            activations=activations,
+            shortcut=shortcut,
+        )
+        measured = work.measured(slices(block), keep)
         past = [*finish(block, measured), boundary("gradient", block.index + 1)]
         commit([*past, boundary("dense", block.index)] if block.index else past)
         progress.step()
 
 
-def _sample_by_sample(
-    block: Block,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    nsamples: int,
-    tap: Tap,
-    observers: Sequence[Gradient | ActivationStatistic],
-    shortcut: _Shortcut,
-    *,
-    first: bool,
-) -> None:
-    """Forward and backward through one block; the `first` time, gradients go on to the next."""
-    names = [boundary("dense", block.index), boundary("gradient", block.index + 1)]
-    for n, (hidden, arriving) in enumerate(conveyor.arriving(names, nsamples)):
-        leaving = _backward(skeleton, block, hidden, arriving, tap)
-        if not bool(leaving.isfinite().all()):
+@dataclass(kw_only=True)
+class _BlockBackward:
+    """Forward and backward through one resident block, until all samples left are finite in it.
+
+    Attributes:
+        gradient: Makes the gradient magnitudes to measure, for some slots.
+        activations: Makes the activation statistics, for so many samples.
+    """
+
+    block: Block
+    skeleton: Skeleton
+    conveyor: Conveyor
+    samples: Samples
+    gradient: Callable[[list[Slot]], Gradient]
+    activations: Callable[[int], list[ActivationStatistic]]
+    shortcut: _Shortcut
+
+    def __post_init__(self) -> None:
+        self._arrived = dict(self.samples.exponents)
+        self._sent: dict[int, int] = {}
+
+    def measured(self, parts: list[list[Slot]], keep: Keep) -> list[ActivationStatistic]:
+        """Gradient magnitudes of every part, kept; returns what else was measured.
+
+        Where a sample is sick, all begins anew without it: what it added cannot be taken back.
+        """
+        while True:
+            measured = self.activations(len(self.samples.left))
+            for number, slots in enumerate(parts):
+                gradients = self._part(slots, [] if number else measured, goes_on=not number)
+                if gradients is None:
+                    break
+                keep(self.block, gradients)
+            else:
+                return measured
+
+    def _part(
+        self, slots: list[Slot], measured: Sequence[ActivationStatistic], *, goes_on: bool
+    ) -> dict[Slot, Tensor] | None:
+        """Gradient magnitudes of some slots; None if a sample was sick."""
+        order, gradient = self.samples.left, self.gradient(slots)
+        found = self._run(order, gradient, measured, goes_on=goes_on)
+        if not found and _are_finite(gradient, measured):
+            return gradient.results()
+        # Single samples are looked at in the memory of these.
+        gradient.results()
+        found = found or [n for n in order if not self._is_finite_alone(n, slots)]
+        if not found:
             raise NonFiniteError(
-                f"the gradient of calibration sample {n} overflows in block {block.index}"
+                f"the statistics of block {self.block.index} overflow, though those of every "
+                f"single sample are finite"
             )
-        for observer in observers:
-            observer.finish_sample()
-        if n == 0 and shortcut.holds(block, tap.last, hidden, arriving, leaving):
-            tap.leave_out(tap.last)
-        if first and block.index:
-            conveyor.leaving(boundary("gradient", block.index), n, leaving)
-    tap.check_all_seen()
+        self.samples.weaken_or_drop(found, "reverse", self.block.index)
+        return None
+
+    def _is_finite_alone(self, n: int, slots: list[Slot]) -> bool:
+        gradient, measured = self.gradient(slots), self.activations(1)
+        found = self._run([n], gradient, measured, goes_on=False)
+        return not found and _are_finite(gradient, measured)
+
+    def _run(
+        self,
+        order: Sequence[int],
+        gradient: Gradient,
+        measured: Sequence[ActivationStatistic],
+        *,
+        goes_on: bool,
+    ) -> list[int]:
+        """Run these samples; where it `goes_on`, their gradients go on to the block before.
+
+        Returns:
+            The samples whose gradients are not finite where they leave the block.
+        """
+        block, found = self.block, []
+        tap = Tap(block.module, block.slots, [gradient, *measured])
+        names = [boundary("dense", block.index), boundary("gradient", block.index + 1)]
+        for n, (hidden, arriving) in self.conveyor.arriving(names, order):
+            exponent = self.samples.exponent(n)
+            gradient.boost = 2.0**exponent
+            if exponent != self._arrived.get(n, 0):
+                arriving = arriving * 2.0 ** (self._arrived.get(n, 0) - exponent)
+            leaving = _backward(self.skeleton, block, hidden, arriving, tap)
+            gradient.finish_sample()
+            for statistic in measured:
+                statistic.finish_sample()
+            if not bool(all_finite(leaving)):
+                found.append(n)
+                continue
+            if n == order[0] and self.shortcut.holds(block, tap.last, hidden, arriving, leaving):
+                tap.leave_out(tap.last)
+            if goes_on and block.index and self._sent.get(n) != exponent:
+                self.conveyor.leaving(boundary("gradient", block.index), n, leaving)
+                self._sent[n] = exponent
+        tap.check_all_seen()
+        return found
+
+
+def _are_finite(gradient: Gradient, measured: Sequence[ActivationStatistic]) -> bool:
+    return gradient.is_finite() and all(statistic.is_finite() for statistic in measured)
 
 
 def _backward(
