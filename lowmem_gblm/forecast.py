@@ -57,7 +57,6 @@ def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> Mode
         largest_matrix=max(weight.numel for weight in every),
         widest_input=max(weight.in_features for weight in every),
         feature_widths=int(sum(weight.out_features for weight in weights[largest]) * fraction),
-        widest_output=max(weight.out_features for weight in every),
         hidden_size=skeleton.config.hidden_size,
         heads=getattr(skeleton.config, "num_attention_heads", 1),
         attention_matrices=skeleton.attention_matrices,
@@ -132,11 +131,12 @@ def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
     """
     if machine.same_disk(output, work_folder):
         return
-    for what, needed, folder in (
-        ("the output", made.output_bytes, output),
-        ("what waits between passes", made.spill_bytes, work_folder),
+    # What an earlier attempt has written is no longer free, and counts in the plan.
+    for what, needed, folder, taken in (
+        ("the output", made.output_bytes, output, size_on_disk(partial_folder(output))),
+        ("what waits between passes", made.spill_bytes, work_folder, size_on_disk(work_folder)),
     ):
-        free = machine.free_disk_bytes(folder)
+        free = machine.free_disk_bytes(folder) + taken
         if needed > free:
             raise BudgetError(
                 f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "

@@ -74,7 +74,7 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     ):
         for name in bench.schedule.passes:
             with run.progress.stage(name):
-                run.progress.skip(run.done(name))
+                run.progress.skip(run.done(name), whole=name in ("embed", "head"))
                 _PASSES[name](run)
         with run.progress.stage("finish"):
             run.settle()
@@ -184,6 +184,8 @@ def _reverse(run: Run) -> None:
     """Gradient magnitudes of every block, kept for `_prune`; or pruned and written at once."""
     choices = run.bench.plan.choices
     prunes = run.bench.schedule.prune_in == "reverse"
+    # A job that has begun with rounded magnitudes goes on with them.
+    whole = choices.accumulator_bytes is None and choices.store == "float32"
     held: dict[Slot, Tensor] = {}
 
     def slices(block: Block) -> list[list[Slot]]:
@@ -192,7 +194,7 @@ def _reverse(run: Run) -> None:
         return [[block.slots[item] for item in part] for part in parts]
 
     def keep(block: Block, gradients: dict[Slot, Tensor]) -> None:
-        if prunes and choices.accumulator_bytes is None:
+        if prunes and whole:
             held.update(gradients)
         else:
             run.magnitudes.keep(block, gradients)
@@ -200,7 +202,6 @@ def _reverse(run: Run) -> None:
     def finish(block: Block, measured: Sequence[ActivationStatistic]) -> list[str]:
         if not prunes:
             return []
-        whole = choices.accumulator_bytes is None
         run.pruner.prune(block, measured, held.get if whole else partial(run.magnitudes.of, block))
         held.clear()
         run.write(block)

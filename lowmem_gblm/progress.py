@@ -88,9 +88,10 @@ class Progress:
         yield
         self._waited += time.monotonic() - start
 
-    def skip(self, count: int) -> None:
-        """So many steps of the current stage were done by an earlier attempt."""
+    def skip(self, count: int, *, whole: bool = False) -> None:
+        """So many steps of the current stage were done by an earlier attempt; or all, if any."""
         assert self._stage is not None, "a step belongs to a stage"
+        count = self._stage.steps if whole and count else count
         self._step += count
         self._skipped_cost += self._stage.cost * count / self._stage.steps
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowmem_gblm.disk.in_place import InPlace, Target, check_finite
 from lowmem_gblm.disk.job import Job, read_description
+from lowmem_gblm.disk.notice import Notice
 from lowmem_gblm.disk.output import Output
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.disk.trouble import explained, is_trouble, to_go_on
@@ -189,6 +190,8 @@ def _begun(bench: Workbench, listener: Listener | None) -> Iterator[Run]:
         try:
             output = _target(bench, job)
         except BaseException:
+            if bench.request.in_place and not job.resumed:
+                Notice(bench.output, bench.work_folder).remove()
             _put_away(job, None, keep=job.resumed)
             raise
         try:

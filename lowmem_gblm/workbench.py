@@ -15,7 +15,7 @@ from lowmem_gblm import memory
 from lowmem_gblm.calibration import calibration_samples, load_tokenizer, open_source
 from lowmem_gblm.disk.folder import size_on_disk
 from lowmem_gblm.disk.in_place import check_overwritable
-from lowmem_gblm.disk.job import check_same_job, is_overwriting, read_description
+from lowmem_gblm.disk.job import check_same_job, has_steps, is_overwriting, read_description
 from lowmem_gblm.disk.output import RECORD, partial_folder
 from lowmem_gblm.forecast import budget_of, check_disks, sizes_of, smaller_work, work_of
 from lowmem_gblm.identity import computing_versions, device_name, fingerprints, identity
@@ -163,8 +163,9 @@ class Workbench:
 
     @cached_property
     def previous(self) -> dict[str, Any] | None:
-        """What an earlier attempt at this job has described; None for a new one."""
-        return read_description(self.work_folder) if self.resumes else None
+        """What an earlier attempt at this job has described; None if it has done nothing yet."""
+        goes_on = self.resumes and has_steps(self.work_folder)
+        return read_description(self.work_folder) if goes_on else None
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -33,7 +33,6 @@ SIZES = ModelSizes(
     largest_matrix=WIDTH * FFN,
     widest_input=FFN,
     feature_widths=3 * WIDTH + 2 * KV + 2 * FFN,
-    widest_output=FFN,
     hidden_size=WIDTH,
     heads=64,
     attention_matrices=False,

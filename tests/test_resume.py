@@ -12,8 +12,9 @@ from interruptions import Photographer, content, in_a_child, stopped_at
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.errors import JobError, NonFiniteError
+from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.planning import Choices
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 50
@@ -160,6 +161,30 @@ def test_budgets_may_change_between_attempts(run, tmp_path: Path) -> None:
     stopped_at(run, tmp_path / "out", "reverse", 1)
     run(tmp_path / "out", cpu_memory=4 << 30, disk=1 << 30)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_with_less_disk_a_begun_job_waits_for_room_and_loses_nothing(run, tmp_path: Path) -> None:
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "out", "dense", 1)
+    # Host memory could stand in for the disk in a new job, not in one that has files to go on with.
+    with pytest.raises(BudgetError, match="of disk space"):
+        run(tmp_path / "out", disk=1000)
+    run(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_a_reader_that_waits_for_memory_gives_up_when_the_run_does(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(skeleton: Skeleton, index: int, tensors: dict, **options: object) -> None:
+        raise CheckpointError("no such block")
+
+    monkeypatch.setattr(
+        "lowmem_gblm.planning.choose._in_memory", lambda *args: iter([Choices(read_ahead=False)])
+    )
+    monkeypatch.setattr(Skeleton, "load_block", fail)
+    with pytest.raises(CheckpointError, match="no such block"):
+        run(tmp_path / "out")
 
 
 def test_another_device_has_to_be_accepted(

@@ -67,6 +67,11 @@ def _overwritten(description: Mapping[str, Any]) -> str | None:
     return folder
 
 
+def has_steps(folder: Path) -> bool:
+    """Whether the job in a work folder has finished a step: else there is nothing to go on with."""
+    return any((folder / _JOURNAL).glob("*.json"))
+
+
 class Job:
     """The work folder of one run.
 
@@ -87,7 +92,7 @@ class Job:
         self._own = OwnFolder(folder)
         try:
             previous = read_description(folder)
-            if previous is None:
+            if previous is None or not has_steps(folder):
                 self._begin(description)
             else:
                 check_same_job(folder, previous["identity"], description["identity"])

@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 from lowmem_gblm.disk.output import RECORD
-from lowmem_gblm.disk.publish import publish_file
+from lowmem_gblm.disk.publish import replace_file
 from lowmem_gblm.errors import JobError
 
 NOTICE = "PRUNING-IN-PLACE"
@@ -59,8 +59,7 @@ class Notice:
         text = words.format(command=command, work_folder=self._work_folder)
         if self._path.is_file() and self._path.read_text() == text:
             return
-        self._path.unlink(missing_ok=True)
-        publish_file(self._path, lambda file: file.write(text.encode()))
+        replace_file(self._path, text.encode())
 
     def remove(self) -> None:
         """The model is whole again."""

@@ -32,7 +32,19 @@ def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
         FileExistsError: `path` exists; nothing is ever overwritten.
         OSError: The disk is full or failing; the temporary file is removed.
     """
-    growing = GrowingFile(path)
+    _publish(GrowingFile(path), write)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in the place of another, or where there is none: one of the two is always there.
+
+    Raises:
+        OSError: The disk is full or failing; the temporary file is removed.
+    """
+    _publish(GrowingFile(path, replaces=True), lambda file: file.write(data))
+
+
+def _publish(growing: GrowingFile, write: Callable[[Writable], object]) -> None:
     try:
         write(growing)
         growing.publish()
@@ -51,13 +63,14 @@ class GrowingFile:
 
     Args:
         path: The name it will have.
+        replaces: Whether a file of that name may be there: one of ours that has become untrue.
 
     Raises:
-        FileExistsError: `path` exists; nothing is ever overwritten.
+        FileExistsError: `path` exists, and is not to be replaced.
     """
 
-    def __init__(self, path: Path) -> None:
-        if path.exists():
+    def __init__(self, path: Path, *, replaces: bool = False) -> None:
+        if path.exists() and not replaces:
             raise FileExistsError(f"{path} exists already")
         self.path = path
         self.size_bytes = 0

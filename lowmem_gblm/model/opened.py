@@ -73,7 +73,7 @@ def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
         RequestError: No such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -82,6 +82,17 @@ def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
     known = device.type in ("cpu", "cuda")
     if not known or (must_be_here and (device.index or 0) >= count):
         raise RequestError(f"there is no device {name!r} here (CUDA devices: {count})")
+    return _ready(device) if must_be_here and device.type == "cuda" else device
+
+
+def _ready(device: torch.device) -> torch.device:
+    """A GPU by its number, as the current one and at work: what it takes of the host counts."""
+    torch.cuda.init()
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    square = torch.ones(64, 64, device=device)
+    torch.mm(square, square)
+    torch.cuda.synchronize(device)
     return device
 
 

@@ -114,21 +114,27 @@ class BlockStream:
         if not order:
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-            pending = [reader.submit(self._read, index) for index in order[:1]]
-            for index, following in zip(order, [*order[1:], None], strict=True):
-                with self._progress.waiting():
-                    arrived = pending.pop().result()
-                if following is not None:
-                    pending.append(reader.submit(self._read, following))
-                users: list[Future[Any]] = []
-                try:
+            try:
+                pending = [reader.submit(self._read, index) for index in order[:1]]
+                for index, following in zip(order, [*order[1:], None], strict=True):
+                    with self._progress.waiting():
+                        arrived = pending.pop().result()
+                    if following is not None:
+                        pending.append(reader.submit(self._read, following))
+                    users: list[Future[Any]] = []
                     yield self._resident(index, arrived, users)
-                finally:
-                    self._skeleton.free_block(index)
-                    # The consumer may still hold the Block: its tensors go all the same.
-                    arrived.raw.clear()
-                    self._buffers.give_back(arrived.buffer, users)
-                    give_back_freed()
+                    self._free(index, arrived, users)
+            except BaseException:
+                # Wherever that was: the reader must not wait for a buffer that never comes back.
+                self._buffers.stop()
+                raise
+
+    def _free(self, index: int, arrived: _Arrived, users: Sequence[Future[Any]]) -> None:
+        self._skeleton.free_block(index)
+        # The consumer may still hold the Block: its tensors go all the same.
+        arrived.raw.clear()
+        self._buffers.give_back(arrived.buffer, users)
+        give_back_freed()
 
     def _resident(self, index: int, arrived: _Arrived, pending: list[Future[Any]]) -> Block:
         with self._progress.waiting():
@@ -203,13 +209,21 @@ class _Buffers:
             self._free.put(None)
         self._size_bytes = size_bytes
         self._pinned = pinned
+        self._stopped = False
 
     def take(self) -> Tensor:
         """The next one that is free; waits for it."""
         buffer = self._free.get()
+        if self._stopped:
+            raise InterruptedError("no block is wanted any more")
         if buffer is not None:
             return buffer
         return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def stop(self) -> None:
+        """Let whoever waits for a buffer give up."""
+        self._stopped = True
+        self._free.put(None)
 
     def give_back(self, buffer: Tensor, after: Sequence[Future[Any]]) -> None:
         """Let a buffer be used anew once all of `after` is done."""

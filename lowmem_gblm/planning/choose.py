@@ -17,6 +17,7 @@ from lowmem_gblm.planning.sizes import (
     Work,
     slices_within,
     stored_bytes,
+    stores,
 )
 from lowmem_gblm.planning.waiting import Waiting, waiting
 from lowmem_gblm.planning.words import reasons, refusal
@@ -48,10 +49,12 @@ def plan(
         BudgetError: Nothing fits: says what is missing, and which alternative would fit.
     """
     found = _fitting(sizes, work, base_bytes, budget, kept)
-    minimum = _minimum(sizes, work, base_bytes)
+    minimum = _minimum(sizes, work, base_bytes, kept)
     if found is None:
         fits = [
-            option for option, other in alternatives if _fitting(sizes, other, base_bytes, budget)
+            option
+            for option, other in alternatives
+            if kept is None and _fitting(sizes, other, base_bytes, budget)
         ]
         leanest = footprints(sizes, work, _frugal(sizes, work), base_bytes)
         raise BudgetError(refusal(work, minimum, leanest, budget, sizes, fits))
@@ -81,6 +84,8 @@ def _fitting(
         ways = list(_on_disk(sizes, work, choices))
         if kept is not None:
             ways = [replace(choices, store=kept.store, keep_every=kept.keep_every)]
+            # The journal counts on what it has written down to be on the disk.
+            left = 0
         found = _waiting_somewhere(sizes, work, ways, made, left, budget)
         if found is not None:
             return found
@@ -120,7 +125,7 @@ def _in_memory(sizes: ModelSizes, work: Work) -> Iterator[Choices]:
     one = boundary_bytes(sizes, work)
     whole = sum(sizes.slots) * FLOAT32_BYTES
     behind = (max(whole, 2 * one), 2 * one) if work.stores_gradients else (2 * one,)
-    ahead = [(True, True, behind[0])] if work.on_gpu else []
+    ahead = [(True, True, behind[0])] if work.on_gpu and work.resident_bits is None else []
     ahead += [(False, True, size) for size in behind]
     ahead += [(False, True, 0), (False, False, 0)]
     for limit, (copy, read, size) in product(_limits(sizes, work), ahead):
@@ -144,12 +149,9 @@ def _limits(sizes: ModelSizes, work: Work) -> list[int | None]:
 
 def _on_disk(sizes: ModelSizes, work: Work, choices: Choices) -> Iterator[Choices]:
     """What concerns the work folder: exact precision first, then boundaries computed again."""
-    waits = work.stores_gradients or (
-        "gradient" in work.needs and choices.accumulator_bytes is not None
-    )
-    stores = work.stores if waits else work.stores[:1]
+    kinds = work.stores if stores(work, choices) else work.stores[:1]
     steps = range(1, sizes.depth + 1) if work.keeps_boundaries else range(1, 2)
-    for store, keep_every in product(stores, steps):
+    for store, keep_every in product(kinds, steps):
         yield replace(choices, store=store, keep_every=keep_every)
 
 
@@ -159,9 +161,9 @@ def _frugal(sizes: ModelSizes, work: Work) -> Choices:
     return last
 
 
-def _minimum(sizes: ModelSizes, work: Work, base_bytes: int) -> Needs:
+def _minimum(sizes: ModelSizes, work: Work, base_bytes: int, kept: Choices | None) -> Needs:
     leanest = footprints(sizes, work, _frugal(sizes, work), base_bytes)
-    ways = _on_disk(sizes, work, Choices())
+    ways = _on_disk(sizes, work, Choices()) if kept is None else [kept]
     return Needs(
         host_bytes=max(one.host_bytes for one in leanest),
         gpu_bytes=max(one.gpu_bytes for one in leanest),

@@ -34,6 +34,8 @@ _GRAPH_HIDDEN, _GRAPH_FEATURES = 14, 2.5
 _LOGITS_ALIVE = 4
 # Tensors [heads, T, T] alive at once where attention makes them: forward, and in a graph.
 _ATTENTION_FORWARD, _ATTENTION_GRAPH = 2, 4
+# Bytes of a weight in 4 and 8 bits, with a float32 scale for every 64 or 256 of them.
+_PACKED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 4 / 256}
 # Samples on their way to the device: the one that is computed with and the next.
 _ARRIVING = 2
 
@@ -123,7 +125,7 @@ def _reverse(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> 
     computing["gradient accumulators"] = accumulators
     computing["one sample"] = _slack(_graph(sizes, work))
     if work.on_gpu:
-        at.host["gradient magnitudes on their way"] = accumulators
+        at.host["gradient magnitudes on their way"] = 2 * accumulators
     elif work.stores_gradients:
         at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
     _carried(at, sizes, work, choices)
@@ -151,11 +153,14 @@ def _finish(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> N
 
 def _blocks(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> None:
     block, weights = max(sizes.block_bytes), max(sizes.prunable)
-    at.host["blocks as read"] = block * (1 + (choices.read_ahead and sizes.depth > 1))
+    read = _pinned(block) if work.on_gpu else block
+    at.host["blocks as read"] = read * (1 + (choices.read_ahead and sizes.depth > 1))
     if work.resident_bits is not None:
-        # bitsandbytes: a float32 scale for every 64 or 256 weights, one matrix unpacked at a time.
-        packed = weights * work.resident_bits // 8 * 17 // 16
+        # The rest of the block stays as it is, and one matrix is unpacked at a time.
+        packed = int(weights * _PACKED_BYTES[work.resident_bits]) + max(0, block - 2 * weights)
         _computing(at, work)["packed block"] = packed + 2 * sizes.largest_matrix * work.itemsize
+        if not work.shares_memory:
+            at.host["block to be packed"] = weights * work.itemsize
         return
     if work.on_gpu:
         copies = 1 + (choices.copy_ahead and sizes.depth > 1)
@@ -163,6 +168,11 @@ def _blocks(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> N
         at.gpu["resident block"] = block * copies + converted
     elif not work.shares_memory:
         at.host["resident block"] = weights * work.itemsize
+
+
+def _pinned(size_bytes: int) -> int:
+    """What torch takes for pinned memory: the next power of two."""
+    return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def accumulator_bytes(sizes: ModelSizes, choices: Choices) -> int:

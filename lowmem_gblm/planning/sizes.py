@@ -33,7 +33,6 @@ class ModelSizes:
         largest_matrix: Weights of the largest prunable matrix.
         widest_input: Inputs of the widest prunable matrix.
         feature_widths: Sum of the outputs of a block's prunable matrices that one token meets.
-        widest_output: Outputs of the widest of them.
         hidden_size: Width of a boundary.
         heads: Attention heads.
         attention_matrices: Whether attention makes its [heads, T, T] probabilities (eager) or not.
@@ -53,7 +52,6 @@ class ModelSizes:
     largest_matrix: int
     widest_input: int
     feature_widths: int
-    widest_output: int
     hidden_size: int
     heads: int
     attention_matrices: bool
@@ -140,6 +138,12 @@ class Choices:
     keep_every: int = 1
     accumulator_bytes: int | None = None
     store: StoreKind = "float32"
+
+
+def stores(work: Work, choices: Choices) -> bool:
+    """Whether gradient magnitudes wait in the work folder: of all blocks, or of parts of one."""
+    sliced = "gradient" in work.needs and choices.accumulator_bytes is not None
+    return work.stores_gradients or sliced
 
 
 def stored_bytes(weights: int, store: StoreKind) -> int:

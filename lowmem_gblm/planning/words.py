@@ -6,7 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from lowmem_gblm.planning.footprint import Footprint, accumulator_bytes
 from lowmem_gblm.planning.plan import Budget, Needs
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Work, slices_within
+from lowmem_gblm.planning.sizes import (
+    FLOAT32_BYTES,
+    Choices,
+    ModelSizes,
+    Work,
+    slices_within,
+    stores,
+)
 from lowmem_gblm.planning.waiting import Waiting
 
 _SHOWN_PARTS = 4
@@ -28,13 +35,16 @@ def reasons(
     """Sentences about everything that is not as one would do it with room for all."""
     if room:
         place = "all" if room >= waits.together else gibibytes(room)
-        yield f"between passes {place} of {gibibytes(waits.together)} waits in host memory"
+        yield (
+            f"between passes {place} of {gibibytes(waits.together)} waits in host memory, for lack "
+            f"of disk space: if this run is interrupted it begins anew"
+        )
     if work.keeps_boundaries and choices.keep_every > 1:
         yield (
             f"of the boundaries every {_ordinal(choices.keep_every)} is kept and the others are "
             f"computed again, for lack of disk space"
         )
-    if work.stores_gradients and choices.store != "float32":
+    if stores(work, choices) and choices.store != "float32":
         bits = {"bfloat16": "bfloat16", "int8": "8 bit"}[choices.store]
         yield (
             f"gradient magnitudes wait in {bits}, for lack of disk space: "
@@ -50,7 +60,7 @@ def reasons(
         )
     if not choices.read_ahead and sizes.depth > 1:
         yield "no block is read ahead, for lack of host memory: the computation waits for the disk"
-    elif work.on_gpu and not choices.copy_ahead and sizes.depth > 1:
+    elif work.on_gpu and work.resident_bits is None and not choices.copy_ahead and sizes.depth > 1:
         yield "the next block waits in host memory, for lack of GPU memory"
 
 

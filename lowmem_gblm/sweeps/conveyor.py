@@ -80,7 +80,7 @@ class Conveyor:
         self._settle_down_to(self._allowed_bytes - tensor.nbytes)
         ready = torch.cuda.Event() if tensor.is_cuda else None
         if ready is not None:
-            ready.record()
+            ready.record(torch.cuda.current_stream(tensor.device))
         future = self._writer.submit(self._store, name, item, tensor.detach(), ready)
         self._behind.append((name, tensor.nbytes, future))
         if not self._allowed_bytes:

@@ -212,7 +212,8 @@ class _Shortcut:
 
     They do not where it is only added to the residual stream, as in most architectures. Tried once
     per kind of block: without the product, the same bits must leave. Afterwards NaN stands for it,
-    so that a block which does need it cannot go unnoticed.
+    so that a block which does need it cannot go unnoticed. Where the attention of a GPU does not
+    give the same bits twice, the product may be computed after all.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
