@@ -17,6 +17,8 @@ _ATTENTION_RATE = 0.3
 _DECIDING, _ACCUMULATING = 16, 3
 _PER_BLOCK_S = 0.02
 _PER_COLUMN_S = 0.0002
+# Bytes that a processor hashes in a second: every shard's SHA-256 goes into the record.
+_HASHED = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ class _Clock:
         if self._work.schedule.prune_in == "reverse":
             computing += self._decisions()
         boundaries = self._sizes.depth * (2 + again + 2 * slices)
-        return self._beside(computing, reads=1 + again, boundaries=boundaries)
+        writes = self._work.schedule.prune_in == "reverse"
+        return self._beside(computing, reads=1 + again, boundaries=boundaries, writes=writes)
 
     def _prune(self) -> float:
         forwards = self._work.schedule.prune_forwards
@@ -87,7 +90,8 @@ class _Clock:
             grams = 2 * self._tokens * self._sizes.gram_entries * self._sizes.depth
             computing += grams / self._speeds.products
         reads = 1 + self._work.reads_first
-        return self._beside(computing, reads=reads, boundaries=2 * forwards * self._sizes.depth)
+        boundaries = 2 * forwards * self._sizes.depth
+        return self._beside(computing, reads=reads, boundaries=boundaries, writes=True)
 
     def _finish(self) -> float:
         if self._work.rewrites:
@@ -95,8 +99,12 @@ class _Clock:
         rest = self._sizes.total_bytes - sum(self._sizes.block_bytes)
         return rest / self._speeds.read + rest / self._speeds.write
 
-    def _beside(self, computing: float, *, reads: float, boundaries: float) -> float:
-        moving = reads * sum(self._sizes.block_bytes) / self._speeds.read + self._moved(boundaries)
+    def _beside(
+        self, computing: float, *, reads: float, boundaries: float, writes: bool = False
+    ) -> float:
+        blocks = sum(self._sizes.block_bytes)
+        moving = reads * blocks / self._speeds.read + self._moved(boundaries)
+        moving += writes * blocks * (1 / self._speeds.write + 1 / _HASHED)
         longer, shorter = max(computing, moving), min(computing, moving)
         hidden = longer if self._choices.read_ahead else longer + shorter
         return hidden + self._sizes.depth * _PER_BLOCK_S

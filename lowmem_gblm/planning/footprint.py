@@ -16,7 +16,7 @@ from lowmem_gblm.planning.sizes import (
 _PROCESS_BYTES = 24 << 20
 # What the allocator keeps between the blocks where it takes only very large pieces from the system:
 # from this size of a boundary on (`memory.settle_allocator`).
-_HOLES_BYTES, _HOLES_FROM_BYTES = 20 << 20, 1 << 20
+_HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
 # What CUDA takes of a GPU for itself.
 _CUDA_BYTES = 512 << 20
 # Tokenizer, text, and the code that reads them.
