@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.in_place import InPlace, Target, check_finite
 from lowmem_gblm.disk.job import Job, read_description
 from lowmem_gblm.disk.notice import Notice
@@ -50,8 +51,7 @@ class Run:
     progress: Progress
     losses: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
-    _committer: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "commit"))
-    _committing: Future[None] | None = None
+    _committer: OneBehind = field(default_factory=partial(OneBehind, "commit"))
     _written: list[int] = field(default_factory=list)
 
     def activations(self, nsamples: int) -> list[ActivationStatistic]:
@@ -89,7 +89,7 @@ class Run:
         names = names.union(self.spill.written()).difference(drop)
         step = _Step(self._entry(name, drop), sorted(names), self._written, arriving)
         self._written = []
-        self._committing = self._committer.submit(self._make_durable, step)
+        self._committer.begin(self._make_durable, step)
 
     def settle(self) -> None:
         """Wait until the last step is durable.
@@ -97,9 +97,7 @@ class Run:
         Raises:
             OSError: The disk is full or failing.
         """
-        if self._committing is not None:
-            self._committing.result()
-            self._committing = None
+        self._committer.settle()
 
     def publish(self, made: dict[str, Any]) -> dict[str, Any]:
         """Give the result its place. Once begun this is done, whatever interrupts the run.
@@ -110,7 +108,7 @@ class Run:
         Returns:
             `made`.
         """
-        self._committer.submit(self._publish, made).result()
+        self._committer.begin(self._publish, made).result()
         return made
 
     def _publish(self, made: dict[str, Any]) -> None:
@@ -120,7 +118,7 @@ class Run:
 
     def close(self) -> None:
         """Let the step under way become durable."""
-        self._committer.shutdown()
+        self._committer.close()
 
     def _make_durable(self, step: _Step) -> None:
         """In a thread of its own."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from hashlib import file_digest
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.checkpoint import Checkpoint, TensorEntry, read_header
 from lowmem_gblm.disk.notice import Notice
 from lowmem_gblm.disk.output import RECORD, Output, publish_shard, write_tensors
@@ -77,12 +78,11 @@ class InPlace:
         self._notice = Notice(source.folder, work_folder)
         self._notice.tell(overwritten=bool(keep))
         self._repair(keep)
-        self._writer = ThreadPoolExecutor(1, "write-block")
-        self._written: Future[None] | None = None
+        self._writer = OneBehind("write-block")
 
     def close(self, *, keep: bool) -> None:
         """Leave everything for another attempt to `keep`; or nothing was or is left to be done."""
-        self._writer.shutdown()
+        self._writer.close()
         if not keep:
             self._notice.remove()
 
@@ -98,9 +98,7 @@ class InPlace:
         Raises:
             OSError: An earlier block could not be written.
         """
-        self.settle()
-        self._written = self._writer.submit(self._publish, index, dict(tensors))
-        return self._written
+        return self._writer.begin(self._publish, index, dict(tensors))
 
     def settle(self) -> None:
         """Wait until the last block has been published.
@@ -108,8 +106,7 @@ class InPlace:
         Raises:
             OSError: It could not be.
         """
-        if self._written is not None:
-            self._written.result()
+        self._writer.settle()
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
         """The files of these blocks, which have been published, for the journal."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, TensorEntry, raw_bytes
 from lowmem_gblm.disk.files import ordinary_file, side_files
 from lowmem_gblm.disk.folder import OwnFolder
@@ -63,12 +64,11 @@ class Output:
         self._rest = [name for name in source.tensors if name not in in_blocks]
         self._folder = OwnFolder(self.partial)
         self._clean()
-        self._writer = ThreadPoolExecutor(1, "write-block")
-        self._written: Future[None] | None = None
+        self._writer = OneBehind("write-block")
 
     def close(self, *, keep: bool) -> None:
         """Without `publish`, what was written stays for another attempt, or goes."""
-        self._writer.shutdown()
+        self._writer.close()
         if self.partial.exists() and not keep:
             self._folder.remove()
         else:
@@ -90,11 +90,9 @@ class Output:
         Raises:
             OSError: An earlier block could not be written.
         """
-        self.settle()
         write = partial(write_tensors, tensors=dict(tensors))
         shard, names = self._shard(index), self._blocks[index]
-        self._written = self._writer.submit(self._write_shard, shard, names, write)
-        return self._written
+        return self._writer.begin(self._write_shard, shard, names, write)
 
     def settle(self) -> None:
         """Wait until the last block has been written.
@@ -102,9 +100,7 @@ class Output:
         Raises:
             OSError: It could not be.
         """
-        # Several threads may wait: the future stays.
-        if self._written is not None:
-            self._written.result()
+        self._writer.settle()
 
     def committed(self, blocks: Iterable[int]) -> None:
         """The journal has these blocks: nothing more is to be done for them."""
