@@ -6,19 +6,14 @@ be compared number by number.
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_gblm.errors import CheckpointError, RequestError, shown
+from lowmem_gblm.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +23,6 @@ Tokenize = Callable[[str], Sequence[int]]
 
 _DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _C4_EVALUATION_DOCUMENTS = 1100
-_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
-_MAX_TOKENIZER_BYTES = 1 << 28
-_LONGEST_REASON = 400
 
 
 @dataclass(frozen=True)
@@ -258,60 +250,3 @@ def _load(*args: Any, split: str = "train", **kwargs: Any) -> Any:
             f"{args[0]} cannot be loaded from the Hub: {reason}. Without a network give a local "
             f"text file instead of its name"
         ) from None
-
-
-def load_tokenizer(folder: Path) -> Tokenize:
-    """The tokenizer of a model folder, as a function from text to token ids.
-
-    Raises:
-        CheckpointError: The folder has none that works. The function raises it, too.
-    """
-    from transformers import AutoTokenizer
-
-    for path in sorted(folder.iterdir()):
-        if _TOKENIZER_FILE.search(path.name) and path.stat().st_size > _MAX_TOKENIZER_BYTES:
-            raise CheckpointError(
-                f"{folder} has no usable tokenizer: {shown(path.name)} has {path.stat().st_size} "
-                f"bytes, expected at most {_MAX_TOKENIZER_BYTES}"
-            )
-
-    def tokenize(text: str) -> Sequence[int]:
-        with _tokenizer_errors(folder):
-            ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
-            return ids
-
-    with _tokenizer_errors(folder), _mute():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenize("a")
-    return tokenize
-
-
-@contextmanager
-def _tokenizer_errors(folder: Path) -> Iterator[None]:
-    """Whatever a broken tokenizer raises, as a `CheckpointError`."""
-    try:
-        yield
-    except (KeyboardInterrupt, MemoryError, CheckpointError):
-        raise
-    # The library raises bare Exceptions, and its panics are not even Exceptions.
-    except BaseException as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{folder} has no usable tokenizer: {shown(lines[0], _LONGEST_REASON)}"
-        ) from None
-
-
-@contextmanager
-def _mute() -> Iterator[None]:
-    """Without what is written to stderr, by other languages too: a panic reports itself there."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)

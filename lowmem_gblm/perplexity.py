@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_gblm import machine, memory
-from lowmem_gblm.calibration import evaluation_windows, load_tokenizer, open_source
+from lowmem_gblm.calibration import evaluation_windows, open_source
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.disk.trouble import explained, is_trouble
 from lowmem_gblm.errors import NonFiniteError
@@ -21,6 +21,7 @@ from lowmem_gblm.forecast import budget_of
 from lowmem_gblm.model.blocks import prunable_weights
 from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
 from lowmem_gblm.model.stream import BlockStream
+from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.planning import Plan, gibibytes
 from lowmem_gblm.progress import Listener, Progress, Stage
 from lowmem_gblm.request import EvalRequest, resolve_seqlen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm import memory
-from lowmem_gblm.calibration import calibration_samples, load_tokenizer, open_source
+from lowmem_gblm.calibration import calibration_samples, open_source
 from lowmem_gblm.disk.folder import size_on_disk
 from lowmem_gblm.disk.in_place import check_overwritable
 from lowmem_gblm.disk.job import check_same_job, has_steps, is_overwriting, read_description
@@ -23,6 +23,7 @@ from lowmem_gblm.masks import NofM
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.model.blocks import PrunableWeight, prunable_weights
 from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
+from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.planning import Budget, Choices, Plan, Speeds, Work, plan
 from lowmem_gblm.request import (
     EvalRequest,

@@ -18,10 +18,10 @@ from lowmem_gblm.calibration import (
     Text,
     calibration_samples,
     evaluation_windows,
-    load_tokenizer,
     open_source,
 )
 from lowmem_gblm.errors import CheckpointError, RequestError
+from lowmem_gblm.model.tokenizer import load_tokenizer
 
 DOCUMENTS = [sample_text(length, seed=length) for length in (30, 90, 12, 400, 61, 60, 59)]
 # A text of n characters gives n + 1 tokens: one per byte, and <s> before them.
