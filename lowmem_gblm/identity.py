@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
+from lowmem_gblm.disk.remote_code import configuration_hash
 from lowmem_gblm.model.opened import OpenModel
 from lowmem_gblm.request import PruneRequest, options
 
@@ -67,7 +68,11 @@ def versions() -> dict[str, str]:
 
 
 def fingerprints(
-    checkpoint: Checkpoint, samples_NT: Tensor, *, in_place: bool = False
+    checkpoint: Checkpoint,
+    samples_NT: Tensor,
+    *,
+    in_place: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """SHA-256 of what went in.
 
@@ -76,6 +81,7 @@ def fingerprints(
             some hundreds of them: two models of one architecture differ there.
         samples_NT: Token ids.
         in_place: Whether matrices are overwritten; only bytes that stay are then looked at.
+        trust_remote_code: Whether its Python code runs, and counts.
     """
     source = hashlib.sha256()
     for entry in checkpoint.tensors.values():
@@ -94,6 +100,7 @@ def fingerprints(
     return {
         "source_headers": source.hexdigest(),
         "source_bytes": seen.hexdigest(),
+        "source_config": configuration_hash(checkpoint.folder, trusted=trust_remote_code),
         "calibration_tokens": samples.hexdigest(),
     }
 

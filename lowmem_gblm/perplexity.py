@@ -57,7 +57,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     memory.settle_allocator(opened.boundary_bytes(seqlen))
     samples_NT = evaluation_windows(
         open_source(request.evaluation_text, "evaluation", request.text_column),
-        load_tokenizer(checkpoint.folder),
+        load_tokenizer(checkpoint.folder, trust_remote_code=request.trust_remote_code),
         seqlen=seqlen,
         windows=request.windows,
     )

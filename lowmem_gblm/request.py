@@ -68,7 +68,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What the machine gives. None of this changes the result but device and dtype."""
+    """How a model is opened, and what the machine gives."""
 
     device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1", metavar="DEVICE")
     dtype: str = option(
@@ -82,6 +82,10 @@ class Resources:
         "take less GPU memory, and give other statistics; the masks go to the weights on disk",
         choices=("auto", "nf4", "int8"),
     )
+    trust_remote_code: bool = option(
+        False, "run Python code that comes with the checkpoint; it can do whatever you can",
+        parse=bool,
+    )  # fmt: skip
     gpu_memory: int | None = option(
         None, "GPU memory to use at most, as 22GiB [what is free]", identity=False,
         parse=parse_bytes, metavar="SIZE",

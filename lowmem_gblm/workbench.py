@@ -92,7 +92,9 @@ class Workbench:
             return torch.empty(0, self.seqlen, dtype=torch.int64)
         drawn = calibration_samples(
             open_source(self.request.calibration_text, "calibration", self.request.text_column),
-            load_tokenizer(self.opened.checkpoint.folder),
+            load_tokenizer(
+                self.opened.checkpoint.folder, trust_remote_code=self.request.trust_remote_code
+            ),
             nsamples=self.request.nsamples,
             seqlen=self.seqlen,
             seed=self.request.seed,
@@ -171,8 +173,13 @@ class Workbench:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of the model and the samples."""
-        checkpoint, in_place = self.opened.checkpoint, self.request.in_place
-        return fingerprints(checkpoint, self.samples, in_place=in_place)
+        checkpoint, request = self.opened.checkpoint, self.request
+        return fingerprints(
+            checkpoint,
+            self.samples,
+            in_place=request.in_place,
+            trust_remote_code=request.trust_remote_code,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -190,7 +190,10 @@ def test_the_work_folder_may_exist_or_not(command, exists, run, llama, small, te
     ("changes", "sentence"),
     [
         ({"model_type": "nonsense"}, "can make nothing of"),
-        ({"auto_map": {"AutoConfig": "code.Config"}}, "needs Python code that comes with the che"),
+        (
+            {"auto_map": {"AutoConfig": "code.Config"}},
+            "asks for Python code that comes with the che",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized (gptq): prune the orig"),
         ({"quantization_config": "gptq"}, "is quantized"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers"),

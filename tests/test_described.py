@@ -150,7 +150,7 @@ def test_the_largest_models_are_described_in_seconds(
         ({"model_type": "nothing"}, UnsupportedModel, "transformers can make nothing of"),
         ({"model_type": "t5"}, UnsupportedModel, "'t5' is not a decoder-only language model"),
         ({"quantization_config": {"quant_method": "fp8"}}, CheckpointError, r"quantized \(fp8\)"),
-        ({"auto_map": {}}, UnsupportedModel, "needs Python code"),
+        ({"auto_map": {}}, UnsupportedModel, "asks for Python code"),
     ],
 )
 def test_what_could_not_be_pruned_is_not_described(

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from lowmem_gblm.disk.notice import check_whole
+from lowmem_gblm.disk.remote_code import PATTERN
 from lowmem_gblm.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -15,7 +16,9 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LI
 _DESCRIPTION = ["config.json"]
 
 
-def locate(model: str, *, weights: bool = True, unfinished: bool = False) -> Path:
+def locate(
+    model: str, *, weights: bool = True, code: bool = False, unfinished: bool = False
+) -> Path:
     """The folder of a model.
 
     Args:
@@ -23,13 +26,15 @@ def locate(model: str, *, weights: bool = True, unfinished: bool = False) -> Pat
             Hub's own cache (safetensors and side files only).
         weights: Whether they are wanted; without them, of a Hub id only config.json is
             downloaded. What the cache has already is in the folder all the same.
+        code: Whether Python code that comes with it is wanted, too.
         unfinished: Whether it may be one that is being pruned in place.
 
     Raises:
         CheckpointError: None of these.
         JobError: It is being pruned in place, and that has not been finished.
     """
-    found = _found(model, _WANTED if weights else _DESCRIPTION)
+    wanted = [*(_WANTED if weights else _DESCRIPTION), *([PATTERN] if code else [])]
+    found = _found(model, wanted)
     if not unfinished:
         check_whole(found)
     return found

@@ -28,7 +28,7 @@ from lowmem_gblm.model.hollow import FOREIGN_ERRORS, hollow_model, load_config, 
 from lowmem_gblm.model.names import as_stored
 
 
-def read_or_describe(folder: Path) -> Checkpoint:
+def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """The checkpoint as its headers say; as config.json says, where a shard is not there.
 
     A folder that holds its weights in a form that is refused is refused here, too.
@@ -36,14 +36,17 @@ def read_or_describe(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: The model cannot be used.
     """
-    return describe(folder) if _lacks_weights(folder) else Checkpoint(folder)
+    if _lacks_weights(folder):
+        return describe(folder, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder)
 
 
-def describe(folder: Path) -> Checkpoint:
+def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """What the headers would say, if the weights were there; tied weights are stored once.
 
     Args:
-        folder: Has a config.json; nothing else is looked at.
+        folder: Has a config.json; nothing else is looked at, but for code that is trusted.
+        trust_remote_code: Whether Python code that comes with the model may run.
 
     Returns:
         A checkpoint to plan with. A config.json that names no dtype is taken to mean float32:
@@ -54,7 +57,8 @@ def describe(folder: Path) -> Checkpoint:
         UnsupportedModel: Not a decoder-only language model that transformers knows.
     """
     nothing = Checkpoint.described(folder, ())
-    model = hollow_model(nothing, _stored_dtype(load_config(nothing)))
+    config = load_config(nothing, trust_remote_code=trust_remote_code)
+    model = hollow_model(nothing, _stored_dtype(config), trust_remote_code=trust_remote_code)
     return Checkpoint.described(folder, _entries(folder, _as_stored(model)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from lowmem_gblm.disk.checkpoint import Checkpoint, read_json
+from lowmem_gblm.disk.remote_code import check_remote_code
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
 from lowmem_gblm.model.claims import check_counts, check_headers, check_sizes
 
 MAX_CONFIG_BYTES = 4 << 20
+_OWN_CLASS = AutoModelForCausalLM.__name__
 
 # What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
 FOREIGN_ERRORS = (
@@ -31,29 +35,38 @@ FOREIGN_ERRORS = (
     ArithmeticError,
     AssertionError,
     ImportError,
+    NameError,
     OSError,
     RuntimeError,
     StrictDataclassError,
+    SyntaxError,
 )
 
 
-def hollow_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def hollow_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a checkpoint with every parameter on `meta`, in eval mode.
 
     It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
     configuration asks for, and only if that fits the headers as it is returned.
 
+    Args:
+        checkpoint: The model.
+        dtype: Of its parameters.
+        trust_remote_code: Whether Python code that comes with it may run.
+
     Raises:
         UnsupportedModel: Not a decoder-only language model that transformers knows.
         CheckpointError: See `load_config` and `lowmem_gblm.model.claims`.
     """
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        twin = _build(config, dtype)
+        twin = _build(config, dtype, trust_remote_code)
     layers = find_layers(twin, _decoder(twin))
     check_headers(twin, module_name(twin, layers), checkpoint)
     with init_empty_weights(include_buffers=False):
-        model = _build(config, dtype)
+        model = _build(config, dtype, trust_remote_code)
     model.set_experts_implementation("eager")
     # Router logits would be gathered from blocks that are not there.
     model.config.output_router_logits = False
@@ -62,21 +75,25 @@ def hollow_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a checkpoint.
 
     Raises:
-        UnsupportedModel: The architecture is unknown, or would need code from the checkpoint.
+        UnsupportedModel: The architecture is unknown, or needs code from the checkpoint that is
+            not trusted.
         CheckpointError: There is no valid config.json, the weights are quantized, or it asks for
             more than the checkpoint can hold.
     """
     path = checkpoint.folder / "config.json"
     raw = read_json(path, MAX_CONFIG_BYTES)
-    _check_kind(checkpoint.folder, raw)
+    check_remote_code(path, raw, trusted=trust_remote_code)
+    _check_quantized(checkpoint.folder, raw)
     check_counts(path, raw)
     try:
         with _silence():
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code
+            )
     except FOREIGN_ERRORS as error:
         raise UnsupportedModel(
             f"transformers can make nothing of {path} "
@@ -86,12 +103,7 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def _check_kind(folder: Path, raw: dict[str, Any]) -> None:
-    if "auto_map" in raw:
-        raise UnsupportedModel(
-            f"{folder} needs Python code that comes with the checkpoint; such code is never run "
-            f"here"
-        )
+def _check_quantized(folder: Path, raw: dict[str, Any]) -> None:
     quantization = raw.get("quantization_config")
     if quantization:
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -101,17 +113,20 @@ def _check_kind(folder: Path, raw: dict[str, Any]) -> None:
         )
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build(
+    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     """Attention and experts as transformers chooses: config.json may name code on the Hub."""
     try:
         with _silence():
-            return AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=None,
-                experts_implementation=None,
-                trust_remote_code=False,
-            )
+            build = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+            if trust_remote_code and _OWN_CLASS in getattr(config, "auto_map", {}):
+                # `from_config` would take the code that it has met first in this process.
+                own = get_class_from_dynamic_module(
+                    config.auto_map[_OWN_CLASS], config.name_or_path
+                )
+                build = own._from_config
+            return build(config, dtype=dtype, attn_implementation=None, experts_implementation=None)
     except FOREIGN_ERRORS as error:
         raise UnsupportedModel(
             f"{config.model_type!r} is not a decoder-only language model that transformers can "

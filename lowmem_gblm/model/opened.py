@@ -47,13 +47,16 @@ def open_model(
         RequestError: The device is not there.
         JobError: It is being pruned in place, and that has not been finished.
     """
+    trusted = resources.trust_remote_code
     if to_plan:
-        checkpoint = read_or_describe(locate(model, weights=False))
+        folder = locate(model, weights=False, code=trusted)
+        checkpoint = read_or_describe(folder, trust_remote_code=trusted)
     else:
-        checkpoint = Checkpoint(locate(model, unfinished=unfinished))
+        checkpoint = Checkpoint(locate(model, code=trusted, unfinished=unfinished))
     device = choose_device(resources.device, must_be_here=not to_plan)
     dtype = choose_dtype(resources.dtype, checkpoint, device)
-    return OpenModel(checkpoint, Skeleton(checkpoint, device, dtype))
+    skeleton = Skeleton(checkpoint, device, dtype, trust_remote_code=trusted)
+    return OpenModel(checkpoint, skeleton)
 
 
 def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:

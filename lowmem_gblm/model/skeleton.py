@@ -43,6 +43,7 @@ class Skeleton:
         checkpoint: Where the tensors are.
         device: Where it computes.
         dtype: In what it computes.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
     Attributes:
         block_tensors: For every block, the names on disk of its tensors.
@@ -54,10 +55,17 @@ class Skeleton:
         CheckpointError: Tensors that the model needs are missing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.device = device
         self.dtype = dtype
-        self._model = hollow_model(checkpoint, dtype)
+        self._model = hollow_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self._decoder = self._model.get_decoder()
         self._layers = find_layers(self._model, self._decoder)
         self._prefix = module_name(self._model, self._layers)
@@ -184,15 +192,33 @@ class Skeleton:
 
         Args:
             tap: Sees the multiplications.
+
+        Raises:
+            UnsupportedModel: Code that comes with the checkpoint fails.
         """
         call = self._calls[hidden.shape[1]][index]
         with ExitStack() as within:
+            within.enter_context(self._own_code_errors(index))
             for mode in (self._packed.get(index), tap):
                 if mode is not None:
                     within.enter_context(mode)
             out = self.block(index)(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
+
+    @contextmanager
+    def _own_code_errors(self, index: int) -> Iterator[None]:
+        """What the code of a stranger raises as a sentence; what ours does stays what it is."""
+        try:
+            yield
+        except FOREIGN_ERRORS as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if out_of_memory or type(self._model).__module__.startswith("transformers."):
+                raise
+            raise UnsupportedModel(
+                f"the code that comes with the checkpoint cannot run decoder block {index}: "
+                f"{reason(error)}"
+            ) from error
 
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
         """Mean next-token cross-entropy of one sample from the hidden states after the last block.

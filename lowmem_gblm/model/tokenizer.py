@@ -7,10 +7,13 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lowmem_gblm.calibration import Tokenize
+from lowmem_gblm.disk.checkpoint import read_json
+from lowmem_gblm.disk.remote_code import check_remote_code
 from lowmem_gblm.errors import CheckpointError, shown
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
@@ -18,8 +21,12 @@ _MAX_TOKENIZER_BYTES = 1 << 28
 _LONGEST_REASON = 400
 
 
-def load_tokenizer(folder: Path) -> Tokenize:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize:
     """The tokenizer of a model folder, as a function from text to token ids.
+
+    Args:
+        folder: The model folder.
+        trust_remote_code: Whether Python code that comes with it may run.
 
     Raises:
         CheckpointError: The folder has none that works. The function raises it, too.
@@ -39,9 +46,25 @@ def load_tokenizer(folder: Path) -> Tokenize:
             return ids
 
     with _tokenizer_errors(folder), _mute():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if trust_remote_code:
+            _check_code(folder, trusted=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception:
+            _check_code(folder, trusted=trust_remote_code)
+            raise
         tokenize("a")
     return tokenize
+
+
+def _check_code(folder: Path, *, trusted: bool) -> None:
+    """Raise if the tokenizer asks for code that may not run."""
+    path = folder / "tokenizer_config.json"
+    content: dict[str, Any] = {}
+    # What cannot be read is for transformers to refuse.
+    with suppress(CheckpointError):
+        content = read_json(path)
+    check_remote_code(path, content, trusted=trusted)
 
 
 @contextmanager
