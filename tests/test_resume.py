@@ -14,19 +14,11 @@ from tiny import save_tiny
 import lowmem_gblm
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.pipeline import find_job
 from lowmem_gblm.planning import Choices
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 50
-SCHEDULES = [
-    ("gblm", "pruned"),
-    ("gblm", "dense"),
-    ("wanda", "pruned"),
-    ("wanda", "dense"),
-    ("sparsegpt", "pruned"),
-    ("gradient", "pruned"),
-    ("magnitude", "pruned"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,8 @@ def run(model: Path, text_file: Path):
     return run
 
 
-@pytest.mark.parametrize(("method", "activations"), SCHEDULES)
+@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt", "gradient", "magnitude"])
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
 def test_killed_before_or_after_any_durable_operation(
     method: str, activations: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +201,33 @@ def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
     damage(path)
     with pytest.raises(JobError, match=r"missing or damaged: remove .* to begin anew"):
         run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])
+def test_a_journal_that_lacks_an_entry_is_told(damage, run, tmp_path: Path) -> None:
+    stopped_at(run, tmp_path / "out", "reverse", 1)
+    path = tmp_path / "out.work" / "journal" / "000001.json"
+    damage(path)
+    with pytest.raises(JobError) as caught:
+        run(tmp_path / "out")
+    assert str(caught.value).startswith(f"{path} is ")
+    assert str(caught.value).endswith(
+        f". Look at the disk; to begin anew, remove {tmp_path}/out.work"
+    )
+
+
+def test_a_damaged_description_is_told(run, tmp_path: Path) -> None:
+    stopped_at(run, tmp_path / "out", "reverse", 1)
+    path = tmp_path / "out.work" / "job.json"
+    path.write_bytes(b"{")
+    for go_on in (lambda: run(tmp_path / "out"), lambda: find_job(tmp_path / "out.work")):
+        with pytest.raises(JobError) as caught:
+            go_on()
+        assert str(caught.value).startswith(f"{path} is not JSON: ")
+        assert str(caught.value).endswith(
+            f". Look at the disk; to begin anew, remove {tmp_path}/out.work, unless a model was "
+            f"being pruned in place: its PRUNING-IN-PLACE says what can be done then"
+        )
 
 
 def test_what_cannot_be_mended_leaves_nothing(

@@ -38,7 +38,10 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     try:
         return read_json(path)
     except CheckpointError as error:
-        raise JobError(f"{error}. Remove {folder} to begin anew") from None
+        raise JobError(
+            f"{error}. Look at the disk; to begin anew, remove {folder}, unless a model was being "
+            f"pruned in place: its {NOTICE} says what can be done then"
+        ) from None
 
 
 def forget_finished(output: Path, folder: Path) -> None:
@@ -97,8 +100,7 @@ class Job:
             else:
                 check_same_job(folder, previous["identity"], description["identity"])
                 self._own.remove_temporary()
-            paths = sorted((folder / _JOURNAL).glob("*.json"))
-            self.entries = [read_json(path) for path in paths]
+            self.entries = _read_journal(folder, description["identity"])
             self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
         except BaseException:
             if (folder / _DESCRIPTION).is_file():
@@ -131,9 +133,8 @@ class Job:
         Raises:
             OSError: The disk is full or failing.
         """
-        path = self.folder / _JOURNAL / f"{len(self.entries):06}.json"
         entry = entry | {"attempt": self.attempts}
-        publish_json(path, entry)
+        publish_json(_entry_path(self.folder, len(self.entries)), entry)
         self.entries.append(entry)
 
     def clean(self, waiting: Collection[str]) -> None:
@@ -161,6 +162,31 @@ class Job:
         publish_json(self.folder / _DESCRIPTION, description)
 
 
+def _read_journal(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Its entries, oldest first.
+
+    Raises:
+        JobError: One is missing or damaged.
+    """
+    last = max((path.stem for path in (folder / _JOURNAL).glob("*.json")), default="-1")
+    paths = [_entry_path(folder, number) for number in range(int(last) + 1)]
+    try:
+        return [read_json(path) for path in paths]
+    except CheckpointError as error:
+        raise JobError(f"{error}. Look at the disk; {_anew(folder, identity)}") from None
+
+
+def _entry_path(folder: Path, number: int) -> Path:
+    return folder / _JOURNAL / f"{number:06}.json"
+
+
+def _anew(folder: Path, identity: Mapping[str, Any]) -> str:
+    """How to begin anew."""
+    if identity.get("overwritten"):
+        return f"{NOTICE} in the model says whether it can still be given up"
+    return f"to begin anew, remove {folder}"
+
+
 def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise `JobError`, naming every difference, if two identities are not the same."""
     names = sorted({*old, *new})
@@ -170,10 +196,7 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     listed = "; ".join(f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
     rounding = differing == ["device"]
     way_out = ", or add --accept-other-rounding" if rounding else ""
-    anew = f"to begin anew, remove {folder}"
-    if old.get("overwritten"):
-        anew = f"{NOTICE} in the model says whether it can still be given up"
     raise JobError(
         f"{folder} holds a job that was begun otherwise ({listed}). To go on with it, ask for what "
-        f"it was begun with (lowmem-gblm resume {folder}){way_out}; {anew}"
+        f"it was begun with (lowmem-gblm resume {folder}){way_out}; {_anew(folder, old)}"
     )
