@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from lowmem_gblm.memory import CUDA_CONTEXT_BYTES
+from lowmem_gblm.quota import quota_left_bytes
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -83,11 +84,14 @@ def free_gpu_bytes(device: torch.device) -> int:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """What the file system of a folder, which need not exist yet, gives this user.
+    """What the file system of a folder, which need not exist yet, and quotas give this user.
 
     The margin of 1 %, at most 1 GiB, is for the file system's own books.
     """
-    free = shutil.disk_usage(nearest_folder(folder)).free
+    nearest = nearest_folder(folder)
+    free = shutil.disk_usage(nearest).free
+    left = quota_left_bytes(nearest)
+    free = free if left is None else min(free, left)
     return int(free - min(_DISK_MARGIN_BYTES, _DISK_MARGIN * free))
 
 

@@ -31,7 +31,7 @@ ROWS = (
     ("request",),
     ("methods",),
     ("planning", "schedule", "calibration", "progress"),
-    ("masks", "machine", "memory", "rates", "watchdog"),
+    ("masks", "machine", "memory", "quota", "rates", "watchdog"),
     ("errors",),
 )
 ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")
