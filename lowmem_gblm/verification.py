@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.disk.checkpoint import INDEX, SINGLE, Checkpoint, read_json
-from lowmem_gblm.disk.hashes import check_hashes, hash_violations
-from lowmem_gblm.disk.output import RECORD
+from lowmem_gblm.disk.files import RECORD
+from lowmem_gblm.disk.hashes import check_hashes, hash_violations, side_file_violations
 from lowmem_gblm.disk.source import locate
 from lowmem_gblm.errors import CheckpointError, RequestError, VerificationError
 from lowmem_gblm.masks import NofM, Pattern, parse_pattern
@@ -29,7 +29,8 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     Always: every shard with the SHA-256 that `pruning.json` has for it, an index that fits, the
     zeros that `pruning.json` counts, the pattern in every comparison group. Against the source:
     unpruned tensors byte-identical, kept weights bit-identical (unless the method updates them), no
-    negative zero, no group with more zeros than asked beyond those that the source had.
+    negative zero, no group with more zeros than asked beyond those that the source had, every side
+    file as it was.
 
     Args:
         output: The folder.
@@ -56,6 +57,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     violations += _record_violations(record, checkpoint)
     if source is not None:
         violations += _source_violations(checkpoint, source)
+        violations += side_file_violations(folder, source.folder)
     zeros = numel = 0
     if not violations:
         rule = _Rule(record)

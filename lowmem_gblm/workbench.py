@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lowmem_gblm import memory
 from lowmem_gblm.calibration import calibration_samples, open_source
+from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.folder import size_on_disk
 from lowmem_gblm.disk.in_place import check_overwritable
 from lowmem_gblm.disk.job import check_same_job, has_steps, is_overwriting, read_description
-from lowmem_gblm.disk.output import RECORD, partial_folder
+from lowmem_gblm.disk.output import partial_folder
 from lowmem_gblm.forecast import budget_of, check_disks, sizes_of, smaller_work, work_of
 from lowmem_gblm.identity import computing_versions, device_name, fingerprints, identity
 from lowmem_gblm.masks import NofM

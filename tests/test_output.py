@@ -258,13 +258,15 @@ def test_leftovers_of_a_killed_run_do_not_get_into_the_next_one(tmp_path, llama,
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
 
 
-def test_an_output_within_the_model_s_own_folder_holds_no_copy_of_itself(
+def test_an_output_within_the_model_s_own_folder_holds_no_copy_of_itself_or_another(
     tmp_path, llama, text_file
 ):
     source = tmp_path / "model"
     shutil.copytree(llama, source)
-    prune(source, source / "pruned", text_file)
-    assert not [path for path in (source / "pruned").iterdir() if path.is_dir()]
+    for name in ("pruned", "again"):
+        prune(source, source / name, text_file)
+        assert not [path for path in (source / name).iterdir() if path.is_dir()]
+        lowmem_gblm.verify(source / name, source)
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,28 @@ def test_an_index_that_makes_no_sense_is_refused(index, output):
         lowmem_gblm.verify(output)
 
 
+@pytest.mark.parametrize(
+    ("edit", "violation"),
+    [
+        (lambda path: path.unlink(), "config.json of the source is missing"),
+        (lambda path: path.write_text(path.read_text() + " "), "config.json is not that of the so"),
+    ],
+)
+def test_a_side_file_that_is_gone_or_changed_is_found(edit, violation, output, llama):
+    edit(output / "config.json")
+    with pytest.raises(VerificationError, match=violation):
+        lowmem_gblm.verify(output, llama)
+
+
+def test_an_edited_model_card_is_no_fault(output, llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    (source / "README.md").write_text("dense")
+    with pytest.raises(VerificationError, match=r"README\.md of the source is missing"):
+        lowmem_gblm.verify(output, source)
+    (output / "README.md").write_text("pruned")
+    lowmem_gblm.verify(output, source)
+
+
 def test_a_source_that_is_another_model_is_found(output, models):
     with pytest.raises(VerificationError, match="of the source is missing"):
         lowmem_gblm.verify(output, models("gpt2"))

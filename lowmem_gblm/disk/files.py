@@ -23,6 +23,7 @@ from lowmem_gblm.disk.folder import MARK
 from lowmem_gblm.errors import CheckpointError, shown
 
 ALLOWED = "LOWMEM_GBLM_LINKS"
+RECORD = "pruning.json"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",
 }  # fmt: skip
@@ -67,17 +68,23 @@ def ordinary_file(folder: Path, path: Path) -> int:
 def side_files(folder: Path) -> Iterator[Path]:
     """Everything but weights: config, tokenizer, generation config, licence, README, …
 
-    Caches, version control and what is being written are left out, and so are linked folders.
+    Caches, version control, what is being written or was pruned into a folder in it are left out,
+    and so are linked folders and the record of the model's own pruning.
     """
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(
-            name for name in set(folders) - _SKIPPED_FOLDERS if not Path(place, name, MARK).exists()
+            name for name in set(folders) - _SKIPPED_FOLDERS if not _is_ours(Path(place, name))
         )
-        yield from (Path(place, name) for name in sorted(files) if not _holds_weights(name))
+        yield from (Path(place, name) for name in sorted(files) if not _is_no_side_file(name))
 
 
-def _holds_weights(name: str) -> bool:
-    return name.endswith(".index.json") or name == MARK or Path(name).suffix in WEIGHT_SUFFIXES
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MARK, RECORD))
+
+
+def _is_no_side_file(name: str) -> bool:
+    made = name.endswith(".index.json") or name in (MARK, RECORD)
+    return made or Path(name).suffix in WEIGHT_SUFFIXES
 
 
 def _named(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The SHA-256 of every shard, as the record of a run has them, against what lies on the disk."""
+"""Whole files: shards against the record of a run, side files against those of the source."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.disk.files import ordinary_file
+from lowmem_gblm.disk.files import ordinary_file, side_files
 from lowmem_gblm.disk.trouble import blamed
-from lowmem_gblm.errors import shown_value
+from lowmem_gblm.errors import shown, shown_value
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+_EDITABLE = ".md"
 
 
 def check_hashes(shards: Any) -> None:
@@ -47,6 +48,24 @@ def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} has {size} bytes, the record says {described['bytes']}"
         elif (found := _sha256(path)) != described["sha256"]:
             yield f"{name} has the SHA-256 {found}, the record says {described['sha256']}"
+
+
+def side_file_violations(folder: Path, source: Path) -> Iterator[str]:
+    """Side files of the source that an output lacks or has otherwise; a model card may be edited.
+
+    Raises:
+        CheckpointError: One is not an ordinary file of its folder.
+    """
+    for path in side_files(source):
+        name = path.relative_to(source)
+        copy = folder / name
+        if not copy.exists():
+            yield f"{shown(name)} of the source is missing"
+            continue
+        for home, file in ((source, path), (folder, copy)):
+            ordinary_file(home, file)
+        if name.suffix != _EDITABLE and _sha256(path) != _sha256(copy):
+            yield f"{shown(name)} is not that of the source"
 
 
 def _sha256(path: Path) -> str:

@@ -32,8 +32,9 @@ import torch
 
 from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.checkpoint import Checkpoint, TensorEntry, read_header
+from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.notice import Notice
-from lowmem_gblm.disk.output import RECORD, Output, publish_shard, write_tensors
+from lowmem_gblm.disk.output import Output, publish_shard, write_tensors
 from lowmem_gblm.disk.publish import publish_json
 from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError, RequestError, shown

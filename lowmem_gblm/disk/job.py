@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.disk.checkpoint import read_json
+from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.folder import MARK, OwnFolder
 from lowmem_gblm.disk.notice import NOTICE
-from lowmem_gblm.disk.output import RECORD, partial_folder
+from lowmem_gblm.disk.output import partial_folder
 from lowmem_gblm.disk.publish import publish_json
 from lowmem_gblm.errors import CheckpointError, JobError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from lowmem_gblm.disk.output import RECORD
+from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.publish import replace_file
 from lowmem_gblm.errors import JobError
 

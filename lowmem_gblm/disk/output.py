@@ -19,13 +19,12 @@ import torch
 
 from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, TensorEntry, raw_bytes
-from lowmem_gblm.disk.files import ordinary_file, side_files
+from lowmem_gblm.disk.files import RECORD, ordinary_file, side_files
 from lowmem_gblm.disk.folder import OwnFolder
 from lowmem_gblm.disk.publish import Writable, publish_file, publish_folder, publish_json
 from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError
 
-RECORD = "pruning.json"
 _PIECE_BYTES = 1 << 20
 
 
@@ -219,8 +218,6 @@ def copy_side_files(source: Path, target: Path) -> None:
     """
     for path in side_files(source):
         relative = path.relative_to(source)
-        if relative == Path(RECORD):
-            continue
         ordinary_file(source, path)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         publish_file(target / relative, partial(_copy, path))
