@@ -39,10 +39,15 @@ def test_a_few_seconds_of_it_find_nothing(tmp_path: Path) -> None:
 
 def test_a_byte_that_differs_is_reported(soak: ModuleType, tmp_path: Path) -> None:
     found = soak.Soak(argparse.Namespace(seed=0), tmp_path)
-    found._compare("gblm, pruned", {"a": "1", "b": "2", ".lowmem-gblm": "0"}, {"a": "1", "b": "3"})
-    found._compare("wanda, dense", {"a": "1"}, {"a": "1"})
+    for name in ("a", "b", "pruning.json", *soak.MARKS):
+        (tmp_path / name).write_text("1")
+    expected = soak.content(tmp_path)
+    assert expected.keys() == {"a", "b"}
+    (tmp_path / "b").write_text("2")
+    found._compare(soak.Variant("gblm", "pruned", True), soak.content(tmp_path), expected)
+    found._compare(soak.Variant("wanda", "dense", False), expected, expected)
     assert found.report() == (
-        "0 attempts, 0 kills, 2 finished runs, 1 differences\ngblm, pruned: b"
+        "0 attempts, 0 kills, 2 finished runs, 1 differences\ngblm, pruned, in place: b"
     )
 
 
