@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowmem_gblm.disk.checkpoint import INDEX, SINGLE, Checkpoint
 from lowmem_gblm.disk.source import locate
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.model import blocks
 from lowmem_gblm.model.blocks import prunable_weights
 from lowmem_gblm.model.described import _stored_dtype, describe, read_or_describe
 from lowmem_gblm.model.skeleton import Skeleton
@@ -93,6 +94,25 @@ def test_the_description_is_what_the_headers_say(
     assert contents(described) == contents(real)
     assert groups(described) == groups(real)
     assert (real.on_disk, described.on_disk) == (True, False)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHERS])
+def test_a_block_that_is_like_an_earlier_one_is_not_looked_into_again(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(save(architecture, tmp_path / "model", torch.float32))
+    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
+    find, looked = blocks._prunable, []
+
+    def counting(*args):
+        looked.append(args[-1])
+        return find(*args)
+
+    one_by_one = [find(checkpoint, skeleton, index) for index in range(skeleton.depth)]
+    monkeypatch.setattr(blocks, "_prunable", counting)
+    assert prunable_weights(checkpoint, skeleton) == one_by_one
+    # The first block of DeepSeek has no experts.
+    assert looked == ([0, 1] if architecture == "deepseek_v3" else [0])
 
 
 @pytest.mark.parametrize("tied", [True, False])

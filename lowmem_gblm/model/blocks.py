@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -80,10 +80,11 @@ def prunable_weights(
     Raises:
         RequestError: The globs leave nothing to prune.
     """
+    known: dict[Hashable, list[PrunableWeight]] = {}
     blocks = [
         [
             weight
-            for weight in _prunable(checkpoint, skeleton, index)
+            for weight in _alike_or_found(checkpoint, skeleton, index, known)
             if _selected(weight.name, include, exclude)
         ]
         for index in range(skeleton.depth)
@@ -91,6 +92,31 @@ def prunable_weights(
     if not any(blocks):
         raise RequestError("--include and --exclude leave nothing to prune")
     return blocks
+
+
+def _alike_or_found(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    index: int,
+    known: dict[Hashable, list[PrunableWeight]],
+) -> list[PrunableWeight]:
+    """What can be pruned in a block: as in an earlier one that has the same tensors, or found anew.
+
+    Only the names differ between blocks that are alike, and finding takes 0.2 s with 128 experts.
+    """
+    names = {_numberless(name, index): name for name in skeleton.block_tensors[index]}
+    on_disk = frozenset((one, checkpoint.tensors[name].shape) for one, name in names.items())
+    parameters = skeleton.block(index).named_parameters()
+    layout = on_disk, tuple((name, value.shape) for name, value in parameters)
+    if layout not in known:
+        found = _prunable(checkpoint, skeleton, index)
+        known[layout] = [replace(one, name=_numberless(one.name, index)) for one in found]
+    return [replace(one, name=names[one.name]) for one in known[layout]]
+
+
+def _numberless(name: str, index: int) -> str:
+    """A name on disk without the number of its block."""
+    return name.replace(f".{index}.", ".*.", 1)
 
 
 def _prunable(checkpoint: Checkpoint, skeleton: Skeleton, index: int) -> list[PrunableWeight]:
