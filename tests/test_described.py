@@ -12,6 +12,7 @@ import torch
 from tiny import ARCHITECTURES, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lowmem_gblm
 from lowmem_gblm.disk.checkpoint import INDEX, SINGLE, Checkpoint
 from lowmem_gblm.disk.source import locate
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
@@ -235,13 +236,14 @@ def test_a_folder_without_anything_lacks_its_configuration(tmp_path: Path) -> No
 class Hub:
     """Has one model, and remembers what was asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **values: object) -> None:
         self._folder = folder
+        self._values = values
         self.asked: list[str] = []
 
     def __call__(self, model: str, *, allow_patterns: list[str], **more: object) -> str:
         self.asked = allow_patterns
-        return str(config(self._folder))
+        return str(config(self._folder, **self._values))
 
 
 def test_for_a_plan_the_hub_is_asked_for_the_configuration_alone(
@@ -254,6 +256,16 @@ def test_for_a_plan_the_hub_is_asked_for_the_configuration_alone(
     assert not read_or_describe(folder).on_disk
     locate("some/model")
     assert "*.safetensors" in hub.asked
+
+
+def test_what_is_refused_is_refused_before_its_weights_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "snapshot", quantization_config={"quant_method": "gptq"})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(CheckpointError, match=r"snapshot is quantized \(gptq\)"):
+        lowmem_gblm.prune("some/model", tmp_path / "out", method="magnitude")
+    assert hub.asked == ["config.json"]
 
 
 def test_a_folder_needs_no_weights_to_be_found(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 _DESCRIPTION = ["config.json"]
+_EMBEDDED = "demo"
 
 
 def locate(
@@ -40,13 +41,18 @@ def locate(
     return found
 
 
+def is_on_hub(model: str) -> bool:
+    """Whether a model is neither here nor the embedded one, and may be the id of one on the Hub."""
+    return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
+
+
 def _found(model: str, wanted: list[str]) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    if model == "demo":
+    if model == _EMBEDDED:
         return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
-    if path.exists() or not _HUB_ID.fullmatch(model):
+    if not is_on_hub(model):
         raise CheckpointError(f"there is no model folder {model}")
     return _download(model, wanted)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.disk.source import locate
+from lowmem_gblm.disk.source import is_on_hub, locate
 from lowmem_gblm.errors import CheckpointError, RequestError
 from lowmem_gblm.model.described import read_or_describe
 from lowmem_gblm.model.skeleton import Skeleton
@@ -48,10 +48,11 @@ def open_model(
         JobError: It is being pruned in place, and that has not been finished.
     """
     trusted = resources.trust_remote_code
-    if to_plan:
+    if to_plan or is_on_hub(model):
+        # What cannot be used is refused before its weights are downloaded.
         folder = locate(model, weights=False, code=trusted)
         checkpoint = read_or_describe(folder, trust_remote_code=trusted)
-    else:
+    if not to_plan:
         checkpoint = Checkpoint(locate(model, code=trusted, unfinished=unfinished))
     device = choose_device(resources.device, must_be_here=not to_plan)
     dtype = choose_dtype(resources.dtype, checkpoint, device)
