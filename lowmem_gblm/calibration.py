@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["calibration", "evaluation"]
+# Texts that are known by name; anything else is a file.
+NAMED = ("c4", "wikitext2", "demo")
+
 Tokenize = Callable[[str], Sequence[int]]
 
 _DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -162,7 +165,7 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
         raise RequestError(f"{path} is a folder: give a .txt, .jsonl, .json.gz or .parquet file")
     if not path.is_file():
         raise RequestError(
-            f"there is no text {name!r}: give c4, wikitext2, demo, or the path of a .txt, .jsonl, "
+            f"there is no text {name!r}: give {', '.join(NAMED)}, or the path of a .txt, .jsonl, "
             f".json.gz or .parquet file"
         )
     if path.stat().st_size == 0:

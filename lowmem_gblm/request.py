@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from lowmem_gblm.calibration import NAMED
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.masks import Pattern, parse_pattern
 from lowmem_gblm.methods import check_method_name
@@ -209,8 +210,13 @@ class PruneRequest(Resources):
 
     @property
     def calibration_text(self) -> str:
-        """Where the samples come from: as asked, else C4, or the embedded text for "demo"."""
-        return self.calibration or (DEMO if self.model == DEMO else "c4")
+        """Where the samples come from: as asked, else C4, or the embedded text for "demo".
+
+        A file has its full name: the same one, from wherever it is asked for.
+        """
+        asked = self.calibration or (DEMO if self.model == DEMO else "c4")
+        is_file = asked not in NAMED and Path(asked).exists()
+        return str(Path(asked).resolve()) if is_file else asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +278,8 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
     for name in ("output", "work_dir"):
         if asked[name] is not None:
             asked[name] = str(asked[name].absolute())
-    if request.calibration is not None and Path(request.calibration).exists():
-        asked["calibration"] = str(Path(request.calibration).absolute())
+    if request.calibration is not None:
+        asked["calibration"] = request.calibration_text
     if request.sparsity is not None:
         asked["sparsity"] = str(request.sparsity)
     return asked

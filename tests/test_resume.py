@@ -12,10 +12,12 @@ from interruptions import Photographer, content, in_a_child, stopped_at
 from tiny import save_tiny
 
 import lowmem_gblm
+from lowmem_gblm.cli import main
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.pipeline import find_job
 from lowmem_gblm.planning import Choices
+from lowmem_gblm.request import PruneRequest
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 50
@@ -125,6 +127,47 @@ def test_another_job_in_the_same_place_is_refused(
     assert f"lowmem-gblm resume {tmp_path}/out.work" in str(caught.value)
     assert f"to begin anew, remove {tmp_path}/out.work" in str(caught.value)
     run(tmp_path / "out")
+
+
+def test_a_job_is_the_same_from_wherever_it_is_asked_for(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copy(text_file, tmp_path / "text.txt")
+    (tmp_path / "elsewhere").mkdir()
+
+    def run(output: Path, folder: Path = Path(), **more: object) -> dict:
+        text = str(folder / "text.txt")
+        return lowmem_gblm.prune(folder / "model", output, calibration=text, **SIZE, **more)
+
+    monkeypatch.chdir(tmp_path)
+    run(Path("expected"))
+    for place, ask in (
+        (".", lambda: main(["resume", "out.work"])),
+        (".", lambda: main(["resume", "./out.work/"])),
+        ("elsewhere", lambda: main(["resume", "../out.work"])),
+        ("elsewhere", lambda: main(["resume", str(tmp_path / "out.work")])),
+        ("elsewhere", lambda: run(tmp_path / "out", tmp_path)),
+        ("elsewhere", lambda: run(Path("../out"), Path(".."))),
+    ):
+        monkeypatch.chdir(tmp_path)
+        stopped_at(run, Path("out"), "dense", 1)
+        monkeypatch.chdir(place)
+        ask()
+        assert content(tmp_path / "out") == content(tmp_path / "expected")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "demo"])
+def test_a_file_of_its_name_does_not_stand_for_a_data_set(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    assert PruneRequest(model="m", calibration=name).calibration_text == name
+    (tmp_path / "text").touch()
+    request = PruneRequest(model="m", calibration="text")
+    assert request.calibration_text == str(tmp_path / "text")
 
 
 def test_another_text_is_another_job(model: Path, text_file: Path, tmp_path: Path) -> None:
