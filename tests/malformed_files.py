@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+from typing import Any
 
 from damage import (
     QUERY,
     SINGLE,
+    both,
     case,
+    config,
     entry,
     file_of,
     header,
+    moved,
     number,
     sparse,
     tensor,
@@ -28,6 +32,14 @@ INVALID = rf"the header of {FILE} is not valid:"
 NO_SHAPE = rf"tensor {QUERY} in {FILE} has no valid shape and data_offsets"
 UNKNOWN = rf"tensor {QUERY} in {FILE} has the unknown dtype"
 EXPECTED = r", expected one of F64, F32, .*BOOL"
+
+
+def no_feed_forward(described: dict[str, Any], pieces: dict[str, bytes]) -> None:
+    """Its matrices have no numbers."""
+    for name in [one for one in described if ".mlp." in one]:
+        described[name]["shape"] = [length % 144 for length in described[name]["shape"]]
+        pieces[name] = b""
+
 
 HEADERS = [
     case("an empty file", write(SINGLE, b""), f"{NOT_WHOLE} 0"),
@@ -195,6 +207,11 @@ TENSORS = [
         "a matrix of no rows",
         tensor(QUERY, "F32", [0, 48], b""),
         rf"tensor {QUERY} in {FILE} has the shape \[0, 48\], the architecture expects \[48, 48\]",
+    ),
+    case(
+        "matrices of no numbers",
+        both(config(intermediate_size=0), moved(no_feed_forward)),
+        rf"tensor model\S+\.mlp\.down_proj\.weight in {FILE} holds no numbers: .* is \[48, 0\]",
     ),
     case(
         "a matrix of integers",

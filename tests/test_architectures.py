@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import sample_text, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import Chunk, Interleave, WeightConverter
 
 import lowmem_gblm
-from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel
 from lowmem_gblm.model.hollow import hollow_model
 from lowmem_gblm.model.opened import open_model
 from lowmem_gblm.model.skeleton import Skeleton
@@ -24,6 +29,10 @@ SIZES = {
     "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+INKLING = EXPERTS | {
+    "n_routed_experts": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 320, "eos_token_id": 1,
+}  # fmt: skip
 
 
 def save(folder: Path, model_type: str, **changes: object) -> Path:
@@ -78,6 +87,7 @@ def test_what_stays_dense_inside_blocks_is_noted(tmp_path: Path) -> None:
         ("mamba", {"state_size": 8, "time_step_rank": 4}, "never multiplied activations with"),
         ("rwkv", {"attention_hidden_size": 32}, "cannot be run around stand-ins"),
         ("bert", {"is_decoder": True}, "is not built like a decoder-only language model"),
+        ("inkling2_text", INKLING, "decoder block 1 is called with arguments that depend on the s"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(
@@ -87,6 +97,91 @@ def test_what_cannot_be_followed_is_refused(
     with pytest.raises(UnsupportedModel, match=sentence):
         prune(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_tables_beyond_the_weights_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    """Sines for every position, in every block."""
+    path = save(tmp_path, "gptj", n_positions=128, rotary_dim=8) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_positions": 1 << 26}))
+    with pytest.raises(CheckpointError) as caught:
+        prune(tmp_path)
+    tables = 2 * (1 << 26) * 8 * 4
+    assert re.fullmatch(
+        rf"{path} asks for tables of {tables} bytes beside weights of \d+ bytes", str(caught.value)
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama", vocab_size=100)
+    with pytest.raises(CheckpointError) as caught:
+        prune(tmp_path)
+    assert re.fullmatch(
+        rf"the tokenizer of {folder} gives the token id \d{{3}}, the model has 100 tokens: they do "
+        rf"not belong together",
+        str(caught.value),
+    )
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Other tensors in the only file of a model."""
+    path = folder / "model.safetensors"
+    edited = edit({name: one.clone() for name, one in load_file(path).items()})
+    save_file(edited, path, {"format": "pt"})
+
+
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "renamed", "sentence"),
+    [
+        (r"(layers.1.*)w[13]", None, rf"^decoder block 1 lacks {GATE_UP} \(1 such tensors\)$"),
+        (r"(layers.1.*)w1", None, f"^{GATE_UP} could not be converted: "),
+        (
+            r"(layers.1.)block_sparse_moe(.*w2)",
+            r"\1mlp\2",
+            r"^the conversion of model.layers.1.mlp.experts.0.w2.weight cannot be reverted$",
+        ),
+    ],
+    ids=["none of one kind", "half of one kind", "names of two kinds"],
+)
+def test_experts_that_do_not_fit_together_are_refused(
+    pattern: str, renamed: str | None, sentence: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if renamed is None:
+            return {name: one for name, one in tensors.items() if not re.search(pattern, name)}
+        return {re.sub(pattern, renamed, name): one for name, one in tensors.items()}
+
+    edit_tensors(folder, edit)
+    with pytest.raises(CheckpointError, match=sentence):
+        prune(tmp_path, method="magnitude")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_lie_interleaved_on_the_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the dense feed-forward layers of Inkling, which is more than a language model."""
+    folder = save(tmp_path, "llama")
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+
+    def interleave(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for block in ("model.layers.0.", "model.layers.1."):
+            pair = [tensors.pop(block + part) for part in parts]
+            tensors[f"{block}mlp.w13.weight"] = torch.stack(pair, dim=1).flatten(0, 1)
+        return tensors
+
+    edit_tensors(folder, interleave)
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    way = WeightConverter("mlp.w13.weight", parts, operations=[Interleave(dim=0), Chunk(dim=0)])
+    monkeypatch.setitem(known, "llama", [way])
+    sentence = "^model.layers.0.mlp.w13.weight becomes no regular slice of a parameter$"
+    with pytest.raises(UnsupportedModel, match=sentence):
+        prune(tmp_path)
 
 
 def test_hidden_states_changed_between_blocks_are_refused(

@@ -197,10 +197,15 @@ def test_the_work_folder_may_exist_or_not(command, exists, run, llama, small, te
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized (gptq): prune the orig"),
         ({"quantization_config": "gptq"}, "is quantized"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers"),
-        ({"num_hidden_layers": -1}, " -1 "),
-        ({"num_hidden_layers": 0}, "block"),
+        ({"num_hidden_layers": -1}, "LlamaForCausalLM is said to have -1 decoder blocks"),
+        ({"num_hidden_layers": 0}, "LlamaForCausalLM is said to have 0 decoder blocks"),
+        (
+            {"model_type": "lxmert", "num_hidden_layers": {"vision": 5}},
+            "gives the model the num_hidden_layers {'vision': 5}, expected a number\n",
+        ),
         ({"num_attention_heads": 0}, "model"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 0}, "gives the model the hidden_size 0, expected a number from 1"),
         ({"hidden_act": "nope"}, "nope"),
         ({"dtype": "float99"}, "float99"),
         ({"model_type": ["llama"]}, "llama"),
@@ -412,13 +417,20 @@ def test_compare_has_a_row_for_the_dense_model_and_every_method(run, llama, smal
     assert [row["sparsity"] for row in rows] == [0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("methods", ["wanda,obs", "wanda,wanda", ""])
+@pytest.mark.parametrize(
+    ("methods", "sentence"),
+    [
+        ("wanda,obs", "unknown method 'obs': choose one of gblm"),
+        ("wanda,gblm,wanda", "--methods names the method wanda twice"),
+        ("", "unknown method '': choose one of gblm"),
+    ],
+)
 def test_methods_that_cannot_be_compared_are_refused_before_any_work(
-    methods, run, llama, small, text_file, tmp_path
+    methods, sentence, run, llama, small, text_file, tmp_path
 ):
     evaluation = ("--text", text_file, "--windows", 2)
     answer = run("compare", llama, "--methods", methods, *small, *evaluation)
-    refused(answer, 2, "method")
+    refused(answer, 2, sentence)
     assert not list(tmp_path.iterdir())
 
 

@@ -249,3 +249,28 @@ def test_an_interruption_after_the_end_says_that_the_output_is_whole(
     monkeypatch.setattr(cli, "_print", interrupt)
     assert cli.main(argv) == 130
     assert re.search(f"{WHOLE}\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("function", "argv"),
+    [
+        ("pipeline.make_plan", ["plan", "demo"]),
+        ("perplexity.evaluate", ["eval", "demo"]),
+        ("verification.verify", ["verify", "my out"]),
+    ],
+)
+def test_what_keeps_nothing_leaves_nothing_half_done(
+    function: str,
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"lowmem_gblm.{function}", interrupt)
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == (
+        f"lowmem-gblm: interrupted. Nothing half-done is left. To go on:\n"
+        f"{shlex.join(['lowmem-gblm', *argv])}\n"
+    )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import lowmem_gblm
+from lowmem_gblm import errors
 
+HERE = Path(__file__)
 PACKAGE = Path(lowmem_gblm.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -35,6 +39,7 @@ ROWS = (
     ("errors",),
 )
 ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")
+ERRORS = {name for name, one in vars(errors).items() if isinstance(one, type)}
 
 
 def module_name(path: Path) -> str:
@@ -106,3 +111,35 @@ def test_no_module_hides_a_function_of_the_api() -> None:
 def test_no_room_is_a_hall() -> None:
     lengths = {module_name(path): len(path.read_text().splitlines()) for path in SOURCES}
     assert max(lengths.values()) <= 400, lengths
+
+
+def texts(tree: ast.AST) -> list[str]:
+    """Constant pieces of text: blanks are single, escapes of regular expressions undone."""
+    constants = [one.value for one in ast.walk(tree) if isinstance(one, ast.Constant)]
+    pieces = [" ".join(one.split()) for one in constants if isinstance(one, str)]
+    return [re.sub(r"\\(.)", r"\1", piece) for piece in pieces]
+
+
+def messages(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Of every error that a file makes: the line, and the constant pieces of what it says."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ERRORS:
+            yield node.lineno, texts(node)
+
+
+def threes(piece: str) -> list[str]:
+    words = piece.split()
+    return [" ".join(words[first : first + 3]) for first in range(len(words) - 2)]
+
+
+def test_every_message_is_asserted() -> None:
+    """Of what an error says, three words in a row must be in a test; shorter ones are skipped."""
+    tests = [path for path in HERE.parent.rglob("*.py") if path != HERE]
+    asserted = "\n".join(piece for path in tests for piece in texts(ast.parse(path.read_text())))
+    forgotten = []
+    for path in SOURCES:
+        for line, pieces in messages(path):
+            said = [words for piece in pieces for words in threes(piece)]
+            if said and not any(words in asserted for words in said):
+                forgotten.append(f"{path.relative_to(PACKAGE)}:{line}: {'…'.join(pieces)}")
+    assert not forgotten, "\n".join(forgotten)
