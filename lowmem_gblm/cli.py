@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from lowmem_gblm import __version__
 from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
+from lowmem_gblm.interruption import one_interruption
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.request import (
     DEMO,
@@ -48,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
     arguments = _parsed(argv)
     _quiet_libraries()
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_interruption(ends=argv is None):
+        return _run(arguments, argv)
+
+
+def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
@@ -70,15 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Say what is kept, and what to type to go on."""
-    if argv is None:
-        # This process ends now: an impatient second Ctrl-C has nothing left to interrupt.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
     hint = arguments.interrupted(arguments)
     if hint is None:
         return _fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
     typed = [*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv]
-    return _fail(f"interrupted. {hint} To go on:\n{shlex.join(typed)}", INTERRUPTED)
+    return _fail(f"interrupted. {hint}:\n{shlex.join(typed)}", INTERRUPTED)
 
 
 def _program() -> list[str]:
@@ -99,8 +98,8 @@ def _kept(arguments: argparse.Namespace) -> str | None:
     output = output.resolve() if arguments.in_place else output
     work_folder = work_folder_of(output, arguments.work_dir)
     if work_folder.is_dir():
-        return f"What is done is kept in {work_folder}."
-    return "Nothing was done yet that could be kept."
+        return f"What is done is kept in {work_folder}. To go on"
+    return "Nothing was done yet that could be kept. To begin again"
 
 
 def _made(arguments: argparse.Namespace) -> str:
@@ -110,12 +109,12 @@ def _made(arguments: argparse.Namespace) -> str:
 
 def _kept_in(arguments: argparse.Namespace) -> str:
     """The same for `resume`."""
-    return f"What is done is kept in {arguments.work_folder}."
+    return f"What is done is kept in {arguments.work_folder}. To go on"
 
 
 def _nothing_left(arguments: argparse.Namespace) -> str:
     """What an interrupted command says that writes nothing to stay."""
-    return "Nothing half-done is left."
+    return "Nothing half-done is left. To begin again"
 
 
 def _fail(message: str, code: int) -> int:
@@ -213,7 +212,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _checkpoints_stay(arguments: argparse.Namespace) -> str:
     """What an interrupted comparison says."""
-    return "Finished checkpoints stay; move them away, or give another --output."
+    return "Finished checkpoints stay; move them away, or give another --output. To begin again"
 
 
 def _free_folder(path: Path) -> Path:

@@ -132,15 +132,21 @@ def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
     if machine.same_disk(output, work_folder):
         return
     # What an earlier attempt has written is no longer free, and counts in the plan.
-    for what, needed, folder, taken in (
-        ("the output", made.output_bytes, output, size_on_disk(partial_folder(output))),
-        ("what waits between passes", made.spill_bytes, work_folder, size_on_disk(work_folder)),
+    for what, needed, folder, taken, way_out in (
+        ("the output", made.output_bytes, output, size_on_disk(partial_folder(output)), "OUTPUT"),
+        (
+            "what waits between passes",
+            made.spill_bytes,
+            work_folder,
+            size_on_disk(work_folder),
+            "--work-dir",
+        ),
     ):
         free = machine.free_disk_bytes(folder) + taken
         if needed > free:
             raise BudgetError(
                 f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "
-                f"{gibibytes(free)} are free"
+                f"{gibibytes(free)} are free: make room, or choose another {way_out}"
             )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import sample_text, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
-from transformers.core_model_loading import Chunk, Interleave, WeightConverter
+from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter
 
 import lowmem_gblm
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
@@ -87,7 +87,7 @@ def test_what_stays_dense_inside_blocks_is_noted(tmp_path: Path) -> None:
         ("mamba", {"state_size": 8, "time_step_rank": 4}, "never multiplied activations with"),
         ("rwkv", {"attention_hidden_size": 32}, "cannot be run around stand-ins"),
         ("bert", {"is_decoder": True}, "is not built like a decoder-only language model"),
-        ("inkling2_text", INKLING, "decoder block 1 is called with arguments that depend on the s"),
+        ("inkling2_text", INKLING, "experts.w13_weight becomes no regular slice of a parameter"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(
@@ -135,12 +135,13 @@ GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 @pytest.mark.parametrize(
     ("pattern", "renamed", "sentence"),
     [
-        (r"(layers.1.*)w[13]", None, rf"^decoder block 1 lacks {GATE_UP} \(1 such tensors\)$"),
+        (r"(layers.1.*)w[13]", None, rf"lacks the tensor for {GATE_UP} \(1 such tensors\)$"),
         (r"(layers.1.*)w1", None, f"^{GATE_UP} could not be converted: "),
         (
             r"(layers.1.)block_sparse_moe(.*w2)",
             r"\1mlp\2",
-            r"^the conversion of model.layers.1.mlp.experts.0.w2.weight cannot be reverted$",
+            "^it cannot be followed which part of the model model.layers.1.mlp.experts.0.w2.weight "
+            "becomes: its name or number does not fit those of the tensors beside it$",
         ),
     ],
     ids=["none of one kind", "half of one kind", "names of two kinds"],
@@ -161,27 +162,73 @@ def test_experts_that_do_not_fit_together_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def convert(monkeypatch: pytest.MonkeyPatch, on_disk: str, parts: list[str], *ways: object) -> None:
+    """From now on transformers makes these parameters of a Llama from that tensor on disk."""
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    monkeypatch.setitem(known, "llama", [WeightConverter(on_disk, parts, operations=list(ways))])
+
+
+def store(folder: Path, on_disk: str, parts: list[str], join: Callable[..., Tensor]) -> None:
+    """Replace these tensors of both blocks by what `join` makes of them."""
+
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for block in ("model.layers.0.", "model.layers.1."):
+            tensors[block + on_disk] = join(*(tensors.pop(block + part) for part in parts))
+        return tensors
+
+    edit_tensors(folder, edit)
+
+
+QUERY = ["self_attn.q_proj.weight"]
+
+
+def test_a_matrix_that_lies_transposed_on_the_disk_is_pruned_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is square: its shape does not tell."""
+    prune(Path(save(tmp_path / "plain", "llama")).parent)
+    folder = save(tmp_path, "llama")
+    store(folder, "self_attn.wq.weight", QUERY, lambda matrix: matrix.T.contiguous())
+    convert(monkeypatch, "self_attn.wq.weight", QUERY, Transpose(0, 1))
+    prune(tmp_path)
+    for block in (1, 2):
+        shard = f"out/model-0000{block}-of-00003.safetensors"
+        plain, found = load_file(tmp_path / "plain" / shard), load_file(tmp_path / shard)
+        name = f"model.layers.{block - 1}.self_attn"
+        assert torch.equal(plain[f"{name}.q_proj.weight"], found[f"{name}.wq.weight"].T)
+        assert torch.equal(plain[f"{name}.o_proj.weight"], found[f"{name}.o_proj.weight"])
+
+
 def test_rows_that_lie_interleaved_on_the_disk_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the dense feed-forward layers of Inkling, which is more than a language model."""
     folder = save(tmp_path, "llama")
-    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-
-    def interleave(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        for block in ("model.layers.0.", "model.layers.1."):
-            pair = [tensors.pop(block + part) for part in parts]
-            tensors[f"{block}mlp.w13.weight"] = torch.stack(pair, dim=1).flatten(0, 1)
-        return tensors
-
-    edit_tensors(folder, interleave)
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")
-    known = conversion_mapping._checkpoint_conversion_mapping_cache
-    way = WeightConverter("mlp.w13.weight", parts, operations=[Interleave(dim=0), Chunk(dim=0)])
-    monkeypatch.setitem(known, "llama", [way])
-    sentence = "^model.layers.0.mlp.w13.weight becomes no regular slice of a parameter$"
+    store(folder, "self_attn.wq.weight", QUERY, lambda matrix: matrix)
+    convert(monkeypatch, "self_attn.wq.weight", QUERY, Interleave(dim=0))
+    sentence = "^model.layers.0.self_attn.wq.weight becomes no regular slice of a parameter$"
     with pytest.raises(UnsupportedModel, match=sentence):
         prune(tmp_path)
+
+
+def test_a_matrix_that_is_split_into_several_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    store(save(tmp_path, "llama"), "mlp.w13.weight", parts, lambda *pair: torch.cat(pair))
+    convert(monkeypatch, "mlp.w13.weight", parts, Chunk(dim=0))
+    sentence = "^model.layers.0.mlp.w13.weight is split into several parameters of the model$"
+    with pytest.raises(UnsupportedModel, match=sentence):
+        prune(tmp_path)
+
+
+def test_a_block_that_is_not_filled_is_not_run(llama: Path) -> None:
+    skeleton = open_model(str(llama), Resources()).skeleton
+    with pytest.raises(CheckpointError) as caught:
+        skeleton.load_block(0, {})
+    assert str(caught.value) == (
+        "decoder block 0 lacks model.layers.0.self_attn.q_proj.weight (9 such tensors)"
+    )
 
 
 def test_hidden_states_changed_between_blocks_are_refused(

@@ -23,7 +23,7 @@ from lowmem_gblm.disk import publish
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 MOMENTS = 20
 KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To go on:"
-NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To go on:"
+NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To begin again:"
 WHOLE = r"lowmem-gblm: interrupted, but \S+ is whole already\."
 
 
@@ -271,6 +271,6 @@ def test_what_keeps_nothing_leaves_nothing_half_done(
     monkeypatch.setattr(f"lowmem_gblm.{function}", interrupt)
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == (
-        f"lowmem-gblm: interrupted. Nothing half-done is left. To go on:\n"
+        f"lowmem-gblm: interrupted. Nothing half-done is left. To begin again:\n"
         f"{shlex.join(['lowmem-gblm', *argv])}\n"
     )

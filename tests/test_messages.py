@@ -23,7 +23,6 @@ from lowmem_gblm.disk import in_place
 from lowmem_gblm.errors import (
     BudgetError,
     CheckpointError,
-    DiskError,
     JobError,
     NonFiniteError,
     RequestError,
@@ -132,16 +131,28 @@ def test_a_file_of_somebody_else_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("full", "what"), [("out", "the output"), ("out.work", "what waits between passes")]
+    ("full", "what", "way_out"),
+    [
+        ("out", "the output", "OUTPUT"),
+        ("out.work", "what waits between passes", "--work-dir"),
+    ],
 )
 def test_each_of_two_disks_must_have_room(
-    full: str, what: str, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: str,
+    what: str,
+    way_out: str,
+    prune: Prune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "same_disk", lambda one, other: one == other)
     monkeypatch.setattr(
         machine, "free_disk_bytes", lambda folder: 0 if folder.name == full else 1 << 40
     )
-    sentence = rf"^{what} needs \S+ \S+ of disk space in {tmp_path}, 0 B are free$"
+    sentence = (
+        rf"^{what} needs \S+ \S+ of disk space in {tmp_path}, 0 B are free: make room, or choose "
+        rf"another {way_out}$"
+    )
     with pytest.raises(BudgetError, match=sentence):
         prune(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -176,11 +187,12 @@ def test_new_weights_that_become_shorter_while_they_are_copied_are_told(
         return header
 
     monkeypatch.setattr(in_place, "read_header", cut)
-    with pytest.raises(DiskError) as caught:
+    with pytest.raises(JobError) as caught:
         prune(None, method="magnitude", in_place=True, overwrite_my_only_copy=True)
     assert str(caught.value).startswith(
-        f"a disk is failing (the file has become shorter): the new weights of block 0 could not be "
-        f"written to or read from {tmp_path}/model.work/overwrites-00000.safetensors: look after "
+        f"{tmp_path}/model.work/overwrites-00000.safetensors is damaged: it has become shorter. It "
+        f"holds what was being written over weights in {tmp_path}/model, which cannot be finished "
+        f"without it: look at the disk, and fetch the model anew. {tmp_path}/model is partly "
     )
 
 
@@ -209,7 +221,8 @@ def wide(model: Path) -> Path:
     [
         (
             {"method": "gblm", "activations": "dense"},
-            "the statistics of block 1 overflow, though those of every single sample are finite",
+            "the statistics of block 1 overflow float32, though those of every single sample are "
+            "finite: fewer --nsamples may fit",
         ),
         (
             {"method": "wanda"},
@@ -264,6 +277,13 @@ EARLY_EXIT = """
         super().__init__(config)
         self.model.config = LlamaConfig(**(config.to_dict() | {"num_hidden_layers": 1}))
 """
+ANGLES_OF_A_SAMPLE = """
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.rotary_emb.register_forward_hook(
+            lambda module, given, angles: tuple(one * given[0].mean() for one in angles)
+        )
+"""
 # All samples but the first go another way through the feed-forward layers.
 TWO_WAYS = """
     def __init__(self, config):
@@ -298,15 +318,31 @@ ANOTHER_INPUT = f"""{TWO_WAYS}
     ("code", "method", "sentence"),
     [
         (NO_DECODER, "gblm", "OwnForCausalLM has no decoder: not yet"),
-        (EARLY_EXIT, "gblm", "a forward pass calls 1 of 2 decoder blocks"),
+        (
+            EARLY_EXIT,
+            "gblm",
+            "a forward pass calls 1 of 2 decoder blocks: such a model cannot be streamed block by "
+            "block",
+        ),
+        (
+            ANGLES_OF_A_SAMPLE,
+            "gblm",
+            "decoder block 0 is called with arguments that depend on the sample",
+        ),
         (
             ANOTHER_ORDER,
             "gblm",
-            "mlp.gate_proj.weight does not come in the same order in every sample",
+            "mlp.gate_proj.weight does not come in the same order in every sample: such a model is "
+            "not followed here",
         ),
-        (ANOTHER_INPUT, "sparsegpt", "mlp.up_proj.weight shares its input in some samples only"),
+        (
+            ANOTHER_INPUT,
+            "sparsegpt",
+            "mlp.up_proj.weight shares its input in some samples only: such a model is not "
+            "followed here",
+        ),
     ],
-    ids=["no decoder", "early exit", "another order", "another input"],
+    ids=["no decoder", "early exit", "angles of a sample", "another order", "another input"],
 )
 def test_own_code_that_cannot_be_followed_is_refused(
     code: str, method: str, sentence: str, prune: Prune, model: Path, tmp_path: Path

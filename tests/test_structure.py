@@ -35,7 +35,7 @@ ROWS = (
     ("request",),
     ("methods",),
     ("planning", "schedule", "calibration", "progress"),
-    ("masks", "machine", "memory", "quota", "rates", "watchdog"),
+    ("interruption", "masks", "machine", "memory", "quota", "rates", "watchdog"),
     ("errors",),
 )
 ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")

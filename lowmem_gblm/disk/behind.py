@@ -7,6 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
+def worker(name: str) -> ThreadPoolExecutor:
+    """A thread for pieces of work, which has been started.
+
+    An executor starts its thread only when it gets its first piece of work. Ctrl-C in that moment
+    would leave a thread at work that `shutdown` does not know of.
+    """
+    executor = ThreadPoolExecutor(1, name)
+    executor.submit(int)
+    return executor
+
+
 class OneBehind:
     """Does one thing at a time in its thread; the next one begins when the last is done.
 
@@ -15,7 +26,7 @@ class OneBehind:
     """
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, name)
+        self._thread = worker(name)
         self._last: Future[None] | None = None
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:

@@ -153,11 +153,8 @@ class InPlace:
                 path.unlink()
                 continue
             if _summary(path) != keep[path.name]:
-                raise JobError(
-                    f"{path} is damaged: its checksum is not the one in the journal. It holds what "
-                    f"was being written over weights in {self._source.folder}, which cannot be "
-                    f"finished without it: look at the disk, and fetch the model anew"
-                )
+                why = "its checksum is not the one in the journal"
+                raise _damaged(path, why, self._source.folder)
             self._overwrite(path)
 
     def _overwrite(self, path: Path) -> None:
@@ -271,6 +268,13 @@ def _summary(file: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}
 
 
+def _damaged(file: Path, why: str, model: Path) -> JobError:
+    return JobError(
+        f"{file} is damaged: {why}. It holds what was being written over weights in {model}, which "
+        f"cannot be finished without it: look at the disk, and fetch the model anew"
+    )
+
+
 @contextmanager
 def _opened(file: Path, flags: int) -> Iterator[int]:
     descriptor = os.open(file, flags)
@@ -288,7 +292,7 @@ def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> N
         with blamed(entry.file):
             piece = os.pread(source, min(_PIECE_BYTES, entry.nbytes - done), entry.offset + done)
         if not piece:
-            raise OSError(errno.EIO, "the file has become shorter", str(entry.file))
+            raise _damaged(entry.file, "it has become shorter", place.file.parent)
         _write(target, memoryview(piece), place.offset + done, place.file)
         done += len(piece)
 

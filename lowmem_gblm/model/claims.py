@@ -136,12 +136,12 @@ def _check_tensor(entry: TensorEntry, target: str, expected: Tensor) -> None:
 def _check_complete(
     model: PreTrainedModel, prefix: str, names: Names, found: set[str], folder: Path
 ) -> None:
-    """Every parameter needs a tensor, or is tied to one that has it, or is made by a conversion."""
+    """Every parameter needs a tensor, or is tied to or split off one that is there."""
     tied = model.all_tied_weights_keys
     missing = [
         name
         for name, _ in model.named_parameters()
-        if name not in found and tied.get(name) not in found and not names.is_converted(name)
+        if name not in found and tied.get(name) not in found and not names.is_split_off(name)
     ]
     for name in missing:
         block = re.match(rf"{re.escape(prefix)}\.\d+\.", name)

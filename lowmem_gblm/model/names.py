@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown
 
 _PROBE = 8
 # No parameter is called that; a megabyte would keep the patterns of transformers busy for long.
@@ -78,16 +78,19 @@ class Names:
         return {
             name: target
             for name, target, converted in renamed
-            if target is not None and not converted and sources[target] == 1
+            if target is not None and converted is None and sources[target] == 1
         }
 
-    def is_converted(self, parameter: str) -> bool:
-        """Whether a parameter is made by a conversion, perhaps together with others."""
-        converters = (one for one in self._conversions if isinstance(one, WeightConverter))
-        return any(target in parameter for one in converters for target in one.target_patterns)
+    def is_split_off(self, parameter: str) -> bool:
+        """Whether a parameter may be made from a tensor that others are made from, too."""
+        splitting = (one for one in self._converters() if len(one.target_patterns) > 1)
+        return any(target in parameter for one in splitting for target in one.target_patterns)
 
-    def _rename(self, names_on_disk: Iterable[str]) -> Iterator[tuple[str, str | None, bool]]:
-        """Name on disk, name in the module or None, and whether a conversion lies between."""
+    def _converters(self) -> Iterator[WeightConverter]:
+        return (one for one in self._conversions if isinstance(one, WeightConverter))
+
+    def _rename(self, names_on_disk: Iterable[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Name on disk, name in the module or None, and the pattern of its conversion or None."""
         conversions = copy.deepcopy(self._conversions)
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -95,12 +98,12 @@ class Names:
         known = dict.fromkeys(self._shapes, 0)
         for name in names_on_disk:
             if len(name) > _LONGEST_NAME:
-                yield name, None, False
+                yield name, None, None
                 continue
             renamed, source = rename_source_key(name, renamings, converters, prefix, known)
             if renamed not in known:
                 renamed, source = rename_source_key(name, [], [], prefix, known)
-            yield name, renamed if renamed in known else None, source is not None
+            yield name, renamed if renamed in known else None, source
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Set parameters and buffers of the model from tensors named as on disk.
@@ -127,7 +130,7 @@ class Names:
             )
         if info.conversion_errors:
             name, message = next(iter(info.conversion_errors.items()))
-            raise CheckpointError(f"{name} could not be converted: {message}")
+            raise CheckpointError(f"{name} could not be converted: {_sentence(message)}")
 
     def regions(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Region]]:
         """For tensors on disk, given with their shapes: the part of the module each one becomes.
@@ -137,14 +140,14 @@ class Names:
         Raises:
             UnsupportedModel: A conversion that is neither a slice nor a transposition.
         """
-        in_module = self.in_module(shapes)
+        in_module, taken_over = self.in_module(shapes), self.taken_over(shapes)
         plain: dict[str, list[Region]] = {}
         converted: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             target = in_module[name]
             if target is None or len(shape) not in (2, 3):
                 continue
-            if self._shapes[target] == shape and list(in_module.values()).count(target) == 1:
+            if name in taken_over and self._shapes[target] == shape:
                 plain[name] = _identity(target, shape)
             else:
                 converted[name] = shape
@@ -156,6 +159,7 @@ class Names:
         """Send coordinates through the reverse conversion and see where they come out."""
         meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         targets = {name for name in self.in_module(shapes).values() if name is not None}
+        self._check_whole(shapes)
         self.load(meta, torch.device("meta"))
         row_codes: dict[str, Tensor] = {}
         column_codes: dict[str, Tensor] = {}
@@ -165,12 +169,27 @@ class Names:
         regions: dict[str, list[Region]] = {}
         for name, shape in shapes.items():
             if name not in row_codes:
-                raise UnsupportedModel(f"the conversion of {name} cannot be reverted")
+                raise UnsupportedModel(
+                    f"it cannot be followed which part of the model {name} becomes: its name or "
+                    f"number does not fit those of the tensors beside it"
+                )
             regions[name] = [
                 self._decode(name, index, row_codes[name], column_codes[name], targets)
                 for index in (range(shape[0]) if len(shape) == 3 else (None,))
             ]
         return regions
+
+    def _check_whole(self, names_on_disk: Iterable[str]) -> None:
+        """Raise `UnsupportedModel` for a tensor that is split into several parameters."""
+        splitting = {
+            pattern
+            for one in self._converters()
+            if len(one.target_patterns) > 1
+            for pattern in one.source_patterns
+        }
+        for name, _, pattern in self._rename(names_on_disk):
+            if pattern in splitting:
+                raise UnsupportedModel(f"{name} is split into several parameters of the model")
 
     def _revert(self, target: str, axis: int) -> dict[str, Tensor]:
         """What the reverse conversion makes of a parameter that holds its own coordinates.
@@ -242,6 +261,12 @@ def _slice(name: str, codes: Tensor, length: int) -> tuple[slice, int]:
     if step < 1 or not torch.equal(positions, expected):
         raise UnsupportedModel(f"{name} becomes no regular slice of a parameter")
     return slice(start, start + step * (len(positions) - 1) + 1, step), expert
+
+
+def _sentence(message: str) -> str:
+    """What an error of transformers says, which may follow the whole traceback."""
+    lines = message.splitlines() or [""]
+    return shown(lines[-2] if lines[0].startswith("Traceback") else lines[0], _LONGEST_NAME)
 
 
 class _quietly:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_gblm.disk.behind import worker
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.memory import give_back_freed
 from lowmem_gblm.model.blocks import PrunableWeight
@@ -113,7 +114,7 @@ class BlockStream:
         """
         if not order:
             return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        with worker("read-ahead") as reader:
             try:
                 pending = [reader.submit(self._read, index) for index in order[:1]]
                 for index, following in zip(order, [*order[1:], None], strict=True):

@@ -86,7 +86,8 @@ class Recorder:
         """Whether the model expects a tuple of its blocks."""
         if len(self.calls) != self._depth:
             raise UnsupportedModel(
-                f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks"
+                f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks: such a "
+                f"model cannot be streamed block by block"
             )
         return last_hidden.ndim < self.entering.ndim
 

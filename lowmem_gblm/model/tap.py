@@ -146,7 +146,10 @@ class Tap(TorchFunctionMode):
 
     def _match(self, slot: Slot, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
         if self._met and self._met[-1] == self._left_out:
-            raise UnsupportedModel(f"{slot} does not come in the same order in every sample")
+            raise UnsupportedModel(
+                f"{slot} does not come in the same order in every sample: such a model is not "
+                f"followed here"
+            )
         if weight_IO.numel() != self._sizes[slot]:
             raise UnsupportedModel(f"{slot} is multiplied in parts")
         in_first = weight_IO.stride(-1) == 1 and weight_IO.shape[-1] > 1

@@ -33,7 +33,10 @@ class Gram:
         if shared and self._last is not None:
             owner = self._last[1]
         if self._owner.setdefault(product.slot, owner) != owner:
-            raise UnsupportedModel(f"{product.slot} shares its input in some samples only")
+            raise UnsupportedModel(
+                f"{product.slot} shares its input in some samples only: such a model is not "
+                f"followed here"
+            )
         if shared:
             return
         self._last = (product.input, owner)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from lowmem_gblm.disk.behind import worker
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.progress import Progress
 
@@ -36,8 +37,8 @@ class Conveyor:
         self._progress = progress
         self._allowed_bytes = behind_bytes
         self._behind: deque[tuple[str, int, Future[None]]] = deque()
-        self._reader = ThreadPoolExecutor(1, "spill-read")
-        self._writer = ThreadPoolExecutor(1, "spill-write")
+        self._reader = worker("spill-read")
+        self._writer = worker("spill-write")
         self._in = self._out = None
         if device.type == "cuda":
             self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)

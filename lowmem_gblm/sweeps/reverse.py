@@ -144,8 +144,8 @@ class _BlockBackward:
         found = found or [n for n in order if not self._is_finite_alone(n, slots)]
         if not found:
             raise NonFiniteError(
-                f"the statistics of block {self.block.index} overflow, though those of every "
-                f"single sample are finite"
+                f"the statistics of block {self.block.index} overflow float32, though those of "
+                f"every single sample are finite: fewer --nsamples may fit"
             )
         self.samples.weaken_or_drop(found, "reverse", self.block.index)
         return None
