@@ -8,7 +8,6 @@ Results go to stdout (with `--json`, exactly one JSON object), progress and erro
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shlex
@@ -19,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm import __version__
-from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
+from lowmem_gblm.display import (
+    Display,
+    Parser,
+    comparison_table,
+    fail,
+    fail_of_system,
+    plan_lines,
+    prune_lines,
+    reserve_streams,
+    tell,
+    write,
+)
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
 from lowmem_gblm.interruption import one_interruption
 from lowmem_gblm.methods import method_names
@@ -41,11 +51,12 @@ _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_RECORD = "pruning.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
+    reserve_streams()
     arguments = _parsed(argv)
     _quiet_libraries()
     with one_interruption(ends=argv is None):
@@ -57,27 +68,25 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         code: int = arguments.run(arguments)
         return code
     except LowmemGblmError as error:
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _interrupted(arguments, argv)
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError by its name: torch may not have been imported at all.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        return _fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
+        return fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
     except OSError as error:
-        code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
-        where = f"{error.strerror}: {error.filename or 'while writing'}"
-        return _fail(where if error.strerror else str(error), code)
+        return fail_of_system(error)
 
 
 def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Say what is kept, and what to type to go on."""
     hint = arguments.interrupted(arguments)
     if hint is None:
-        return _fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
+        return fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
     typed = [*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv]
-    return _fail(f"interrupted. {hint}:\n{shlex.join(typed)}", INTERRUPTED)
+    return fail(f"interrupted. {hint}:\n{shlex.join(typed)}", INTERRUPTED)
 
 
 def _program() -> list[str]:
@@ -93,11 +102,11 @@ def _program() -> list[str]:
 def _kept(arguments: argparse.Namespace) -> str | None:
     """What an interrupted `prune` has kept; None if it was done."""
     output = Path(_made(arguments))
-    if (output / "pruning.json").is_file():
+    if (output / _RECORD).is_file():
         return None
     output = output.resolve() if arguments.in_place else output
     work_folder = work_folder_of(output, arguments.work_dir)
-    if work_folder.is_dir():
+    if any((work_folder / "journal").glob("*.json")):
         return f"What is done is kept in {work_folder}. To go on"
     return "Nothing was done yet that could be kept. To begin again"
 
@@ -117,11 +126,6 @@ def _nothing_left(arguments: argparse.Namespace) -> str:
     return "Nothing half-done is left. To begin again"
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"lowmem-gblm: {message}", file=sys.stderr)
-    return code
-
-
 def _quiet_libraries() -> None:
     """Before the first import: what libraries print is not for the person at the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -136,7 +140,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     request = _request(PruneRequest, arguments, output=output)
     with Display(sys.stderr) as display:
         record = prune(request, display)
-    _print(arguments, record, lambda: prune_lines(record, _made(arguments)))
+    made = _made(arguments)
+    _print(arguments, record, lambda: prune_lines(record, made), Path(made))
     return 0
 
 
@@ -149,7 +154,8 @@ def _resume(arguments: argparse.Namespace) -> int:
     request = find_job(Path(arguments.work_folder), **changed)
     with Display(sys.stderr) as display:
         record = prune(request, display)
-    _print(arguments, record, lambda: prune_lines(record, str(output_folder(request))))
+    made = output_folder(request)
+    _print(arguments, record, lambda: prune_lines(record, str(made)), made)
     return 0
 
 
@@ -241,12 +247,19 @@ def _run_comparison(
 
 
 def _print(
-    arguments: argparse.Namespace, result: dict[str, Any], lines: Callable[[], Sequence[str]]
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    lines: Callable[[], Sequence[str]],
+    folder: Path | None = None,
 ) -> None:
-    if arguments.json:
-        print(json.dumps(result, ensure_ascii=False))
-    else:
-        print("\n".join(lines()))
+    """Print a result; where its record is in a folder, all is well without."""
+    text = json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(lines())
+    try:
+        write(sys.stdout, f"{text}\n")
+    except OSError as error:
+        if folder is None:
+            raise
+        tell(f"the result could not be printed ({error}): it is in {folder / _RECORD}")
 
 
 def _request(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
@@ -269,7 +282,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lowmem-gblm",
         description="Prune large language models with gradients, one decoder block in memory at "
         "a time.",

@@ -151,7 +151,7 @@ def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
 
 
 def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> str:
-    """How much of a plan is not yet on the disk, and how much is free there.
+    """How much of a plan is not yet on the disk, and how much is free there; empty for nothing.
 
     Args:
         failed: What could not be written, which tells the disk where there are two.
@@ -164,10 +164,12 @@ def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> s
         folder, needed, taken = work_folder, made.spill_bytes, size_on_disk(work_folder)
     else:
         folder, needed, taken = partial, made.output_bytes, size_on_disk(partial)
+    if needed <= taken:
+        return ""
     free = machine.free_disk_bytes(folder)
     return (
-        f"{gibibytes(max(0, needed - taken))} more are needed in {folder.parent} and "
-        f"{gibibytes(free)} are free"
+        f"{gibibytes(needed - taken)} more are needed in {folder.parent} and {gibibytes(free)} are "
+        f"free"
     )
 
 

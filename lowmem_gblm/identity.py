@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_gblm.calibration import NAMED
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.disk.remote_code import configuration_hash
 from lowmem_gblm.model.opened import OpenModel
@@ -28,6 +30,7 @@ _PACKAGES = (
 _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
 
 _TENSORS_SEEN = 500
+_TENSORS_SEEN_OF_BLOCK = 8
 _BYTES_SEEN = 512
 
 
@@ -71,7 +74,7 @@ def fingerprints(
     checkpoint: Checkpoint,
     samples_NT: Tensor,
     *,
-    in_place: bool = False,
+    overwritten: Iterable[Iterable[str]] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """SHA-256 of what went in.
@@ -80,29 +83,45 @@ def fingerprints(
         checkpoint: Names, dtypes, shapes and places of its tensors count, and the first bytes of
             some hundreds of them: two models of one architecture differ there.
         samples_NT: Token ids.
-        in_place: Whether matrices are overwritten; only bytes that stay are then looked at.
+        overwritten: Tensors of every block that are overwritten, and so not looked at.
         trust_remote_code: Whether its Python code runs, and counts.
     """
     source = hashlib.sha256()
     for entry in checkpoint.tensors.values():
         line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
         source.update(line.encode())
-    names = [
-        entry.name
-        for entry in checkpoint.tensors.values()
-        if entry.nbytes and not (in_place and len(entry.shape) > 1)
-    ]
-    seen = hashlib.sha256()
-    step = max(1, -(-len(names) // _TENSORS_SEEN))
-    for name in names[::step]:
-        seen.update(checkpoint.first_bytes(name, _BYTES_SEEN))
+    gone = {name for block in overwritten for name in block}
+    names = [name for name in checkpoint.tensors if name not in gone]
     samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
     return {
         "source_headers": source.hexdigest(),
-        "source_bytes": seen.hexdigest(),
+        "source_bytes": _seen(checkpoint, names, _TENSORS_SEEN),
         "source_config": configuration_hash(checkpoint.folder, trusted=trust_remote_code),
         "calibration_tokens": samples.hexdigest(),
     }
+
+
+def blocks_seen(checkpoint: Checkpoint, blocks: Iterable[Sequence[str]]) -> list[str]:
+    """SHA-256 of the first bytes of some tensors of every block.
+
+    Args:
+        blocks: Names on disk of what is looked at.
+    """
+    return [_seen(checkpoint, names, _TENSORS_SEEN_OF_BLOCK) for names in blocks]
+
+
+def _seen(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str:
+    """SHA-256 of the first bytes of at most so many tensors, evenly chosen."""
+    names = [name for name in names if checkpoint.tensors[name].nbytes]
+    seen = hashlib.sha256()
+    for name in names[:: max(1, -(-len(names) // most))]:
+        seen.update(checkpoint.first_bytes(name, _BYTES_SEEN))
+    return seen.hexdigest()
+
+
+def text_name(request: PruneRequest) -> str:
+    """The data set that samples come from, if they do not come from a file."""
+    return request.calibration_text if request.calibration_text in NAMED else "a file"
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lowmem_gblm import machine, memory
 from lowmem_gblm.calibration import evaluation_windows, open_source
+from lowmem_gblm.disk.folder import MARK, OwnFolder, in_use
+from lowmem_gblm.disk.notice import check_whole
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.disk.trouble import explained, is_trouble
-from lowmem_gblm.errors import NonFiniteError
+from lowmem_gblm.errors import JobError, NonFiniteError
 from lowmem_gblm.forecast import budget_of
 from lowmem_gblm.model.blocks import prunable_weights
 from lowmem_gblm.model.opened import OpenModel, check_tokens, open_model
@@ -32,6 +34,7 @@ from lowmem_gblm.watchdog import HostWatch
 from lowmem_gblm.workbench import plan_evaluation
 
 _ON_DISK = Path("/var/tmp")
+_PREFIX = "lowmem-gblm-"
 
 
 def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str, Any]:
@@ -51,6 +54,15 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     memory.reset_host_peak()
     memory.settle_allocator()
     opened = open_model(request.model, request)
+    with in_use(opened.checkpoint.folder, alone=False):
+        check_whole(opened.checkpoint.folder)
+        return _evaluated(request, opened, listener)
+
+
+def _evaluated(
+    request: EvalRequest, opened: OpenModel, listener: Listener | None
+) -> dict[str, Any]:
+    """The result, while the model stays what it is."""
     memory.reset_gpu_peak(opened.skeleton.device)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
@@ -72,6 +84,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         listener,
     )
     folder = _work_folder(request)
+    _remove_left_behind(folder)
     made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
     with (
         _told_of_its_disk(made, folder),
@@ -177,5 +190,17 @@ def _told_of_its_disk(made: Plan, folder: Path) -> Iterator[None]:
 def _folder(parent: Path) -> Iterator[Path]:
     """A new folder's name; what is put there goes."""
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="lowmem-gblm-", dir=parent) as folder:
-        yield Path(folder)
+    own = OwnFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)))
+    try:
+        yield own.path
+    finally:
+        own.remove()
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove folders of this user whose process was killed: they may hold gigabytes."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # One without a mark may be about to get it; one that is in use has an owner.
+        with suppress(OSError, JobError):
+            if folder.lstat().st_uid == os.getuid() and (folder / MARK).is_file():
+                OwnFolder(folder).remove()

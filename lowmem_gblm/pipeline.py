@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from lowmem_gblm import memory
+from lowmem_gblm.disk.folder import in_use
 from lowmem_gblm.disk.in_place import check_confirmed, check_unpruned
 from lowmem_gblm.disk.job import forget_finished, read_description
 from lowmem_gblm.disk.output import check_absent
@@ -32,14 +33,20 @@ from lowmem_gblm.model.tap import Slot
 from lowmem_gblm.planning import FLOAT32_BYTES, Plan, slices_within
 from lowmem_gblm.progress import Listener
 from lowmem_gblm.report import record
-from lowmem_gblm.request import PruneRequest, output_folder, request_from_json, work_folder
+from lowmem_gblm.request import (
+    PruneRequest,
+    check_places,
+    output_folder,
+    request_from_json,
+    work_folder,
+)
 from lowmem_gblm.run import Run, begin_or_resume
 from lowmem_gblm.stats.activation import ActivationStatistic
 from lowmem_gblm.sweeps.dense import boundary, dense_sweep, embed, head_pass, learn_calls
 from lowmem_gblm.sweeps.prune import prune_sweep
 from lowmem_gblm.sweeps.reverse import reverse_sweep
 from lowmem_gblm.watchdog import HostWatch
-from lowmem_gblm.workbench import open_workbench
+from lowmem_gblm.workbench import Workbench, open_workbench
 
 _DESCRIBED = "the weights are not here: their sizes are those that config.json describes"
 
@@ -62,6 +69,15 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     memory.reset_host_peak()
     memory.settle_allocator()
     bench = open_workbench(request)
+    with in_use(bench.opened.checkpoint.folder, alone=request.in_place):
+        # Until now another process may have worked on the same.
+        _check_place(request)
+        bench.check_whole()
+        return _run_passes(bench, listener)
+
+
+def _run_passes(bench: Workbench, listener: Listener | None) -> dict[str, Any]:
+    """Everything that follows when the model is open, and stays what it is."""
     device = bench.opened.skeleton.device
     memory.reset_gpu_peak(device)
     memory.settle_allocator(bench.opened.boundary_bytes(bench.seqlen))
@@ -69,8 +85,8 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
         memory.limit_gpu(device, bench.budget.gpu_bytes)
     planned_bytes = bench.plan.predicted.host_bytes
     with (
-        HostWatch(bench.budget.host_bytes, planned_bytes=planned_bytes),
-        begin_or_resume(bench, listener) as run,
+        HostWatch(bench.budget.host_bytes, planned_bytes=planned_bytes) as watch,
+        begin_or_resume(bench, listener, watch.check) as run,
     ):
         for name in bench.schedule.passes:
             with run.progress.stage(name):
@@ -80,9 +96,7 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
             run.settle()
             run.output.write_rest()
             run.progress.step()
-        made = record(
-            bench, run.pruner, run.samples, run.losses, run.progress, run.output, run.job.attempts
-        )
+        made = record(bench, run.pruner, run.samples, run.losses, run.progress, run.output, run.job)
         return run.publish(made)
 
 
@@ -94,15 +108,25 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
         changes: Fields of `Resources` that shall be others than when the job was begun.
 
     Raises:
-        JobError: There is no job, or the folder was renamed.
+        JobError: There is no job, the folder was renamed, or the model is not there any more.
     """
     found = read_description(folder)
     if found is None:
         raise JobError(f"{folder} holds no job: give the OUTPUT.work folder of an interrupted run")
     request = replace(request_from_json(found["request"]), **changes)
-    if folder.absolute().name != work_folder(request).name:
-        raise JobError(f"{folder} was renamed: it holds the job of {work_folder(request)}")
-    return replace(request, work_dir=folder.absolute().parent)
+    place, name = folder.absolute().parent, work_folder(request).name
+    if folder.absolute().name != name:
+        raise JobError(f"{folder} was renamed: call it {name} again, as the job in it does")
+    if request.work_dir is None:
+        # Who moves a work folder moves what lies beside it, too.
+        beside = place / output_folder(request).name
+        moved = {"model": str(beside)} if request.in_place else {"output": beside}
+        request = replace(request, **cast(Any, moved))
+    model = Path(request.model)
+    if model.is_absolute() and not model.exists():
+        how = "move it back" if request.in_place else "give the prune command with its new place"
+        raise JobError(f"the model {model} of the job in {folder} is not there any more: {how}")
+    return replace(request, work_dir=place)
 
 
 def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:
@@ -129,6 +153,7 @@ def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:
 
 def _check_place(request: PruneRequest) -> None:
     """Raise unless the result may be put where it is to go; clear away a finished job."""
+    check_places(request)
     if request.in_place:
         check_confirmed(request)
     elif request.output is None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lowmem_gblm import memory
 from lowmem_gblm.disk.in_place import Target
-from lowmem_gblm.identity import identity, versions
+from lowmem_gblm.disk.job import Job
+from lowmem_gblm.identity import device_name, identity, versions
 from lowmem_gblm.progress import Progress, Stage
 from lowmem_gblm.schedule import reverse_order
 from lowmem_gblm.sweeps.decide import Pruner
@@ -43,7 +44,7 @@ def record(
     losses: list[float],
     progress: Progress,
     output: Target,
-    attempts: int,
+    job: Job,
 ) -> dict[str, Any]:
     """The content of pruning.json."""
     checkpoint = bench.opened.checkpoint
@@ -58,7 +59,7 @@ def record(
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(losses) / len(losses) if losses else None,
         "notes": [
-            *bench.other_rounding,
+            *_other_rounding(job, device_name(device)),
             *bench.plan.reasons,
             *_unused(bench),
             *_dense(bench),
@@ -81,8 +82,18 @@ def record(
         "versions": versions(),
         "fingerprints": bench.fingerprints,
         "shards": output.shards,
-        "attempts": attempts,
+        "job": job.id,
+        "attempts": job.attempts,
     }
+
+
+def _other_rounding(job: Job, here: str) -> list[str]:
+    """A sentence about a job that was gone on with on another device."""
+    devices = list(dict.fromkeys([*(entry["device"] for entry in job.entries), here]))
+    if len(devices) == 1:
+        return []
+    others = ", then on ".join(devices[1:])
+    return [f"begun on {devices[0]} and continued on {others}: the rounding of all is in it"]
 
 
 def _unused(bench: Workbench) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lowmem_gblm.calibration import NAMED
-from lowmem_gblm.errors import RequestError
+from lowmem_gblm.errors import JobError, RequestError, shown
 from lowmem_gblm.masks import Pattern, parse_pattern
 from lowmem_gblm.methods import check_method_name
 
@@ -188,6 +188,7 @@ class PruneRequest(Resources):
         if not 0 <= self.alpha < float("inf"):
             raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
         self._check_place()
+        self._check_names()
         _ = self.target
 
     def _check_place(self) -> None:
@@ -202,6 +203,16 @@ class PruneRequest(Resources):
             )
         elif self.model == DEMO:
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
+
+    def _check_names(self) -> None:
+        """What is asked goes into JSON, which is UTF-8."""
+        for name, value in to_json(self).items():
+            try:
+                "".join(value if isinstance(value, tuple) else str(value)).encode()
+            except UnicodeEncodeError:
+                raise RequestError(
+                    f"the {name} is not UTF-8: {value!r}. Give it another name, or use a link"
+                ) from None
 
     @cached_property
     def target(self) -> Pattern:
@@ -255,9 +266,11 @@ class EvalRequest(Resources):
 def output_folder(request: PruneRequest) -> Path:
     """Where the pruned model will be; for a plan without one, beside this folder's content.
 
-    In place every name of the folder leads to the same one.
+    In place every name of the folder leads to the same one. The path ends with a name, as others
+    are made from it.
     """
-    return Path(request.model).resolve() if request.in_place else request.output or Path("pruned")
+    folder = Path(request.model) if request.in_place else request.output or Path("pruned")
+    return folder.resolve() if request.in_place or folder.name in ("", "..") else folder
 
 
 def work_folder(request: PruneRequest) -> Path:
@@ -270,6 +283,28 @@ def work_folder_of(output: Path, work_dir: Path | None) -> Path:
     return (work_dir or output.parent) / f"{output.name}.work"
 
 
+def check_places(request: PruneRequest) -> None:
+    """Raise `RequestError` if the run would remove what it is to read or to make.
+
+    The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
+    """
+    output, work = output_folder(request), work_folder(request)
+    partial = output.with_name(f"{output.name}.partial") if output.name else output
+    needed = {"MODEL": request.model, "the calibration text": request.calibration_text}
+    # A name that is nowhere here is that of the Hub, or of a text.
+    places = {what: Path(name) for what, name in needed.items() if Path(name).exists()}
+    inside = [(what, place, work) for what, place in {**places, "OUTPUT": output}.items()]
+    if not request.in_place:
+        inside += [(what, place, partial) for what, place in places.items()]
+        inside += [("the work folder", work, one) for one in (output, partial)]
+    for what, place, folder in inside:
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise RequestError(
+                f"{what} is {place}, which must not lie in {folder}: that is made and removed by "
+                f"the run. Choose another OUTPUT or --work-dir"
+            )
+
+
 def to_json(request: PruneRequest) -> dict[str, Any]:
     """Everything that was asked, paths in full, so that it can be asked again from anywhere."""
     asked = {one.name: getattr(request, one.name) for one in fields(request)}
@@ -278,16 +313,26 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
     for name in ("output", "work_dir"):
         if asked[name] is not None:
             asked[name] = str(asked[name].absolute())
-    if request.calibration is not None:
-        asked["calibration"] = request.calibration_text
+    # As it was understood: a model called "demo" has the embedded text, its full name has not.
+    asked["calibration"] = request.calibration_text
     if request.sparsity is not None:
         asked["sparsity"] = str(request.sparsity)
     return asked
 
 
 def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
-    """What `to_json` was made from."""
+    """What `to_json` was made from.
+
+    Raises:
+        JobError: It was made by another version, which has other options.
+    """
     values = dict(asked)
+    differing = sorted({one.name for one in fields(PruneRequest)} ^ values.keys())
+    if differing:
+        raise JobError(
+            f"the job was begun by another version of lowmem-gblm, whose options are not those of "
+            f"this one ({shown(', '.join(differing))}): go on with it with that version"
+        )
     for name in ("output", "work_dir"):
         if values[name] is not None:
             values[name] = Path(values[name])

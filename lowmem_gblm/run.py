@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,13 +13,14 @@ from typing import Any
 
 from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.in_place import InPlace, Target, check_finite
-from lowmem_gblm.disk.job import Job, read_description
+from lowmem_gblm.disk.job import Job, check_partial, read_description
 from lowmem_gblm.disk.notice import Notice
 from lowmem_gblm.disk.output import Output
 from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.disk.trouble import explained, is_trouble, to_go_on
-from lowmem_gblm.errors import CheckpointError, JobError, NonFiniteError, RequestError
+from lowmem_gblm.disk.trouble import explained, to_go_on
+from lowmem_gblm.errors import JobError, NonFiniteError, UnsupportedModel
 from lowmem_gblm.forecast import still_needed
+from lowmem_gblm.identity import device_name
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import stages
@@ -31,7 +32,8 @@ from lowmem_gblm.sweeps.samples import Samples
 from lowmem_gblm.workbench import Workbench
 
 # The same command would end in the same way again: nothing is worth keeping.
-_HOPELESS = (CheckpointError, NonFiniteError, RequestError)
+_HOPELESS = (NonFiniteError, UnsupportedModel)
+_REMOVED = "What was done has been removed: the same command would end like this again"
 _LOST = "{} is partly pruned by now: if this cannot be mended, the model has to be fetched anew"
 
 
@@ -49,6 +51,7 @@ class Run:
     pruner: Pruner
     samples: Samples
     progress: Progress
+    check_memory: Callable[[], None]
     losses: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
     _committer: OneBehind = field(default_factory=partial(OneBehind, "commit"))
@@ -82,7 +85,9 @@ class Run:
 
         Raises:
             OSError: The disk is full or failing; perhaps in the step before.
+            BudgetError: Host memory has run short.
         """
+        self.check_memory()
         with self.progress.waiting():
             self.settle()
         names, arriving = self.conveyor.on_their_way()
@@ -139,6 +144,7 @@ class Run:
         seconds, self._since = round(now - self._since, 3), now
         return {
             "pass": name,
+            "device": device_name(self.bench.opened.skeleton.device),
             "seconds": seconds,
             "dropped": list(drop),
             **self.pruner.news(),
@@ -158,22 +164,29 @@ class _Step:
 
 
 @contextmanager
-def begin_or_resume(bench: Workbench, listener: Listener | None) -> Iterator[Run]:
+def begin_or_resume(
+    bench: Workbench, listener: Listener | None, check_memory: Callable[[], None]
+) -> Iterator[Run]:
     """Everything the passes work with, as an earlier attempt has left it, or new.
 
     What is done stays when the run is interrupted or the disk is full; it goes when the run has
     ended, or has failed in a way that it would fail in again.
 
+    Args:
+        bench: What the run is made of.
+        listener: Told of every step.
+        check_memory: Raises `BudgetError` where host memory has run short.
+
     Raises:
         JobError: Another job is there, or another process works on it.
         DiskFull: The disk or a quota was used up.
-        DiskError: A disk is failing.
+        DiskError: A disk is failing, or a file or folder has gone that is needed.
     """
     try:
-        with _begun(bench, listener) as run:
+        with _begun(bench, listener, check_memory) as run:
             yield run
     except OSError as error:
-        if not is_trouble(error):
+        if error.errno is None:
             raise
         failed = Path(error.filename or bench.work_folder)
         needs = still_needed(bench.plan, bench.output, bench.work_folder, failed)
@@ -182,25 +195,31 @@ def begin_or_resume(bench: Workbench, listener: Listener | None) -> Iterator[Run
 
 
 @contextmanager
-def _begun(bench: Workbench, listener: Listener | None) -> Iterator[Run]:
-    job = Job(bench.work_folder, bench.description())
+def _begun(
+    bench: Workbench, listener: Listener | None, check_memory: Callable[[], None]
+) -> Iterator[Run]:
+    job = Job(bench.work_folder, bench.description(), bench.previous)
     with ExitStack() as within:
         try:
             output = _target(bench, job)
         except BaseException:
             if bench.request.in_place and not job.resumed:
-                Notice(bench.output, bench.work_folder).remove()
+                Notice(bench.output, bench.work_folder, job.id).remove()
             _put_away(job, None, keep=job.resumed)
             raise
         try:
-            yield _assembled(bench, job, output, Progress(stages(bench), listener), within)
+            progress = Progress(stages(bench), listener)
+            yield _assembled(bench, job, output, progress, check_memory, within)
         except BaseException as error:
             within.close()
             hopeless = isinstance(error, _HOPELESS)
             overwritten = bench.request.in_place and bool(_shards(job))
-            _put_away(job, output, keep=job.resumed and (overwritten or not hopeless))
+            done = job.resumed
+            _put_away(job, output, keep=done and (overwritten or not hopeless))
             if overwritten and (hopeless or isinstance(error, JobError)):
                 raise type(error)(f"{error}. {_LOST.format(bench.output)}") from None
+            if done and isinstance(error, NonFiniteError):
+                raise NonFiniteError(f"{error}. {_REMOVED}") from None
             raise
     try:
         _put_away(job, output, keep=False)
@@ -213,16 +232,20 @@ def _target(bench: Workbench, job: Job) -> Target:
     """What the run writes to, as an earlier attempt has left it."""
     checkpoint, keep = bench.opened.checkpoint, _shards(job)
     if not bench.request.in_place:
-        return Output(bench.output, checkpoint, bench.opened.skeleton.block_tensors, keep)
+        check_partial(bench.output, job)
+        blocks = bench.opened.skeleton.block_tensors
+        return Output(bench.output, checkpoint, blocks, job.owner, keep)
     if bench.work.reads_first and not job.resumed:
         check_finite(checkpoint, bench.opened.skeleton.block_tensors)
-    pruned = [list(dict.fromkeys(weight.name for weight in block)) for block in bench.weights]
-    return InPlace(checkpoint, pruned, bench.work_folder, keep)
+    return InPlace(checkpoint, bench.pruned_names, job, keep)
 
 
 def _put_away(job: Job, output: Target | None, *, keep: bool) -> None:
     if not keep:
         with suppress(OSError):
+            # In this order: a notice speaks of a job that is there.
+            if output is not None:
+                output.withdraw()
             job.forget()
     if output is not None:
         output.close(keep=keep)
@@ -233,11 +256,16 @@ def _put_away(job: Job, output: Target | None, *, keep: bool) -> None:
 
 
 def _assembled(
-    bench: Workbench, job: Job, output: Target, progress: Progress, within: ExitStack
+    bench: Workbench,
+    job: Job,
+    output: Target,
+    progress: Progress,
+    check_memory: Callable[[], None],
+    within: ExitStack,
 ) -> Run:
     checkpoint, skeleton = bench.opened.checkpoint, bench.opened.skeleton
     choices, request = bench.plan.choices, bench.request
-    spill = within.enter_context(Spill(bench.work_folder, bench.plan.host_spill_bytes))
+    spill = within.enter_context(Spill(bench.work_folder, bench.plan.host_spill_bytes, job.anew))
     spill.adopt(job.waiting())
     job.clean(job.waiting())
     conveyor = Conveyor(spill, skeleton.device, progress, choices.behind_bytes)
@@ -260,6 +288,7 @@ def _assembled(
         pruner=Pruner(bench.method, request.target, request.alpha, skeleton.device),
         samples=Samples(len(bench.samples), scaled=bench.loss_scale > 1),
         progress=progress,
+        check_memory=check_memory,
     )
     within.callback(run.close)
     for entry in job.entries:

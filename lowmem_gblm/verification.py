@@ -19,6 +19,7 @@ from lowmem_gblm.masks import NofM, Pattern, parse_pattern
 from lowmem_gblm.methods.sparsegpt import block_columns
 
 NAMED = 10
+_CONFIG = "config.json"
 
 _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
 
@@ -53,7 +54,9 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     source = Checkpoint(locate(against)) if against is not None else None
     violations: list[str] = []
     violations += _strangers(checkpoint, hashes)
-    violations += _index_violations(folder, checkpoint)
+    violations += _index_violations(folder, checkpoint, record)
+    if not (folder / _CONFIG).is_file():
+        violations.append(f"{_CONFIG} is missing")
     violations += _record_violations(record, checkpoint)
     if source is not None:
         violations += _source_violations(checkpoint, source)
@@ -206,10 +209,13 @@ def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"weight_map": dict.fromkeys(checkpoint.tensors, SINGLE)}
 
 
-def _index_violations(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
+def _index_violations(
+    folder: Path, checkpoint: Checkpoint, record: dict[str, Any]
+) -> Iterator[str]:
     """The index and the shards must name the same tensors; no shard may lie beside it.
 
-    What was pruned in place may be one file without an index.
+    What was pruned in place may be one file without an index, and the model may have had other
+    files of weights, which it is not loaded from and which the run has not touched.
     """
     index = _index(folder, checkpoint)
     surplus = sorted(checkpoint.tensors.keys() - index["weight_map"].keys())
@@ -217,6 +223,8 @@ def _index_violations(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{surplus[0]} is in a shard, but not in {INDEX}"
     strays = {path.name for path in folder.glob("*.safetensors")}
     strays -= set(index["weight_map"].values())
+    if record.get("in_place") is True:
+        strays &= record.get("shards", {}).keys()
     yield from (f"{stray} is not named in {INDEX}" for stray in sorted(strays))
 
 

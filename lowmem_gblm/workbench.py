@@ -15,11 +15,18 @@ from lowmem_gblm import memory
 from lowmem_gblm.calibration import calibration_samples, open_source
 from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.folder import size_on_disk
-from lowmem_gblm.disk.in_place import check_overwritable
+from lowmem_gblm.disk.in_place import check_overwritable, overwritten_blocks
 from lowmem_gblm.disk.job import check_same_job, has_steps, is_overwriting, read_description
+from lowmem_gblm.disk.notice import check_whole
 from lowmem_gblm.disk.output import partial_folder
 from lowmem_gblm.forecast import budget_of, check_disks, sizes_of, smaller_work, work_of
-from lowmem_gblm.identity import computing_versions, device_name, fingerprints, identity
+from lowmem_gblm.identity import (
+    blocks_seen,
+    computing_versions,
+    fingerprints,
+    identity,
+    text_name,
+)
 from lowmem_gblm.masks import NofM
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.model.blocks import PrunableWeight, prunable_weights
@@ -152,7 +159,9 @@ class Workbench:
         if self.previous is None or self.request.disk is not None or found.disk_bytes is None:
             return found
         # What an earlier attempt has written is no longer free, and counts in the plan.
-        taken = size_on_disk(self.work_folder) + size_on_disk(partial_folder(self.output))
+        taken = size_on_disk(self.work_folder)
+        if not self.request.in_place:
+            taken += size_on_disk(partial_folder(self.output))
         return replace(found, disk_bytes=found.disk_bytes + taken)
 
     @property
@@ -171,6 +180,16 @@ class Workbench:
         goes_on = self.resumes and has_steps(self.work_folder)
         return read_description(self.work_folder) if goes_on else None
 
+    @property
+    def pruned_names(self) -> list[list[str]]:
+        """Names on disk of what is pruned in every block."""
+        return [list(dict.fromkeys(weight.name for weight in block)) for block in self.weights]
+
+    def check_whole(self) -> None:
+        """Raise `JobError` if the model is being pruned in place by another job."""
+        if not (self.request.in_place and is_overwriting(self.output, self.work_folder)):
+            check_whole(self.opened.checkpoint.folder)
+
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of the model and the samples."""
@@ -178,7 +197,7 @@ class Workbench:
         return fingerprints(
             checkpoint,
             self.samples,
-            in_place=request.in_place,
+            overwritten=self.pruned_names if request.in_place else (),
             trust_remote_code=request.trust_remote_code,
         )
 
@@ -186,29 +205,33 @@ class Workbench:
     def identity(self) -> dict[str, Any]:
         """What gives another result if it is another."""
         asked = identity(self.request, self.opened, self.seqlen)
+        # Files are known by what is in them, wherever they lie.
+        asked["calibration"] = text_name(self.request)
         asked |= self.fingerprints
         asked |= computing_versions()
         # Headers do not tell whether the model was pruned in place in the meantime.
         asked["source_pruned"] = (self.opened.checkpoint.folder / RECORD).exists()
         if self.request.in_place:
-            asked["overwritten"] = str(self.output)
+            asked["source_blocks"] = self._blocks_seen()
         if self.previous is not None and self.request.accept_other_rounding:
             asked["device"] = self.previous["identity"].get("device")
         return asked
 
-    @property
-    def other_rounding(self) -> list[str]:
-        """A sentence for the record, if the job was begun on another device."""
-        here = device_name(self.opened.skeleton.device)
-        begun = here if self.previous is None else self.previous["identity"]["device"]
-        if begun == here:
-            return []
-        return [f"begun on {begun} and continued on {here}: the rounding of both is in it"]
+    def _blocks_seen(self) -> list[str]:
+        """What tells the blocks from others; of those that are overwritten, as they were before."""
+        seen = blocks_seen(self.opened.checkpoint, self.pruned_names)
+        if self.previous is not None:
+            former = self.previous["identity"]["source_blocks"]
+            for index in overwritten_blocks(self.work_folder):
+                seen[index] = former[index]
+        return seen
 
     def description(self) -> dict[str, Any]:
         """What identifies the job, how to ask for it again, and what was chosen."""
         return {
             "identity": self.identity,
+            "folder": str(self.work_folder.resolve()),
+            "output": str(self.output.resolve()),
             "request": to_json(self.request),
             "choices": asdict(self.plan.choices),
         }

@@ -261,7 +261,8 @@ def test_an_interrupted_command_says_where_it_goes_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     def interrupt(*args: object) -> None:
-        (tmp_path / "model.work").mkdir()
+        (tmp_path / "model.work" / "journal").mkdir(parents=True)
+        (tmp_path / "model.work" / "journal" / "000000.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowmem_gblm.pipeline.prune", interrupt)

@@ -19,6 +19,7 @@ from tiny import save_tiny
 
 from lowmem_gblm import cli
 from lowmem_gblm.disk import publish
+from lowmem_gblm.model.tokenizer import _tokenizer_errors
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 MOMENTS = 20
@@ -104,7 +105,8 @@ def goes_on(code: int, lines: list[str], output: Path, expected: dict[str, str])
         return
     assert re.fullmatch(f"{KEPT}|{NOTHING}", lines[-2]), lines
     work_folder = output.with_name("out.work")
-    assert work_folder.exists() == bool(re.fullmatch(KEPT, lines[-2]))
+    has_steps = any(work_folder.glob("journal/*.json"))
+    assert has_steps == bool(re.fullmatch(KEPT, lines[-2]))
     assert not output.exists()
     program, *again = shlex.split(lines[-1])
     assert program == "lowmem-gblm"
@@ -223,6 +225,32 @@ def test_the_printed_command_is_called_as_this_one_was(
     monkeypatch.setattr(sys, "argv", [called])
     monkeypatch.setattr(cli.shutil, "which", lambda name: found)
     assert cli._program() == program
+
+
+@pytest.mark.parametrize(("entry", "said"), [("000000.json", KEPT), ("000000.json.tmp", NOTHING)])
+def test_only_a_finished_step_is_said_to_be_kept(
+    entry: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "out.work" / "journal").mkdir(parents=True)
+    (tmp_path / "out.work" / "job.json").touch()
+    (tmp_path / "out.work" / "journal" / entry).touch()
+    monkeypatch.setattr("lowmem_gblm.pipeline.prune", interrupt)
+    assert cli.main(["prune", "model", str(tmp_path / "out")]) == 130
+    assert re.match(said, capsys.readouterr().err)
+
+
+def test_a_tokenizer_that_is_not_even_begun_with_is_not_blamed(tmp_path: Path) -> None:
+    """As when Ctrl-C comes between the making of a context and the entering of it."""
+    made = _tokenizer_errors(tmp_path)
+    made.__enter__()
+    made.gen.close()
 
 
 def test_an_interrupted_resume_says_where_the_job_is(

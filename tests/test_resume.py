@@ -227,13 +227,19 @@ def test_another_device_has_to_be_accepted(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(run, tmp_path / "out", "reverse", 1)
-    for module in ("identity", "workbench"):
-        name = f"lowmem_gblm.{module}.device_name"
-        monkeypatch.setattr(name, lambda device: "NVIDIA Something")
-    with pytest.raises(JobError, match=r"device: 'cpu', now 'NVIDIA.*--accept-other-rounding"):
-        run(tmp_path / "out")
-    record = run(tmp_path / "out", accept_other_rounding=True)
-    assert "begun on cpu and continued on NVIDIA Something" in " ".join(record["notes"])
+    with monkeypatch.context() as patch:
+        for module in ("identity", "report", "run"):
+            name = f"lowmem_gblm.{module}.device_name"
+            patch.setattr(name, lambda device: "NVIDIA Something")
+        with pytest.raises(JobError, match=r"device: 'cpu', now 'NVIDIA.*--accept-other-rounding"):
+            run(tmp_path / "out")
+        stopped_at(run, tmp_path / "out", "prune", 1, accept_other_rounding=True)
+    # The step that was interrupted is done by the CPU again; what the GPU has done is told.
+    record = run(tmp_path / "out")
+    assert (
+        "begun on cpu and continued on NVIDIA Something: the rounding of all is in it"
+        in record["notes"]
+    )
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
@@ -242,7 +248,9 @@ def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
     stopped_at(run, tmp_path / "out", *(("prune", 1) if "partial" in place else ("reverse", 1)))
     (path,) = tmp_path.glob(place)
     damage(path)
-    with pytest.raises(JobError, match=r"missing or damaged: remove .* to begin anew"):
+    with pytest.raises(
+        JobError, match=r"missing or damaged: look at the disk; to begin anew, remove "
+    ):
         run(tmp_path / "out")
 
 

@@ -441,6 +441,40 @@ def test_a_side_file_that_is_gone_or_changed_is_found(edit, violation, output, l
         lowmem_gblm.verify(output, llama)
 
 
+def test_an_output_without_a_configuration_is_found_without_the_source(output):
+    (output / "config.json").unlink()
+    with pytest.raises(VerificationError, match=r"promises:\nconfig\.json is missing$"):
+        lowmem_gblm.verify(output)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_other_weights_of_a_model_pruned_in_place_are_its_own(sharded, text_file, tmp_path):
+    model = save_tiny("llama", tmp_path / "model", sharded=sharded)
+    save_file({"x": torch.ones(1)}, model / "consolidated.safetensors")
+    lowmem_gblm.prune(
+        model, in_place=True, overwrite_my_only_copy=True, nsamples=2, seqlen=32,
+        calibration=str(text_file),
+    )  # fmt: skip
+    assert lowmem_gblm.verify(model)
+    edit_json(model / "pruning.json", lambda record: record.update(in_place=False))
+    with pytest.raises(VerificationError, match=r"consolidated\.safetensors is not named in"):
+        lowmem_gblm.verify(model)
+
+
+def test_a_shard_of_a_model_pruned_in_place_that_the_index_forgot_is_found(output):
+    save_file({"x": torch.ones(1)}, output / "more.safetensors")
+    data = (output / "more.safetensors").read_bytes()
+    more = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def edit(record):
+        record["in_place"] = True
+        record["shards"]["more.safetensors"] = more
+
+    edit_json(output / "pruning.json", edit)
+    with pytest.raises(VerificationError, match=r"more\.safetensors is not named in"):
+        lowmem_gblm.verify(output)
+
+
 def test_an_edited_model_card_is_no_fault(output, llama, tmp_path):
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     (source / "README.md").write_text("dense")

@@ -18,12 +18,14 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from lowmem_gblm.disk.folder import MARK
 from lowmem_gblm.errors import CheckpointError, shown
 
 ALLOWED = "LOWMEM_GBLM_LINKS"
 RECORD = "pruning.json"
+NOTICE = "PRUNING-IN-PLACE"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",
 }  # fmt: skip
@@ -70,12 +72,19 @@ def side_files(folder: Path) -> Iterator[Path]:
 
     Caches, version control, what is being written or was pruned into a folder in it are left out,
     and so are linked folders and the record of the model's own pruning.
+
+    Raises:
+        OSError: A folder is gone or cannot be listed: what is in it would be missed silently.
     """
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_not_listed):
         folders[:] = sorted(
             name for name in set(folders) - _SKIPPED_FOLDERS if not _is_ours(Path(place, name))
         )
         yield from (Path(place, name) for name in sorted(files) if not _is_no_side_file(name))
+
+
+def _not_listed(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_ours(folder: Path) -> bool:
@@ -83,7 +92,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_no_side_file(name: str) -> bool:
-    made = name.endswith(".index.json") or name in (MARK, RECORD)
+    made = name.endswith(".index.json") or name in (MARK, NOTICE, RECORD)
     return made or Path(name).suffix in WEIGHT_SUFFIXES
 
 

@@ -1,14 +1,19 @@
-"""Folders that belong to one job: marked as ours, locked while the process lives."""
+"""Folders that belong to one job: marked as ours, locked while the process lives.
+
+And model folders, which many may read, and only one that nobody reads may overwrite.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowmem_gblm.disk.publish import TEMPORARY
+from lowmem_gblm.disk.publish import TEMPORARY, flush_folder
+from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError
 
 MARK = ".lowmem-gblm"
@@ -25,11 +30,15 @@ class OwnFolder:
     The mark tells it from a folder of somebody else's. The lock on the mark is the kernel's, so a
     dead process does not keep it.
 
+    Args:
+        path: Where.
+        owner: What the mark says, for `owner_of`.
+
     Raises:
         JobError: The folder exists without the mark, or another process is using it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: str = "") -> None:
         self.path = path
         # An empty one may be our own, left by an attempt that was killed between two operations.
         if path.exists() and not (path / MARK).is_file() and not _is_empty(path):
@@ -37,13 +46,21 @@ class OwnFolder:
                 f"{path} exists and was not made by lowmem-gblm: move it away, or choose another "
                 f"place"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path / MARK, "ab")  # noqa: SIM115 - held until release or remove
+        _make(path)
+        # Held until release or remove.
+        self._lock = open(path / MARK, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise JobError(f"another process is using {path}: wait for it, or end it") from None
+        try:
+            with blamed(path / MARK):
+                self._lock.truncate(0)
+                self._lock.write(os.fsencode(owner))
+        except OSError:
+            self._lock.close()
+            raise
 
     def empty(self, but: Collection[str] = ()) -> None:
         """Remove what an earlier process left there, but for files of these names."""
@@ -75,6 +92,43 @@ class OwnFolder:
             self.empty()
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def owner_of(path: Path) -> str:
+    """What the mark of a folder of ours says; empty where there is none."""
+    mark = path / MARK
+    return os.fsdecode(mark.read_bytes()) if mark.is_file() else ""
+
+
+@contextmanager
+def in_use(model: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a model folder: together with all who read it, or alone, to overwrite it.
+
+    The lock is the kernel's; file systems without locks hold nobody off.
+
+    Raises:
+        JobError: Another process overwrites it; or reads it, for who wants to be alone.
+    """
+    descriptor = os.open(model, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = "is using" if alone else "is overwriting"
+                raise JobError(f"another process {what} {model}: wait for it, or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(path: Path) -> None:
+    """Create a folder, and those above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with suppress(PermissionError):
+            flush_folder(folder.parent)
 
 
 def _is_empty(path: Path) -> bool:

@@ -32,9 +32,10 @@ import torch
 
 from lowmem_gblm.disk.behind import OneBehind
 from lowmem_gblm.disk.checkpoint import Checkpoint, TensorEntry, read_header
-from lowmem_gblm.disk.files import RECORD
+from lowmem_gblm.disk.files import NOTICE, RECORD
+from lowmem_gblm.disk.job import Job, read_journal
 from lowmem_gblm.disk.notice import Notice
-from lowmem_gblm.disk.output import Output, publish_shard, write_tensors
+from lowmem_gblm.disk.output import Output, publish_shard, summary_of, write_tensors
 from lowmem_gblm.disk.publish import publish_json
 from lowmem_gblm.disk.trouble import blamed
 from lowmem_gblm.errors import JobError, RequestError, shown
@@ -50,7 +51,7 @@ class InPlace:
     Args:
         source: The checkpoint.
         pruned: Names on disk of the tensors of every decoder block that are to be pruned.
-        work_folder: Of the job; nobody else uses it.
+        job: Its work folder, which nobody else uses, and its number.
         keep: Files of the work folder that the journal has; what is left of them is written over
             the old tensors now, and any other such file is removed.
 
@@ -59,7 +60,7 @@ class InPlace:
         bytes_written: Into the shards.
 
     Raises:
-        JobError: A file in `keep` is damaged.
+        JobError: A file in `keep` is damaged, or the model was replaced in the meantime.
         OSError: The disk is full or failing.
     """
 
@@ -67,16 +68,17 @@ class InPlace:
         self,
         source: Checkpoint,
         pruned: Sequence[Sequence[str]],
-        work_folder: Path,
+        job: Job,
         keep: Mapping[str, dict[str, Any]],
     ) -> None:
         self.shards: dict[str, dict[str, Any]] = {}
         self.bytes_written = 0
         self._source = source
         self._pruned = pruned
-        self._work_folder = work_folder
+        self._work_folder = job.folder
         self._published: dict[str, dict[str, Any]] = {}
-        self._notice = Notice(source.folder, work_folder)
+        self._notice = Notice(source.folder, job.folder, job.id)
+        self._check_overwritten(keep)
         self._notice.tell(overwritten=bool(keep))
         self._repair(keep)
         self._writer = OneBehind("write-block")
@@ -85,7 +87,11 @@ class InPlace:
         """Leave everything for another attempt to `keep`; or nothing was or is left to be done."""
         self._writer.close()
         if not keep:
-            self._notice.remove()
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        """The model is whole, or as it was: the notice goes."""
+        self._notice.remove()
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
         """Publish the pruned tensors of decoder block `index` in a thread of its own.
@@ -136,15 +142,32 @@ class InPlace:
             `record`.
         """
         publish_json(self._source.folder / RECORD, record)
-        self._notice.remove()
+        self.withdraw()
         return record
 
     def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """In a thread of its own."""
-        entries = [self._source.tensors[name] for name in self._pruned[index]]
+        entries = self._entries(index)
         path = self._work_folder / _file_name(index)
         write = partial(write_tensors, tensors=tensors)
         self._published[path.name] = publish_shard(path, entries, write)
+
+    def _entries(self, index: int) -> list[TensorEntry]:
+        return [self._source.tensors[name] for name in self._pruned[index]]
+
+    def _check_overwritten(self, keep: Mapping[str, dict[str, Any]]) -> None:
+        """Raise `JobError` unless blocks that were overwritten hold what was written."""
+        for index in range(len(self._pruned)):
+            name = _file_name(index)
+            if name not in keep or (self._work_folder / name).exists():
+                continue
+            if summary_of(self._source, self._entries(index)) != keep[name]:
+                raise JobError(
+                    f"{self._source.folder} is not the model that was being pruned: block {index} "
+                    f"does not hold what was written over it. If the model was put back or fetched "
+                    f"anew, remove {self._source.folder / NOTICE} and {self._work_folder} to begin "
+                    f"anew"
+                )
 
     def _repair(self, keep: Mapping[str, dict[str, Any]]) -> None:
         """Finish what an earlier run has begun to write over the old tensors."""
@@ -233,6 +256,12 @@ def check_finite(source: Checkpoint, blocks: Iterable[Iterable[str]]) -> None:
         source.read_finite(name, room[: source.tensors[name].nbytes])
 
 
+def overwritten_blocks(work_folder: Path) -> list[int]:
+    """Blocks of which the journal of a job has the new tensors."""
+    entries = read_journal(work_folder, in_place=True)
+    return sorted(_block_of(name) for entry in entries for name in entry["shards"])
+
+
 def _check_writable(path: Path) -> None:
     if not os.access(path, os.W_OK):
         raise RequestError(
@@ -259,6 +288,10 @@ def _named(path: Path) -> str:
 def _file_name(block: int | str) -> str:
     number = f"{block:05}" if isinstance(block, int) else block
     return f"overwrites-{number}.safetensors"
+
+
+def _block_of(file_name: str) -> int:
+    return int(Path(file_name).stem.removeprefix("overwrites-"))
 
 
 def _summary(file: Path) -> dict[str, Any]:

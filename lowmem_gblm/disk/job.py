@@ -11,20 +11,25 @@ step of which everything is on the disk. A resumed job goes on with the next one
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from lowmem_gblm.disk.checkpoint import read_json
-from lowmem_gblm.disk.files import RECORD
-from lowmem_gblm.disk.folder import MARK, OwnFolder
-from lowmem_gblm.disk.notice import NOTICE
+from lowmem_gblm.disk.files import NOTICE, RECORD
+from lowmem_gblm.disk.folder import MARK, OwnFolder, owner_of
+from lowmem_gblm.disk.notice import is_about
 from lowmem_gblm.disk.output import partial_folder
-from lowmem_gblm.disk.publish import publish_json
-from lowmem_gblm.errors import CheckpointError, JobError
+from lowmem_gblm.disk.publish import flush_folder, publish_json, replace_json
+from lowmem_gblm.errors import CheckpointError, JobError, RequestError
 
 _DESCRIPTION = "job.json"
 _JOURNAL = "journal"
+# What is another when a job was moved or copied.
+_PLACES = ("folder", "output", "request")
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
@@ -47,9 +52,15 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 
 def forget_finished(output: Path, folder: Path) -> None:
     """Remove what is left of a job that was killed after its output was whole."""
-    whole = (output / RECORD).is_file() and not partial_folder(output).exists()
-    found = read_description(folder) if whole else None
-    if found is not None and _overwritten(found) in (None, str(output.resolve())):
+    if not (output / RECORD).is_file() or partial_folder(output).exists():
+        return
+    found = read_description(folder)
+    if found is None:
+        # A folder that is ours, but holds no job any more.
+        if (folder / MARK).is_file():
+            with suppress(JobError):
+                OwnFolder(folder).remove()
+    elif read_json(output / RECORD).get("job") == found["id"]:
         (output / NOTICE).unlink(missing_ok=True)
         (output / MARK).unlink(missing_ok=True)
         OwnFolder(folder).remove()
@@ -62,13 +73,21 @@ def is_overwriting(model: Path, folder: Path) -> bool:
         JobError: Its description cannot be read.
     """
     found = read_description(folder)
-    return found is not None and _overwritten(found) == str(model.resolve())
+    if found is None or not found["identity"]["in_place"]:
+        return False
+    return is_about(model, found["id"])
 
 
-def _overwritten(description: Mapping[str, Any]) -> str | None:
-    """The model that a job prunes in place; None for one with an OUTPUT."""
-    folder: str | None = description["identity"].get("overwritten")
-    return folder
+def check_partial(output: Path, job: Job) -> None:
+    """Raise `JobError` if what was written of an output belongs to a job in another folder."""
+    number, _, name = owner_of(partial_folder(output)).partition(" ")
+    folder = Path(name)
+    if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
+        return
+    raise JobError(
+        f"{partial_folder(output)} belongs to the job in {folder}: go on with that "
+        f"({_resume(folder)}); to begin anew, remove both"
+    )
 
 
 def has_steps(folder: Path) -> bool:
@@ -81,27 +100,35 @@ class Job:
 
     Args:
         folder: Made if it is not there.
-        description: Of this run; `identity` in it must be that of the job found there.
+        description: Of this run: `identity`, which must be that of the job found there; its
+            `folder`, `output` and `request`; and what else there is to be kept.
+        expected: The description that was found there when this run was planned.
 
     Attributes:
         entries: Of the journal, oldest first.
         attempts: This one's number: one more than the last that has finished a step.
 
     Raises:
-        JobError: Another job is there, or another process is using it.
+        JobError: Another job is there, another process is using it, or has since it was planned.
+        RequestError: The folder cannot be made.
     """
 
-    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        description: Mapping[str, Any],
+        expected: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
-        self._own = OwnFolder(folder)
         try:
-            previous = read_description(folder)
-            if previous is None or not has_steps(folder):
-                self._begin(description)
-            else:
-                check_same_job(folder, previous["identity"], description["identity"])
-                self._own.remove_temporary()
-            self.entries = _read_journal(folder, description["identity"])
+            self._own = OwnFolder(folder)
+        except PermissionError as error:
+            raise RequestError(
+                f"{folder} cannot be made ({error.strerror}): give another place with --work-dir"
+            ) from None
+        try:
+            self._description = self._found_or_begun(description, expected)
+            self.entries = read_journal(folder, in_place=self._in_place)
             self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
         except BaseException:
             if (folder / _DESCRIPTION).is_file():
@@ -109,6 +136,27 @@ class Job:
             else:
                 self._own.remove()
             raise
+
+    @property
+    def id(self) -> str:
+        """What tells this job from any other."""
+        found: str = self._description["id"]
+        return found
+
+    @property
+    def owner(self) -> str:
+        """What the mark of a folder says that belongs to this job."""
+        return f"{self.id} {self.folder.absolute()}"
+
+    @property
+    def anew(self) -> str:
+        """How to begin anew, if this job cannot be gone on with."""
+        return _anew(self.folder, self._in_place)
+
+    @property
+    def _in_place(self) -> bool:
+        found: bool = self._description["identity"]["in_place"]
+        return found
 
     @property
     def resumed(self) -> bool:
@@ -157,14 +205,54 @@ class Job:
         """The job is over: remove its folder."""
         self._own.remove()
 
+    def _found_or_begun(
+        self, description: Mapping[str, Any], expected: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The description of the job that is gone on with; or of a new one, written down."""
+        earlier = read_description(self.folder)
+        found = earlier if has_steps(self.folder) else None
+        if found != expected:
+            raise JobError(
+                f"another process has worked in {self.folder} meanwhile: give the same command "
+                f"again"
+            )
+        if found is None:
+            # A notice may speak of the job that was begun before, and has come to nothing.
+            begun = {**description, "id": earlier["id"] if earlier else token_hex(8)}
+            self._begin(begun)
+            return begun
+        check_same_job(self.folder, found["identity"], description["identity"])
+        here = {name: description[name] for name in _PLACES}
+        if found["folder"] == here["folder"]:
+            self._check_output(found["output"], here["output"])
+        self._own.remove_temporary()
+        if any(found[name] != here[name] for name in ("folder", "output")):
+            found |= here
+            replace_json(self.folder / _DESCRIPTION, found)
+        return found
+
+    def _check_output(self, former: str, output: str) -> None:
+        """Raise `JobError` if this is the job of another output that is still there."""
+        places = (Path(former), partial_folder(Path(former)))
+        if former != output and any(place.exists() for place in places):
+            raise JobError(
+                f"{self.folder} holds the job of {former}: give another --work-dir, or finish that "
+                f"one first ({_resume(self.folder)})"
+            )
+
     def _begin(self, description: Mapping[str, Any]) -> None:
-        self._own.empty()
+        self._own.empty(but=[_DESCRIPTION])
         (self.folder / _JOURNAL).mkdir()
-        publish_json(self.folder / _DESCRIPTION, description)
+        flush_folder(self.folder)
+        replace_json(self.folder / _DESCRIPTION, description)
 
 
-def _read_journal(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Its entries, oldest first.
+def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
+    """The entries of the journal in a work folder, oldest first.
+
+    Args:
+        folder: The work folder.
+        in_place: Whether its job overwrites a model, for the message.
 
     Raises:
         JobError: One is missing or damaged.
@@ -174,16 +262,16 @@ def _read_journal(folder: Path, identity: Mapping[str, Any]) -> list[dict[str, A
     try:
         return [read_json(path) for path in paths]
     except CheckpointError as error:
-        raise JobError(f"{error}. Look at the disk; {_anew(folder, identity)}") from None
+        raise JobError(f"{error}. Look at the disk; {_anew(folder, in_place)}") from None
 
 
 def _entry_path(folder: Path, number: int) -> Path:
     return folder / _JOURNAL / f"{number:06}.json"
 
 
-def _anew(folder: Path, identity: Mapping[str, Any]) -> str:
+def _anew(folder: Path, in_place: bool) -> str:
     """How to begin anew."""
-    if identity.get("overwritten"):
+    if in_place:
         return f"{NOTICE} in the model says whether it can still be given up"
     return f"to begin anew, remove {folder}"
 
@@ -199,5 +287,10 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     way_out = ", or add --accept-other-rounding" if rounding else ""
     raise JobError(
         f"{folder} holds a job that was begun otherwise ({listed}). To go on with it, ask for what "
-        f"it was begun with (lowmem-gblm resume {folder}){way_out}; {_anew(folder, old)}"
+        f"it was begun with ({_resume(folder)}){way_out}; {_anew(folder, old['in_place'])}"
     )
+
+
+def _resume(folder: Path) -> str:
+    """What to type to go on with a job."""
+    return shlex.join(["lowmem-gblm", "resume", str(folder)])

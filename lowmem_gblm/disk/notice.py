@@ -9,11 +9,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from lowmem_gblm.disk.files import RECORD
+from lowmem_gblm.disk.files import NOTICE, RECORD
 from lowmem_gblm.disk.publish import replace_file
 from lowmem_gblm.errors import JobError
-
-NOTICE = "PRUNING-IN-PLACE"
 
 _INTACT = """\
 lowmem-gblm is pruning the model in this folder in place. Nothing has been overwritten yet.
@@ -23,6 +21,8 @@ If no process is at it any more, this goes on with it:
     {command}
 
 To give up, remove this file and {work_folder}: the model is as it was.
+
+Job {job}
 """
 _PARTLY = """\
 lowmem-gblm is pruning the model in this folder in place. Some of its blocks are pruned and some
@@ -33,6 +33,9 @@ If no process is at it any more, this goes on with it:
     {command}
 
 It needs {work_folder}; without that, the model has to be fetched anew from where it came from.
+Both may be moved, if they stay side by side.
+
+Job {job}
 """
 
 
@@ -42,10 +45,12 @@ class Notice:
     Args:
         model: The folder that it is put into.
         work_folder: Of the job.
+        job: What identifies it.
     """
 
-    def __init__(self, model: Path, work_folder: Path) -> None:
+    def __init__(self, model: Path, work_folder: Path, job: str) -> None:
         self._path = model / NOTICE
+        self._job = job
         self._work_folder = work_folder.absolute()
 
     def tell(self, *, overwritten: bool) -> None:
@@ -56,7 +61,7 @@ class Notice:
         """
         command = shlex.join(["lowmem-gblm", "resume", str(self._work_folder)])
         words = _PARTLY if overwritten else _INTACT
-        text = words.format(command=command, work_folder=self._work_folder)
+        text = words.format(command=command, work_folder=self._work_folder, job=self._job)
         if self._path.is_file() and self._path.read_text() == text:
             return
         replace_file(self._path, text.encode())
@@ -64,6 +69,12 @@ class Notice:
     def remove(self) -> None:
         """The model is whole again."""
         self._path.unlink(missing_ok=True)
+
+
+def is_about(model: Path, job: str) -> bool:
+    """Whether the notice in a model folder is that of a job."""
+    path = model / NOTICE
+    return path.is_file() and f"Job {job}" in path.read_text(errors="replace").splitlines()
 
 
 def check_whole(folder: Path) -> None:

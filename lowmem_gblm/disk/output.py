@@ -35,6 +35,7 @@ class Output:
         final: The folder that will appear.
         source: The checkpoint being pruned.
         blocks: Names on disk of the tensors of every decoder block.
+        owner: The job, as `disk.job.check_partial` knows it.
         keep: Shards that an earlier attempt has finished; anything else it left is removed.
 
     Attributes:
@@ -50,6 +51,7 @@ class Output:
         final: Path,
         source: Checkpoint,
         blocks: list[list[str]],
+        owner: str,
         keep: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.final = final
@@ -61,9 +63,12 @@ class Output:
         self._blocks = blocks
         in_blocks = {name for names in blocks for name in names}
         self._rest = [name for name in source.tensors if name not in in_blocks]
-        self._folder = OwnFolder(self.partial)
+        self._folder = OwnFolder(self.partial, owner)
         self._clean()
         self._writer = OneBehind("write-block")
+
+    def withdraw(self) -> None:
+        """The job is given up: nothing is to be told about it."""
 
     def close(self, *, keep: bool) -> None:
         """Without `publish`, what was written stays for another attempt, or goes."""
@@ -130,8 +135,8 @@ class Output:
             if not path.is_file() or path.stat().st_size != finished["bytes"]:
                 self._folder.close()
                 raise JobError(
-                    f"{path} was written by an interrupted run and is missing or damaged: remove "
-                    f"{self.partial} and the work folder to begin anew, and look at the disk"
+                    f"{path} was written by an interrupted run and is missing or damaged: look at "
+                    f"the disk; to begin anew, remove {self.partial} and the work folder"
                 )
 
     def _shard(self, index: int) -> str:
@@ -196,6 +201,17 @@ def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData)
         write_data(file, entries)
 
     publish_file(path, lambda file: write(Hashing(file, hashed)))
+    size = len(header) + sum(entry.nbytes for entry in entries)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
+
+
+def summary_of(source: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]:
+    """The `bytes` and the `sha256` of a shard that holds these tensors as the source has them."""
+    header = _header(entries)
+    hashed = sha256(header)
+    for entry in entries:
+        for piece in source.pieces(entry.name):
+            hashed.update(piece)
     size = len(header) + sum(entry.nbytes for entry in entries)
     return {"bytes": size, "sha256": hashed.hexdigest()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowmem_gblm.disk.trouble import blamed
+from lowmem_gblm.errors import JobError
 
 TEMPORARY = ".tmp"
 
@@ -107,7 +108,7 @@ class GrowingFile:
         with blamed(self.path):
             os.fsync(self.descriptor)
             os.rename(self._temporary, self.path)
-            _flush_folder(self.path.parent)
+            flush_folder(self.path.parent)
         self._close()
 
     def discard(self) -> None:
@@ -123,30 +124,54 @@ class GrowingFile:
 
 def publish_json(path: Path, value: Any) -> None:
     """Create `path` as readable JSON, in the key order of `value`."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    publish_file(path, lambda file: file.write(text.encode()))
+    publish_file(path, lambda file: file.write(_as_json(value)))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """The same in the place of another file, or where there is none."""
+    replace_file(path, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def publish_folder(partial: Path, final: Path) -> None:
     """Give a finished folder its final name.
 
     Raises:
-        FileExistsError: `final` exists.
-        OSError: The disk is failing; the folder has its former name.
+        JobError: `final` exists by now; the folder has its former name.
+        OSError: The disk is failing; likewise.
     """
-    if final.exists():
-        raise FileExistsError(f"{final} exists already")
-    _flush_folder(partial)
-    with blamed(final):
-        os.rename(partial, final)
+    _check_still_absent(final)
+    flush_folder(partial)
     try:
-        _flush_folder(final.parent)
+        with blamed(final):
+            os.rename(partial, final)
+    except OSError:
+        _check_still_absent(final)
+        raise
+    try:
+        flush_folder(final.parent)
     except OSError:
         os.rename(final, partial)
         raise
 
 
-def _flush_folder(folder: Path) -> None:
+def _check_still_absent(final: Path) -> None:
+    if os.path.lexists(final):
+        raise JobError(
+            f"{final} exists by now: it was made by somebody else during the run. Move it away, "
+            f"then give the same command again; what is done is kept"
+        )
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        OSError: The disk is failing.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with blamed(folder):

@@ -43,11 +43,13 @@ class Spill:
     Args:
         folder: Where files go; must exist.
         host_bytes: How much may stay in host memory.
+        way_out: What to do where a file is damaged, for the message.
     """
 
-    def __init__(self, folder: Path, host_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, host_bytes: int = 0, way_out: str = "") -> None:
         self._folder = folder
         self._room_bytes = host_bytes
+        self._way_out = way_out
         self._held: dict[tuple[str, int], torch.Tensor] = {}
         self._places: dict[tuple[str, int], _Place] = {}
         self._growing: dict[str, GrowingFile] = {}
@@ -90,7 +92,8 @@ class Spill:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         descriptor = self._opened(name)
         try:
-            _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name))
+            if not _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name)):
+                raise self._damaged(name)
         finally:
             os.close(descriptor)
         return tensor
@@ -131,7 +134,7 @@ class Spill:
                 end = max(end, offset + place.dtype.itemsize * torch.Size(shape).numel())
             path = self._path(name)
             if not path.is_file() or path.stat().st_size != end:
-                raise _damaged(path)
+                raise self._damaged(name)
 
     def drop(self, name: str) -> None:
         """Forget everything under `name`."""
@@ -170,23 +173,23 @@ class Spill:
                 return os.open(candidate, os.O_RDONLY)
             except FileNotFoundError:
                 continue
-        raise _damaged(path)
+        raise self._damaged(name)
 
     def _path(self, name: str) -> Path:
         return self._folder / name
 
+    def _damaged(self, name: str) -> JobError:
+        found = f"{self._path(name)} is missing or damaged: look at the disk"
+        return JobError(f"{found}; {self._way_out}" if self._way_out else found)
 
-def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+
+def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> bool:
+    """Read all of a view; whether there was so much."""
     done = 0
     while done < len(view):
         with blamed(path):
             count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
-            raise _damaged(path)
+            return False
         done += count
-
-
-def _damaged(path: Path) -> JobError:
-    return JobError(
-        f"{path} is missing or damaged: remove {path.parent} to begin anew, and look at the disk"
-    )
+    return True

@@ -18,6 +18,7 @@ _FAILING = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENXIO, errn
 _WORDS = (
     (r"model(?:-\d+-of-\d+)?\.safetensors", "the shard"),
     (r"overwrites-0*(\d+)\.safetensors", "the new weights of block {}"),
+    (r"\.lowmem-gblm", "the mark of the folder"),
     (r"embedded", "the hidden states before block 0"),
     (r"(?:dense|pruned)-(\d+)", "the hidden states before block {}"),
     (r"gradient-(\d+)", "the gradients before block {}"),
@@ -48,18 +49,21 @@ def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
     """The same as a sentence.
 
     Args:
-        error: One that `is_trouble`.
-        needs: How much is still needed and how much is free, and where.
+        error: Of the system.
+        needs: How much is still needed and how much is free, and where; empty if it is not known.
         way_out: What the person can do, once the disk is in order.
     """
     path = Path(str(error.filename or "a file of this run"))
     failed = f"{_what(path)} could not be written to {path}"
     if error.errno in _FULL:
-        return DiskFull(f"{_FULL[error.errno]}: {failed}, {needs}: make room, then {way_out}")
-    return DiskError(
-        f"a disk is failing ({error.strerror}): {_what(path)} could not be written to or read from "
-        f"{path}: look after that disk, then {way_out}"
-    )
+        wanting = f"{failed}, {needs}" if needs else failed
+        return DiskFull(f"{_FULL[error.errno]}: {wanting}: make room, then {way_out}")
+    failed = f"{_what(path)} could not be written to or read from {path}"
+    if error.errno in _FAILING:
+        return DiskError(
+            f"a disk is failing ({error.strerror}): {failed}: look after that disk, then {way_out}"
+        )
+    return DiskError(f"{failed} ({error.strerror}): mend that, then {way_out}")
 
 
 def to_go_on(work_folder: Path, *, kept: bool) -> str:

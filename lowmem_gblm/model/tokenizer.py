@@ -72,7 +72,8 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
     """Whatever a broken tokenizer raises, as a `CheckpointError`."""
     try:
         yield
-    except (KeyboardInterrupt, MemoryError, CheckpointError):
+    # GeneratorExit comes where an interruption has kept the block from being entered.
+    except (KeyboardInterrupt, GeneratorExit, MemoryError, CheckpointError):
         raise
     # The library raises bare Exceptions, and its panics are not even Exceptions.
     except BaseException as error:
