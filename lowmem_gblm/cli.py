@@ -18,18 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm import __version__
-from lowmem_gblm.display import (
-    Display,
-    Parser,
-    comparison_table,
-    fail,
-    fail_of_system,
-    plan_lines,
-    prune_lines,
-    reserve_streams,
-    tell,
-    write,
-)
+from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
 from lowmem_gblm.interruption import one_interruption
 from lowmem_gblm.methods import method_names
@@ -42,6 +31,14 @@ from lowmem_gblm.request import (
     options,
     output_folder,
     work_folder_of,
+)
+from lowmem_gblm.terminal import (
+    Parser,
+    fail,
+    fail_of_system,
+    reserve_streams,
+    tell,
+    write,
 )
 
 _DEMO_FOLDER = "lowmem-gblm-demo"

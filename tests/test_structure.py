@@ -35,7 +35,8 @@ ROWS = (
     ("request",),
     ("methods",),
     ("planning", "schedule", "calibration", "progress"),
-    ("interruption", "masks", "machine", "memory", "quota", "rates", "watchdog"),
+    ("interruption", "terminal"),
+    ("masks", "machine", "memory", "quota", "rates", "watchdog"),
     ("errors",),
 )
 ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")
