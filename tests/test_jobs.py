@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -64,6 +65,22 @@ def in_place(run: Run) -> Run:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_job_of_another_version_is_not_gone_on_with(run: Run, tmp_path: Path) -> None:
+    stopped_at(run, tmp_path / "out", "prune", 1)
+    path = tmp_path / "out.work" / "job.json"
+    found = json.loads(path.read_text())
+    del found["id"]
+    path.write_text(json.dumps(found))
+    for go_on in (lambda: run(tmp_path / "out"), lambda: find_job(tmp_path / "out.work")):
+        with pytest.raises(JobError) as caught:
+            go_on()
+        assert str(caught.value) == (
+            f"{path} is that of another version of lowmem-gblm: finish it with that; to begin "
+            f"anew, remove {path.parent}, unless a model was being pruned in place: its {NOTICE} "
+            f"says what can be done then"
+        )
 
 
 # One work folder, several outputs.

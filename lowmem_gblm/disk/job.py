@@ -30,6 +30,7 @@ _DESCRIPTION = "job.json"
 _JOURNAL = "journal"
 # What is another when a job was moved or copied.
 _PLACES = ("folder", "output", "request")
+_DESCRIBED = {"id", "identity", "choices", *_PLACES}
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
@@ -41,13 +42,19 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     path = folder / _DESCRIPTION
     if not (folder / MARK).is_file() or not path.is_file():
         return None
+    anew = (
+        f"to begin anew, remove {folder}, unless a model was being pruned in place: its {NOTICE} "
+        f"says what can be done then"
+    )
     try:
-        return read_json(path)
+        found = read_json(path)
     except CheckpointError as error:
+        raise JobError(f"{error}. Look at the disk; {anew}") from None
+    if not found.keys() >= _DESCRIBED:
         raise JobError(
-            f"{error}. Look at the disk; to begin anew, remove {folder}, unless a model was being "
-            f"pruned in place: its {NOTICE} says what can be done then"
-        ) from None
+            f"{path} is that of another version of lowmem-gblm: finish it with that; {anew}"
+        )
+    return found
 
 
 def forget_finished(output: Path, folder: Path) -> None:
