@@ -20,7 +20,7 @@ from typing import Any
 from lowmem_gblm import __version__
 from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
-from lowmem_gblm.interruption import one_interruption
+from lowmem_gblm.interruption import clear_up, interruptible
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.request import (
     DEMO,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reserve_streams()
     arguments = _parsed(argv)
     _quiet_libraries()
-    with one_interruption(ends=argv is None):
+    with interruptible(ends=argv is None):
         return _run(arguments, argv)
 
 
@@ -79,6 +79,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Say what is kept, and what to type to go on."""
+    clear_up()
     hint = arguments.interrupted(arguments)
     if hint is None:
         return fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem_gblm import machine, memory
 from lowmem_gblm.calibration import evaluation_windows, open_source
-from lowmem_gblm.disk.folder import MARK, OwnFolder, in_use
+from lowmem_gblm.disk.folder import OwnFolder, in_use, owner_of
 from lowmem_gblm.disk.notice import check_whole
 from lowmem_gblm.disk.spill import Spill
 from lowmem_gblm.disk.trouble import explained, is_trouble
@@ -35,6 +35,7 @@ from lowmem_gblm.workbench import plan_evaluation
 
 _ON_DISK = Path("/var/tmp")
 _PREFIX = "lowmem-gblm-"
+_OWNER = "eval"
 
 
 def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _told_of_its_disk(made: Plan, folder: Path) -> Iterator[None]:
 def _folder(parent: Path) -> Iterator[Path]:
     """A new folder's name; what is put there goes."""
     parent.mkdir(parents=True, exist_ok=True)
-    own = OwnFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)))
+    own = OwnFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)), _OWNER)
     try:
         yield own.path
     finally:
@@ -200,7 +201,7 @@ def _folder(parent: Path) -> Iterator[Path]:
 def _remove_left_behind(parent: Path) -> None:
     """Remove folders of this user whose process was killed: they may hold gigabytes."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        # One without a mark may be about to get it; one that is in use has an owner.
+        # Not those of a job, which may be called alike, and not one that is about to be marked.
         with suppress(OSError, JobError):
-            if folder.lstat().st_uid == os.getuid() and (folder / MARK).is_file():
-                OwnFolder(folder).remove()
+            if folder.lstat().st_uid == os.getuid() and owner_of(folder) == _OWNER:
+                OwnFolder(folder, _OWNER).remove()

@@ -126,7 +126,7 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
     if model.is_absolute() and not model.exists():
         how = "move it back" if request.in_place else "give the prune command with its new place"
         raise JobError(f"the model {model} of the job in {folder} is not there any more: {how}")
-    return replace(request, work_dir=place)
+    return request if request.work_dir is None else replace(request, work_dir=place)
 
 
 def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lowmem_gblm.interruption import check_interrupted
 from lowmem_gblm.memory import host_peak_bytes
 
 
@@ -100,8 +101,13 @@ class Progress:
         self._earlier[name] = self._earlier.get(name, 0.0) + seconds
 
     def step(self) -> None:
-        """One step of the current stage is done."""
+        """One step of the current stage is done.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came, and nobody has taken notice.
+        """
         assert self._stage is not None, "a step belongs to a stage"
+        check_interrupted()
         self._step += 1
         if self._listener is None:
             return

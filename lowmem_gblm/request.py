@@ -298,11 +298,19 @@ def check_places(request: PruneRequest) -> None:
         inside += [(what, place, partial) for what, place in places.items()]
         inside += [("the work folder", work, one) for one in (output, partial)]
     for what, place, folder in inside:
-        if place.resolve().is_relative_to(folder.resolve()):
+        if _resolved(place).is_relative_to(_resolved(folder)):
             raise RequestError(
                 f"{what} is {place}, which must not lie in {folder}: that is made and removed by "
                 f"the run. Choose another OUTPUT or --work-dir"
             )
+
+
+def _resolved(path: Path) -> Path:
+    """The path, links followed; as it is where they lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        return path.absolute()
 
 
 def to_json(request: PruneRequest) -> dict[str, Any]:

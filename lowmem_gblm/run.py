@@ -21,6 +21,7 @@ from lowmem_gblm.disk.trouble import explained, to_go_on
 from lowmem_gblm.errors import JobError, NonFiniteError, UnsupportedModel
 from lowmem_gblm.forecast import still_needed
 from lowmem_gblm.identity import device_name
+from lowmem_gblm.interruption import clear_up
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import stages
@@ -211,6 +212,7 @@ def _begun(
             progress = Progress(stages(bench), listener)
             yield _assembled(bench, job, output, progress, check_memory, within)
         except BaseException as error:
+            clear_up()
             within.close()
             hopeless = isinstance(error, _HOPELESS)
             overwritten = bench.request.in_place and bool(_shards(job))

@@ -19,6 +19,7 @@ from tiny import save_tiny
 
 from lowmem_gblm import cli
 from lowmem_gblm.disk import publish
+from lowmem_gblm.interruption import check_interrupted, clear_up, interruptible
 from lowmem_gblm.model.tokenizer import _tokenizer_errors
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -179,6 +180,24 @@ def test_the_first_of_two_interruptions_counts(
     for number in SIGNALS:
         os.kill(child.pid, number)
     goes_on(*child.ended(), tmp_path / "out", expected[0])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_no_interruption_is_lost_and_none_is_interrupted(number: signal.Signals) -> None:
+    """Python drops what is raised while an object is being finalized."""
+    former = signal.getsignal(number)
+    with interruptible(ends=False):
+        check_interrupted()
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+            with pytest.raises(KeyboardInterrupt):
+                check_interrupted()
+        clear_up()
+        os.kill(os.getpid(), number)
+        check_interrupted()
+    assert signal.getsignal(number) == former
+    check_interrupted()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

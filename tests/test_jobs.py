@@ -24,7 +24,7 @@ from lowmem_gblm.disk.job import Job
 from lowmem_gblm.disk.notice import NOTICE, Notice
 from lowmem_gblm.disk.output import Output
 from lowmem_gblm.errors import BudgetError, CheckpointError, DiskError, JobError, RequestError
-from lowmem_gblm.pipeline import find_job
+from lowmem_gblm.pipeline import find_job, prune
 from lowmem_gblm.request import PruneRequest, to_json
 from lowmem_gblm.watchdog import HostWatch
 
@@ -199,6 +199,51 @@ def test_an_output_that_was_moved_with_its_work_folder_is_gone_on_with_there(
     assert names(tmp_path) == {"expected", "there"}
 
 
+def test_a_project_may_be_moved_twice_and_a_copy_of_it_gone_on_with(
+    run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "1" / "out", "dense", 1)
+    for number, (stage, step) in enumerate([("reverse", 1), ("prune", 1)], start=2):
+        (tmp_path / f"{number - 1}").rename(tmp_path / f"{number}")
+
+        def again(work: Path, **options: Any) -> None:
+            prune(find_job(work), **options)
+
+        stopped_at(again, tmp_path / f"{number}" / "out.work", stage, step)
+    shutil.copytree(tmp_path / "3", tmp_path / "copy")
+    for name in ("copy", "3"):
+        prune(find_job(tmp_path / name / "out.work"))
+        assert content(tmp_path / name / "out") == content(tmp_path / "expected")
+        assert names(tmp_path / name) == {"out"}
+    assert names(tmp_path) == {"3", "copy", "expected"}
+
+
+def test_an_output_that_lies_elsewhere_by_now_and_is_linked_to_is_the_same(
+    run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "small" / "out", "prune", 1, work_dir=tmp_path / "work")
+    (tmp_path / "small").rename(tmp_path / "large")
+    (tmp_path / "small").symlink_to(tmp_path / "large")
+    run(tmp_path / "small" / "out", work_dir=tmp_path / "work")
+    assert content(tmp_path / "large" / "out") == content(tmp_path / "expected")
+
+
+def test_what_is_left_of_an_output_whose_job_is_gone_is_written_anew(
+    run: Run, tmp_path: Path
+) -> None:
+    """In the folder of its job another one was begun meanwhile."""
+    run(tmp_path / "expected")
+    stopped_at(run, tmp_path / "one" / "out", "prune", 1, work_dir=tmp_path / "work")
+    shutil.rmtree(tmp_path / "work")
+    stopped_at(run, tmp_path / "two" / "out", "prune", 1, work_dir=tmp_path / "work")
+    run(tmp_path / "one" / "out")
+    run(tmp_path / "two" / "out", work_dir=tmp_path / "work")
+    for name in ("one", "two"):
+        assert content(tmp_path / name / "out") == content(tmp_path / "expected")
+
+
 def test_a_model_that_is_half_pruned_may_be_moved_with_its_work_folder(
     in_place: Run, copy: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +299,7 @@ def test_a_model_with_other_matrices_is_not_taken_for_the_one_begun(
         if "layers.1" in name and tensor.ndim == 2:
             tensor += 0.1
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(JobError, match=r"was begun otherwise \(source_blocks: \["):
+    with pytest.raises(JobError, match=r"was begun otherwise \(source_blocks: other in 1\)"):
         in_place(copy)
 
 

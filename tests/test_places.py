@@ -247,17 +247,25 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next_one(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     left = tmp_path / "lowmem-gblm-killed"
-    left.mkdir()
-    for name in (MARK, "dense-3"):
-        (left / name).touch()
+    OwnFolder(left, "eval").close()
+    (left / "dense-3").touch()
     evaluate(llama, text_file, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("owner", ["", "0123abcd /somewhere/lowmem-gblm-x.work"])
+def test_the_folder_of_a_job_is_none_that_an_evaluation_left(
+    owner: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    OwnFolder(tmp_path / "lowmem-gblm-x.work", owner).close()
+    evaluate(llama, text_file, tmp_path)
+    assert (tmp_path / "lowmem-gblm-x.work").is_dir()
 
 
 def test_what_another_evaluation_is_using_or_has_only_begun_stays(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    other = OwnFolder(tmp_path / "lowmem-gblm-living")
+    other = OwnFolder(tmp_path / "lowmem-gblm-living", "eval")
     (tmp_path / "lowmem-gblm-begun").mkdir()
     (tmp_path / "lowmem-gblm-notes").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -270,8 +278,7 @@ def test_what_another_user_left_stays(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = tmp_path / "lowmem-gblm-killed"
-    left.mkdir()
-    (left / MARK).touch()
+    OwnFolder(left, "eval").close()
     monkeypatch.setattr(perplexity.os, "getuid", lambda: left.stat().st_uid + 1)
     evaluate(llama, text_file, tmp_path)
     assert left.is_dir()

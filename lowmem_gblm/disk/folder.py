@@ -83,7 +83,7 @@ class OwnFolder:
 
     def release(self, path: Path) -> None:
         """Give up the folder, by now called `path`, and keep its content."""
-        (path / MARK).unlink()
+        (path / MARK).unlink(missing_ok=True)
         self._lock.close()
 
     def remove(self) -> None:

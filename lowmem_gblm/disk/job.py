@@ -68,9 +68,10 @@ def forget_finished(output: Path, folder: Path) -> None:
             with suppress(JobError):
                 OwnFolder(folder).remove()
     elif read_json(output / RECORD).get("job") == found["id"]:
+        own = OwnFolder(folder)
         (output / NOTICE).unlink(missing_ok=True)
         (output / MARK).unlink(missing_ok=True)
-        OwnFolder(folder).remove()
+        own.remove()
 
 
 def is_overwriting(model: Path, folder: Path) -> bool:
@@ -90,6 +91,8 @@ def check_partial(output: Path, job: Job) -> None:
     number, _, name = owner_of(partial_folder(output)).partition(" ")
     folder = Path(name)
     if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
+        return
+    if (read_description(folder) or {}).get("id") != number:
         return
     raise JobError(
         f"{partial_folder(output)} belongs to the job in {folder}: go on with that "
@@ -231,17 +234,18 @@ class Job:
         check_same_job(self.folder, found["identity"], description["identity"])
         here = {name: description[name] for name in _PLACES}
         if found["folder"] == here["folder"]:
-            self._check_output(found["output"], here["output"])
+            self._check_output(found, here["output"])
         self._own.remove_temporary()
         if any(found[name] != here[name] for name in ("folder", "output")):
             found |= here
             replace_json(self.folder / _DESCRIPTION, found)
         return found
 
-    def _check_output(self, former: str, output: str) -> None:
+    def _check_output(self, found: Mapping[str, Any], output: str) -> None:
         """Raise `JobError` if this is the job of another output that is still there."""
-        places = (Path(former), partial_folder(Path(former)))
-        if former != output and any(place.exists() for place in places):
+        former = Path(found["output"])
+        written = owner_of(partial_folder(former)).startswith(found["id"])
+        if former.resolve() != Path(output) and (written or is_about(former, found["id"])):
             raise JobError(
                 f"{self.folder} holds the job of {former}: give another --work-dir, or finish that "
                 f"one first ({_resume(self.folder)})"
@@ -289,13 +293,25 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     differing = [name for name in names if old.get(name) != new.get(name)]
     if not differing:
         return
-    listed = "; ".join(f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
+    listed = "; ".join(_difference(name, old.get(name), new.get(name)) for name in differing)
     rounding = differing == ["device"]
     way_out = ", or add --accept-other-rounding" if rounding else ""
     raise JobError(
         f"{folder} holds a job that was begun otherwise ({listed}). To go on with it, ask for what "
         f"it was begun with ({_resume(folder)}){way_out}; {_anew(folder, old['in_place'])}"
     )
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Old and new value; of hashes of blocks, which blocks."""
+    if name == "source_blocks" and old and new:
+        others = [
+            str(index)
+            for index, (one, other) in enumerate(zip(old, new, strict=False))
+            if one != other
+        ]
+        return f"{name}: other in {', '.join(others)}"
+    return f"{name}: {old!r}, now {new!r}"
 
 
 def _resume(folder: Path) -> str:
