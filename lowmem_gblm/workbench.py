@@ -201,7 +201,7 @@ class Workbench:
             trust_remote_code=request.trust_remote_code,
         )
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What gives another result if it is another."""
         asked = identity(self.request, self.opened, self.seqlen)

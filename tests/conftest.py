@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import torch
 from tiny import sample_text, save_tiny
 from transformers.utils import logging as transformers_logging
+
+import lowmem_gblm
 
 # Tiny products gain nothing from threads, and lose a lot when the cores are busy.
 torch.set_num_threads(1)
@@ -47,3 +51,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in one file. Not to be modified."""
     return save_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two small blocks in one file. Not to be modified."""
+    return save_tiny("llama", tmp_path_factory.mktemp("small") / "model", blocks=2, width=16)
+
+
+@pytest.fixture
+def prune_in_place(text_file: Path) -> Callable[..., dict[str, Any]]:
+    """Prunes a model in place, as one who has confirmed it."""
+
+    def prune(model: Path, **options: Any) -> dict[str, Any]:
+        confirmed = {"in_place": True, "overwrite_my_only_copy": True}
+        asked = {"nsamples": 2, "seqlen": 16, "calibration": str(text_file)}
+        return lowmem_gblm.prune(model, None, **asked | confirmed | options)
+
+    return prune

@@ -27,26 +27,13 @@ from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.sweeps.decide import Pruner
 
 SIZE = {"nsamples": 2, "seqlen": 16}
-CONFIRMED = {"in_place": True, "overwrite_my_only_copy": True}
 KILLS = 15
 Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def run(text_file: Path) -> Run:
-    """Prunes a model in place."""
-
-    def run(model: Path, **options: Any) -> dict[str, Any]:
-        options = SIZE | CONFIRMED | {"calibration": str(text_file)} | options
-        return lowmem_gblm.prune(model, None, **options)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small blocks in one file. Not to be modified."""
-    return save_tiny("llama", tmp_path_factory.mktemp("small") / "model", blocks=2, width=16)
+def run(prune_in_place: Run) -> Run:
+    return prune_in_place
 
 
 @pytest.fixture

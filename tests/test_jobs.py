@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from interruptions import content, stopped_at
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
 
 import lowmem_gblm
 from lowmem_gblm.cli import main
@@ -29,14 +28,12 @@ from lowmem_gblm.request import PruneRequest, to_json
 from lowmem_gblm.watchdog import HostWatch
 
 SIZE = {"nsamples": 2, "seqlen": 16}
-IN_PLACE = {"in_place": True, "overwrite_my_only_copy": True}
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be modified."""
-    return save_tiny("llama", tmp_path_factory.mktemp("jobs") / "model", blocks=2, width=16)
+@pytest.fixture
+def model(small: Path) -> Path:
+    return small
 
 
 @pytest.fixture
@@ -56,11 +53,8 @@ def run(model: Path, text_file: Path) -> Run:
 
 
 @pytest.fixture
-def in_place(run: Run) -> Run:
-    def in_place(model: Path, **options: Any) -> dict[str, Any]:
-        return run(None, model, **IN_PLACE, **options)
-
-    return in_place
+def in_place(prune_in_place: Run) -> Run:
+    return prune_in_place
 
 
 def names(folder: Path) -> set[str]:

@@ -14,7 +14,6 @@ import torch
 from interruptions import stopped_at
 from safetensors.torch import load_file, save_file
 from test_remote_code import edit, modules_of_strangers  # noqa: F401
-from tiny import save_tiny
 
 import lowmem_gblm
 from lowmem_gblm import machine
@@ -31,12 +30,6 @@ from lowmem_gblm.errors import (
 
 SIZE = {"nsamples": 3, "seqlen": 16}
 Prune = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small blocks in one file. Not to be modified."""
-    return save_tiny("llama", tmp_path_factory.mktemp("small") / "model", blocks=2, width=16)
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 50
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("resume") / "model", blocks=2, width=16)
+@pytest.fixture
+def model(small: Path) -> Path:
+    return small
 
 
 @pytest.fixture

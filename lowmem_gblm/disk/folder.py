@@ -111,12 +111,13 @@ def in_use(model: Path, *, alone: bool) -> Iterator[None]:
     """
     descriptor = os.open(model, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                what = "is using" if alone else "is overwriting"
-                raise JobError(f"another process {what} {model}: wait for it, or end it") from None
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "is using" if alone else "is overwriting"
+            raise JobError(f"another process {what} {model}: wait for it, or end it") from None
+        except OSError:
+            pass
         yield
     finally:
         os.close(descriptor)
