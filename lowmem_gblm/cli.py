@@ -20,7 +20,7 @@ from typing import Any
 from lowmem_gblm import __version__
 from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
-from lowmem_gblm.interruption import clear_up, interruptible
+from lowmem_gblm.interruption import clear_up, interruptible, interruption_first
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.request import (
     DEMO,
@@ -57,17 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parsed(argv)
     _quiet_libraries()
     with interruptible(ends=argv is None):
-        return _run(arguments, argv)
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _interrupted(arguments, argv)
 
 
-def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     try:
-        code: int = arguments.run(arguments)
-        return code
+        with interruption_first():
+            code: int = arguments.run(arguments)
+            return code
     except LowmemGblmError as error:
         return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _interrupted(arguments, argv)
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError by its name: torch may not have been imported at all.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":

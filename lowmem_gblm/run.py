@@ -21,7 +21,7 @@ from lowmem_gblm.disk.trouble import explained, to_go_on
 from lowmem_gblm.errors import JobError, NonFiniteError, UnsupportedModel
 from lowmem_gblm.forecast import still_needed
 from lowmem_gblm.identity import device_name
-from lowmem_gblm.interruption import clear_up
+from lowmem_gblm.interruption import clear_up, interruption_first
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import stages
@@ -210,7 +210,8 @@ def _begun(
             raise
         try:
             progress = Progress(stages(bench), listener)
-            yield _assembled(bench, job, output, progress, check_memory, within)
+            with interruption_first():
+                yield _assembled(bench, job, output, progress, check_memory, within)
         except BaseException as error:
             clear_up()
             within.close()

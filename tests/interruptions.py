@@ -17,6 +17,8 @@ import pytest
 
 from lowmem_gblm.disk import publish
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
 
 def content(folder: Path) -> dict[str, str]:
     """Every file of a finished output but the record, by its hash."""
@@ -117,3 +119,11 @@ def in_a_child(action: Callable[[], object], seconds: float) -> bool:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
+
+
+def both_at_once() -> None:
+    """Python would raise for the second while what it raised for the first unwinds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
