@@ -4,6 +4,7 @@
 done. Which passes run follows from what the method needs (`schedule`).
 
     embed     every sample through the embeddings
+    rehearse  in place: one sample through all blocks, before one of them is overwritten
     dense     first block to last: forward, keeping every boundary
     head      norm, head and loss: the gradient of the loss at the last boundary
     reverse   last block to first: forward again and backward, gradient magnitudes
@@ -44,6 +45,7 @@ from lowmem_gblm.run import Run, begin_or_resume
 from lowmem_gblm.stats.activation import ActivationStatistic
 from lowmem_gblm.sweeps.dense import boundary, dense_sweep, embed, head_pass, learn_calls
 from lowmem_gblm.sweeps.prune import prune_sweep
+from lowmem_gblm.sweeps.rehearsal import rehearse
 from lowmem_gblm.sweeps.reverse import reverse_sweep
 from lowmem_gblm.watchdog import HostWatch
 from lowmem_gblm.workbench import Workbench, open_workbench
@@ -90,7 +92,7 @@ def _run_passes(bench: Workbench, listener: Listener | None) -> dict[str, Any]:
     ):
         for name in bench.schedule.passes:
             with run.progress.stage(name):
-                run.progress.skip(run.done(name), whole=name in ("embed", "head"))
+                run.progress.skip(run.done(name), whole=name in ("embed", "rehearse", "head"))
                 _PASSES[name](run)
         with run.progress.stage("finish"):
             run.settle()
@@ -174,6 +176,19 @@ def _embed(run: Run) -> None:
         else:
             embed(skeleton, samples_NT, run.conveyor, run.progress)
             run.commit("embed", [])
+
+
+def _rehearse(run: Run) -> None:
+    if run.done("rehearse"):
+        return
+    rehearse(
+        run.blocks,
+        run.bench.opened.skeleton,
+        run.conveyor,
+        run.progress,
+        runs_samples=run.bench.schedule.needs_samples,
+    )
+    run.commit("rehearse", [])
 
 
 def _dense(run: Run) -> None:
@@ -272,6 +287,7 @@ def _prune(run: Run) -> None:
 
 _PASSES = {
     "embed": _embed,
+    "rehearse": _rehearse,
     "dense": _dense,
     "head": _head,
     "reverse": _reverse,

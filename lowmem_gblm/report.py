@@ -29,7 +29,7 @@ def stages(bench: Workbench) -> list[Stage]:
     found = [
         Stage(
             name=name,
-            steps=blocks.get(name, depth) if name in shares else nsamples,
+            steps=nsamples if name in ("embed", "head") else blocks.get(name, depth),
             cost=shares.get(name, 0) * per_share,
         )
         for name in bench.schedule.passes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.disk.behind import OneBehind
-from lowmem_gblm.disk.in_place import InPlace, Target, check_finite
+from lowmem_gblm.disk.in_place import InPlace, Target
 from lowmem_gblm.disk.job import Job, check_partial, read_description
 from lowmem_gblm.disk.notice import Notice
 from lowmem_gblm.disk.output import Output
@@ -238,8 +238,6 @@ def _target(bench: Workbench, job: Job) -> Target:
         check_partial(bench.output, job)
         blocks = bench.opened.skeleton.block_tensors
         return Output(bench.output, checkpoint, blocks, job.owner, keep)
-    if bench.work.reads_first and not job.resumed:
-        check_finite(checkpoint, bench.opened.skeleton.block_tensors)
     return InPlace(checkpoint, bench.pruned_names, job, keep)
 
 

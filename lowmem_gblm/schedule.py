@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activations = Literal["pruned", "dense"]
-Pass = Literal["embed", "dense", "head", "reverse", "prune"]
+Pass = Literal["embed", "rehearse", "dense", "head", "reverse", "prune"]
 
 # FLOPs of a pass in units of (parameters in blocks) x (tokens): a forward takes 2, a backward for
 # the hidden states 2, the gradients of the weights 2.
@@ -21,7 +21,8 @@ class Schedule:
 
     Attributes:
         passes: Their names. "embed" runs where samples are run at all; "dense" and "head" prepare
-            "reverse"; a run has "reverse", "prune" or both.
+            "reverse"; a run has "reverse", "prune" or both. "rehearse" runs in place, where "dense"
+            does not.
         prune_in: The pass in which blocks are pruned and written.
         prune_forwards: Forward passes over every sample within "prune": 0 where the method needs
             no activations, 1 where statistics and next boundary come from the same dense forward,
@@ -40,7 +41,7 @@ class Schedule:
     @property
     def reads(self) -> int:
         """How often every decoder block is read."""
-        return len({"dense", "reverse", "prune"} & set(self.passes))
+        return len({"rehearse", "dense", "reverse", "prune"} & set(self.passes))
 
     @property
     def flops_per_parameter_and_token(self) -> int:
@@ -81,19 +82,24 @@ def reverse_order(depth: int, kept_every: int) -> list[Step]:
     return steps
 
 
-def schedule(needs: Collection[str], activations: Activations) -> Schedule:
+def schedule(
+    needs: Collection[str], activations: Activations, *, in_place: bool = False
+) -> Schedule:
     """The passes for a method that needs these statistics.
 
     Gradients are always those of the dense model. Activations are those of the model pruned so far
     (`pruned`), which takes a sweep of its own from first to last block, or of the dense model
     (`dense`), which a sweep that runs anyway can measure.
+
+    In place, all blocks are read before one is overwritten.
     """
     gradient = "gradient" in needs
     activation = bool({"input_norm", "gram"} & set(needs))
     backward: tuple[Pass, ...] = ("dense", "head", "reverse") if gradient else ()
+    first: tuple[Pass, ...] = backward or (("rehearse",) if in_place else ())
     if gradient and (activations == "dense" or not activation):
         return Schedule(passes=("embed", *backward), prune_in="reverse", prune_forwards=0)
     if not activation:
-        return Schedule(passes=("prune",), prune_in="prune", prune_forwards=0)
+        return Schedule(passes=(*first, "prune"), prune_in="prune", prune_forwards=0)
     forwards = 1 if activations == "dense" else 2
-    return Schedule(passes=("embed", *backward, "prune"), prune_in="prune", prune_forwards=forwards)
+    return Schedule(passes=("embed", *first, "prune"), prune_in="prune", prune_forwards=forwards)

@@ -41,7 +41,7 @@ from lowmem_gblm.request import (
     to_json,
     work_folder,
 )
-from lowmem_gblm.schedule import Schedule, schedule
+from lowmem_gblm.schedule import Activations, Schedule, schedule
 from lowmem_gblm.stats.gradient import GradientNorm, loss_scale
 
 
@@ -72,7 +72,8 @@ class Workbench:
     def schedule(self) -> Schedule:
         """Which passes run."""
         dense = self.request.activations == "dense"
-        return schedule(self.method.needs, "dense" if dense else "pruned")
+        activations: Activations = "dense" if dense else "pruned"
+        return schedule(self.method.needs, activations, in_place=self.request.in_place)
 
     @property
     def gradient_norm(self) -> GradientNorm:

@@ -236,7 +236,7 @@ def test_the_journal_comes_before_the_first_byte_and_the_file_goes_last(
     told(os, "fsync", flushed)
     told(Path, "unlink", lambda path, **_: "remove" if "overwrites" in path.name else None)
     run(model, method="magnitude")
-    assert " ".join(events) == "publish journal overwrite flush remove"
+    assert " ".join(events) == "journal publish journal overwrite flush remove"
 
 
 def test_the_notice_says_what_has_become_of_the_model_and_how_to_go_on(

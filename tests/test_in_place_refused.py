@@ -13,11 +13,19 @@ import torch
 from interruptions import content
 from safetensors.torch import load_file
 from tiny import save_tiny
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lowmem_gblm
 from lowmem_gblm.cli import main
 from lowmem_gblm.disk import in_place
-from lowmem_gblm.errors import BudgetError, JobError, NonFiniteError, RequestError
+from lowmem_gblm.errors import (
+    BudgetError,
+    JobError,
+    NonFiniteError,
+    RequestError,
+    UnsupportedModel,
+)
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 Run = Callable[..., dict[str, Any]]
@@ -52,6 +60,43 @@ def test_weights_that_are_not_numbers_are_found_before_anything_is_overwritten(
     before = content(model)
     with pytest.raises(NonFiniteError, match=f"{name} holds NaN"):
         run(model, method=method)
+    assert content(model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class Einsum(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", input, self.weight)
+
+
+@pytest.fixture
+def strange_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block of a llama multiplies with one matrix in a way of its own."""
+    made = LlamaDecoderLayer.__init__
+
+    def make(self: LlamaDecoderLayer, config: Any, layer_idx: int) -> None:
+        made(self, config, layer_idx)
+        if layer_idx == config.num_hidden_layers - 1:
+            ordinary = self.mlp.down_proj
+            self.mlp.down_proj = Einsum(ordinary.in_features, ordinary.out_features, bias=False)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", make)
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gradient", "gblm"])
+def test_a_block_that_is_not_followed_is_found_before_anything_is_overwritten(
+    method: str, activations: str, strange_block: None, run: Run, model: Path, tmp_path: Path
+) -> None:
+    before, seen = content(model), set()
+    with pytest.raises(UnsupportedModel, match=r"never multiplied activations with mlp\.down_proj"):
+        run(
+            model,
+            method=method,
+            activations=activations,
+            listener=lambda tick: seen.add(tick.stage),
+        )
+    assert seen == {"embed", "dense" if method in ("gradient", "gblm") else "rehearse"}
     assert content(model) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

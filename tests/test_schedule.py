@@ -35,6 +35,17 @@ def test_blocks_are_pruned_in_the_last_pass(method, activations, passes, reads, 
     assert made.prune_in == made.passes[-1]
 
 
+@pytest.mark.parametrize(("method", "activations", "passes", "reads", "flops"), TABLE)
+def test_in_place_all_blocks_are_read_before_one_is_overwritten(
+    method, activations, passes, reads, flops
+):
+    made = schedule(find_method(method).needs, activations, in_place=True)
+    rehearsed = "dense" not in passes
+    assert made.passes[:-1] == (*passes.split()[:-1], *(["rehearse"] if rehearsed else []))
+    assert (made.reads, made.prune_in) == (reads + rehearsed, passes.split()[-1])
+    assert made.flops_per_parameter_and_token == flops
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm", "gradient", "sparsegpt"])
 def test_only_magnitude_needs_no_samples(method):
     needed = schedule(find_method(method).needs, "pruned").needs_samples

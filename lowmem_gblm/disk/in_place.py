@@ -244,18 +244,6 @@ def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool
     _check_writable(source.folder)
 
 
-def check_finite(source: Checkpoint, blocks: Iterable[Iterable[str]]) -> None:
-    """Read all blocks, one tensor at a time, while the model is still what it was.
-
-    Raises:
-        NonFiniteError: A NaN or an infinity is in a tensor: pruning would end there, half-way.
-    """
-    names = [name for block in blocks for name in block]
-    room = torch.empty(max(source.tensors[name].nbytes for name in names), dtype=torch.uint8)
-    for name in names:
-        source.read_finite(name, room[: source.tensors[name].nbytes])
-
-
 def overwritten_blocks(work_folder: Path) -> list[int]:
     """Blocks of which the journal of a job has the new tensors."""
     entries = read_journal(work_folder, in_place=True)

@@ -122,15 +122,23 @@ class Tap(TorchFunctionMode):
         """
         self._left_out = slot
 
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether every matrix was met; of a parameter with several, one of them."""
+        return not self._never_met()
+
     def check_all_seen(self) -> None:
         """Raise `UnsupportedModel` if a matrix, or every expert of a parameter, was never met."""
-        met = {slot.parameter for slot in self._slots.values() if slot not in self._unseen}
-        unseen = sorted({slot.parameter for slot in self._unseen} - met)
+        unseen = self._never_met()
         if unseen:
             raise UnsupportedModel(
                 f"the block never multiplied activations with {', '.join(unseen)}: its forward "
                 f"pass uses an operation that is not followed here"
             )
+
+    def _never_met(self) -> list[str]:
+        met = {slot.parameter for slot in self._slots.values() if slot not in self._unseen}
+        return sorted({slot.parameter for slot in self._unseen} - met)
 
     def _product(
         self,

@@ -216,7 +216,7 @@ def _read(sizes: ModelSizes, work: Work, again: float) -> int:
     in_blocks = sum(sizes.block_bytes)
     rest = sizes.rest_bytes * sum(name in ("embed", "head") for name in work.schedule.passes)
     copied = (sizes.total_bytes - in_blocks) * work.writes
-    checked = in_blocks * work.reads_first + sizes.total_bytes * work.rewrites
+    checked = sizes.total_bytes * work.rewrites
     return int((work.schedule.reads + again) * in_blocks) + rest + copied + checked
 
 

@@ -60,6 +60,9 @@ class _Clock:
     def _embed(self) -> float:
         return self._sizes.rest_bytes / self._speeds.read + self._moved(1)
 
+    def _rehearse(self) -> float:
+        return self._beside(self._forward() / self._work.nsamples, reads=1, boundaries=0)
+
     def _dense(self) -> float:
         return self._beside(self._forward(), reads=1, boundaries=1 + self._sizes.depth)
 
@@ -89,9 +92,8 @@ class _Clock:
         if "gram" in self._work.needs:
             grams = 2 * self._tokens * self._sizes.gram_entries * self._sizes.depth
             computing += grams / self._speeds.products
-        reads = 1 + self._work.reads_first
         boundaries = 2 * forwards * self._sizes.depth
-        return self._beside(computing, reads=reads, boundaries=boundaries, writes=True)
+        return self._beside(computing, reads=1, boundaries=boundaries, writes=True)
 
     def _finish(self) -> float:
         if self._work.rewrites:

@@ -75,6 +75,7 @@ def footprints(sizes: ModelSizes, work: Work, choices: Choices, base_bytes: int)
     passes = (*work.schedule.passes, "finish")
     made = {
         "embed": _outside,
+        "rehearse": _dense,
         "dense": _dense,
         "head": _outside,
         "reverse": _reverse,
@@ -114,8 +115,9 @@ def _outside(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> 
 
 def _dense(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> None:
     _blocks(at, sizes, work, choices)
-    _computing(at, work)["one sample"] = _forward(sizes, work)
-    _carried(at, sizes, work, choices)
+    if work.schedule.needs_samples:
+        _computing(at, work)["one sample"] = _forward(sizes, work)
+        _carried(at, sizes, work, choices)
 
 
 def _reverse(at: Footprint, sizes: ModelSizes, work: Work, choices: Choices) -> None:

@@ -108,11 +108,6 @@ class Work:
         return {"reverse", "prune"} <= set(self.schedule.passes)
 
     @property
-    def reads_first(self) -> bool:
-        """Whether all blocks are looked at before one is overwritten; the dense sweep does so."""
-        return self.rewrites and "dense" not in self.schedule.passes
-
-    @property
     def keeps_boundaries(self) -> bool:
         """Whether the dense sweep keeps boundaries for the reverse sweep."""
         return "reverse" in self.schedule.passes

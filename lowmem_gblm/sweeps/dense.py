@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.stream import Block, BlockStream
+from lowmem_gblm.model.tap import Tap
 from lowmem_gblm.progress import Progress
 from lowmem_gblm.stats.finite import all_finite
 from lowmem_gblm.sweeps.conveyor import Conveyor
@@ -57,15 +58,22 @@ def dense_sweep(
 ) -> None:
     """Run every sample through every block, first to last, from boundary 0.
 
+    What the sweeps to come cannot follow is found here already.
+
     Args:
         samples: Which; those that turn non-finite are dropped.
         keep_every: Which boundaries stay in the spill: 0, k, 2k, … for k, and the last one; only
             the last one for None.
         commit: Called after every block.
         first: Blocks that are done already.
+
+    Raises:
+        UnsupportedModel: A block is computed in a way that is not followed.
     """
     for block in blocks.stream(range(first, blocks.depth)):
-        forward(block, skeleton, conveyor, samples, sweep="dense", name="dense")
+        tap = Tap(block.module, block.slots, [])
+        forward(block, skeleton, conveyor, samples, sweep="dense", name="dense", tap=tap)
+        tap.check_all_seen()
         past = keep_every is None or block.index % keep_every
         commit([boundary("dense", block.index)] if past else [])
         progress.step()
@@ -80,6 +88,7 @@ def forward(
     *,
     sweep: str,
     name: str,
+    tap: Tap | None = None,
 ) -> None:
     """Run every sample through one resident block, from its boundary to the next one.
 
@@ -87,13 +96,15 @@ def forward(
         samples: Which; those that leave the block non-finite are dropped.
         sweep: Whose boundaries.
         name: Of the pass.
+        tap: Sees the multiplications until it has met every matrix.
 
     Raises:
         NonFiniteError: Too many are dropped.
     """
     order, finite = samples.left, []
     for n, (hidden,) in conveyor.arriving([boundary(sweep, block.index)], order):
-        out = skeleton.forward_block(block.index, hidden)
+        tap = None if tap is None or tap.has_seen_all else tap
+        out = skeleton.forward_block(block.index, hidden, tap)
         finite.append(all_finite(out))
         conveyor.leaving(boundary(sweep, block.index + 1), n, out)
     samples.drop(sick(order, finite), name, block.index)
