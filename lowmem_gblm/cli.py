@@ -19,7 +19,8 @@ from typing import Any
 
 from lowmem_gblm import __version__
 from lowmem_gblm.display import Display, comparison_table, plan_lines, prune_lines
-from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError, RequestError
+from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
+from lowmem_gblm.flags import add_options, request_from
 from lowmem_gblm.interruption import clear_up, interruptible, interruption_first
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.request import (
@@ -137,7 +138,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     from lowmem_gblm.pipeline import prune
 
     output = None if arguments.output is None else Path(arguments.output)
-    request = _request(PruneRequest, arguments, output=output)
+    request = request_from(PruneRequest, arguments, output=output)
     with Display(sys.stderr) as display:
         record = prune(request, display)
     made = _made(arguments)
@@ -162,7 +163,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from lowmem_gblm.pipeline import make_plan
 
-    made = make_plan(_request(PruneRequest, arguments)).as_json()
+    made = make_plan(request_from(PruneRequest, arguments)).as_json()
     _print(arguments, made, lambda: plan_lines(made))
     return 0
 
@@ -171,7 +172,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from lowmem_gblm.perplexity import evaluate
 
     with Display(sys.stderr) as display:
-        result = evaluate(_request(EvalRequest, arguments), display)
+        result = evaluate(request_from(EvalRequest, arguments), display)
     _print(
         arguments,
         result,
@@ -202,7 +203,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    request = _request(PruneRequest, arguments)
+    request = request_from(PruneRequest, arguments)
     evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
     methods = [name.strip() for name in arguments.methods.split(",")]
     return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
@@ -218,7 +219,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _checkpoints_stay(arguments: argparse.Namespace) -> str:
     """What an interrupted comparison says."""
-    return "Finished checkpoints stay; move them away, or give another --output. To begin again"
+    return f"What is pruned is kept in {arguments.output}. To go on"
+
+
+def _demo_stays(arguments: argparse.Namespace) -> str:
+    """What an interrupted demo says."""
+    return "What is pruned stays. To begin again"
 
 
 def _free_folder(path: Path) -> Path:
@@ -262,13 +268,6 @@ def _print(
         tell(f"the result could not be printed ({error}): it is in {folder / _RECORD}")
 
 
-def _request(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
-    values = {one.name: getattr(arguments, one.name) for one in options(kind)}
-    repeated = {one.name for one in options(kind) if one.metadata["repeat"]}
-    values |= {name: tuple(values[name] or ()) for name in repeated}
-    return kind(model=arguments.model, **values, **more)
-
-
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was typed. Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
     parser = _parser()
@@ -300,20 +299,20 @@ def _parser() -> argparse.ArgumentParser:
         "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
     )
     command.set_defaults(interrupted=_kept)
-    _add_options(command, PruneRequest)
+    add_options(command, PruneRequest)
 
     command = _command(commands, "resume", _resume, "go on with an interrupted prune")
     command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
     command.set_defaults(interrupted=_kept_in)
-    _add_options(command, PruneRequest, only=_MAY_CHANGE)
+    add_options(command, PruneRequest, only=_MAY_CHANGE)
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    _add_options(command, PruneRequest)
+    add_options(command, PruneRequest)
 
     command = _command(commands, "eval", _eval, "perplexity, streamed")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    _add_options(command, EvalRequest)
+    add_options(command, EvalRequest)
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")
     command.add_argument("model", metavar="MODEL", help=model_help)
@@ -329,16 +328,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
     command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
-    _add_options(command, PruneRequest, without=("method", *_IN_PLACE))
+    add_options(command, PruneRequest, without=("method", *_IN_PLACE))
 
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
-    command.set_defaults(interrupted=_checkpoints_stay)
+    command.set_defaults(interrupted=_demo_stays)
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
-    _add_options(command, Resources)
+    add_options(command, Resources)
     return parser
 
 
@@ -349,48 +348,3 @@ def _command(
     command.set_defaults(run=run, interrupted=_nothing_left)
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return command
-
-
-def _add_options(
-    command: argparse.ArgumentParser,
-    kind: type[Any],
-    without: Sequence[str] = (),
-    only: Sequence[str] | None = None,
-) -> None:
-    for one in options(kind):
-        if only is not None and one.name not in only:
-            continue
-        if one.name in without:
-            command.set_defaults(**{one.name: one.default})
-            continue
-        described = one.metadata
-        flag = f"--{one.name.replace('_', '-')}"
-        if described["parse"] is bool:
-            command.add_argument(flag, action="store_true", help=described["help"])
-            continue
-        shown = "" if one.default in (None, ()) else " [%(default)s]"
-        help = described["help"]
-        if one.name == "method":
-            help = f"one of {', '.join(method_names())}"
-        command.add_argument(
-            flag,
-            default=None if described["repeat"] else one.default,
-            type=_typed(described["parse"]),
-            choices=described["choices"] or None,
-            metavar=None if described["choices"] else described["metavar"],
-            action="append" if described["repeat"] else "store",
-            help=help + shown,
-        )
-
-
-def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser whose `RequestError` becomes argparse's own."""
-
-    def typed(text: str) -> Any:
-        try:
-            return parse(text)
-        except RequestError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    typed.__name__ = getattr(parse, "__name__", "value")
-    return typed

@@ -10,7 +10,7 @@ from typing import Any
 from lowmem_gblm.disk.output import check_absent
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.perplexity import evaluate
-from lowmem_gblm.pipeline import prune
+from lowmem_gblm.pipeline import find_finished, prune
 from lowmem_gblm.progress import Listener
 from lowmem_gblm.request import EvalRequest, PruneRequest
 
@@ -27,6 +27,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Prune with several methods and measure the perplexity of each result.
 
+    Called again after an interruption it goes on: what is pruned already is only measured.
+
     Args:
         request: What they have in common; its method and output are replaced.
         methods: Their names.
@@ -40,7 +42,8 @@ def compare(
         `seconds` (pruning alone), `host_peak_bytes`, `gpu_peak_bytes`, `output`.
 
     Raises:
-        JobError: One of the outputs exists already; nothing has been done then.
+        JobError: One of the outputs exists already and is something else; nothing has been done
+            then.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     say = announce or (lambda text: None)
@@ -48,16 +51,22 @@ def compare(
     if twice:
         raise RequestError(f"--methods names the method {twice[0]} twice")
     requests = [replace(request, method=name, output=folder / name) for name in methods]
+    finished = {one.method: find_finished(one) for one in requests}
     for one in requests:
-        check_absent(folder / one.method)
+        if finished[one.method] is None:
+            check_absent(folder / one.method)
     say("dense: measuring perplexity")
     dense = evaluate(replace(evaluation, model=request.model), listener)
     # The embedded text of the dense model is what the pruned ones are measured on, too.
     evaluation = replace(evaluation, text=dense["text"], seqlen=dense["seqlen"])
     rows = [_row("dense", dense["perplexity"], 0.0, {}, None)]
     for one in requests:
-        say(f"{one.method}: pruning")
-        record = prune(one, listener)
+        record = finished[one.method]
+        if record is None:
+            say(f"{one.method}: pruning")
+            record = prune(one, listener)
+        else:
+            say(f"{one.method}: is pruned already")
         say(f"{one.method}: measuring perplexity")
         result = evaluate(replace(evaluation, model=str(one.output)), listener)
         sparsity = record["sparsity_measured"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +52,14 @@ def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str,
         "dtype": str(opened.skeleton.dtype).removeprefix("torch."),
     }
     return {**asked, **understood}
+
+
+def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What pruning.json says of these parts of a job's identity, as far as it has them."""
+    said = dict(record)
+    for part in ("fingerprints", "versions"):
+        said |= record.get(part) or {}
+    return {name: said[name] for name in names if name in said}
 
 
 def computing_versions() -> dict[str, str]:

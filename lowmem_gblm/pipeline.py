@@ -23,12 +23,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from lowmem_gblm import memory
+from lowmem_gblm.disk.checkpoint import read_json
+from lowmem_gblm.disk.files import RECORD
 from lowmem_gblm.disk.folder import in_use
 from lowmem_gblm.disk.in_place import check_confirmed, check_unpruned
-from lowmem_gblm.disk.job import forget_finished, read_description
+from lowmem_gblm.disk.job import differences, forget_finished, read_description
 from lowmem_gblm.disk.output import check_absent
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.forecast import speeds_of
+from lowmem_gblm.identity import recorded_identity
 from lowmem_gblm.model.stream import Block
 from lowmem_gblm.model.tap import Slot
 from lowmem_gblm.planning import FLOAT32_BYTES, Plan, slices_within
@@ -129,6 +132,35 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
         how = "move it back" if request.in_place else "give the prune command with its new place"
         raise JobError(f"the model {model} of the job in {folder} is not there any more: {how}")
     return request if request.work_dir is None else replace(request, work_dir=place)
+
+
+def find_finished(request: PruneRequest) -> dict[str, Any] | None:
+    """The content of OUTPUT/pruning.json, if `prune` has made that OUTPUT already.
+
+    Args:
+        request: What is asked.
+
+    Raises:
+        JobError: Something else is there: every difference is named.
+        LowmemGblmError: The request is bad, or the model cannot be used.
+    """
+    output = output_folder(request)
+    if not (output / RECORD).is_file():
+        return None
+    forget_finished(output, work_folder(request))
+    made: dict[str, Any] = read_json(output / RECORD)
+    asked = dict(open_workbench(request).identity)
+    # Texts are known by their tokens and models by their bytes, wherever they lie.
+    del asked["calibration"], asked["source_pruned"]
+    if request.accept_other_rounding:
+        del asked["device"]
+    found = differences(recorded_identity(made, asked), asked)
+    if found:
+        raise JobError(
+            f"{output} was made otherwise ({'; '.join(found.values())}): move it away, or choose "
+            f"another place"
+        )
+    return made
 
 
 def make_plan(request: PruneRequest, *, measured: bool = True) -> Plan:

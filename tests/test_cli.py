@@ -524,4 +524,4 @@ def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatc
 
     monkeypatch.setattr("lowmem_gblm.comparison.compare", fail)
     answer = run("compare", llama, "--methods", "wanda", *small)
-    refused(answer, 130, "Finished checkpoints stay", "lowmem-gblm compare")
+    refused(answer, 130, "What is pruned is kept in comparison. To go on", "lowmem-gblm compare")

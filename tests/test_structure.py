@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("display",),
+    ("display", "flags"),
     ("__init__",),
     ("comparison",),
     ("pipeline", "perplexity", "verification"),

@@ -289,17 +289,24 @@ def _anew(folder: Path, in_place: bool) -> str:
 
 def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise `JobError`, naming every difference, if two identities are not the same."""
-    names = sorted({*old, *new})
-    differing = [name for name in names if old.get(name) != new.get(name)]
-    if not differing:
+    found = differences(old, new)
+    if not found:
         return
-    listed = "; ".join(_difference(name, old.get(name), new.get(name)) for name in differing)
-    rounding = differing == ["device"]
-    way_out = ", or add --accept-other-rounding" if rounding else ""
+    way_out = ", or add --accept-other-rounding" if found.keys() == {"device"} else ""
     raise JobError(
-        f"{folder} holds a job that was begun otherwise ({listed}). To go on with it, ask for what "
-        f"it was begun with ({_resume(folder)}){way_out}; {_anew(folder, old['in_place'])}"
+        f"{folder} holds a job that was begun otherwise ({'; '.join(found.values())}). To go on "
+        f"with it, ask for what it was begun with ({_resume(folder)}){way_out}; "
+        f"{_anew(folder, old['in_place'])}"
     )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What is another in two identities: its name, old and new value, by name."""
+    return {
+        name: _difference(name, old.get(name), new.get(name))
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

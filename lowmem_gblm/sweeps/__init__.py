@@ -1,1 +1,1 @@
-"""The passes over the decoder blocks: dense (and head), reverse, prune, and a rehearsal in place."""
+"""The passes over the decoder blocks: dense (and head), reverse, prune; rehearsal, in place."""
