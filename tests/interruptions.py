@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import signal
 import time
@@ -103,8 +104,27 @@ def stopped_at(
         run(folder, listener=listener, **options)
 
 
-def in_a_child(action: Callable[[], object], seconds: float) -> bool:
-    """Run an action in a forked process; whether it had to be killed after so many seconds."""
+class Killer:
+    """Kills processes at random moments, some and not all, however busy the machine is.
+
+    Args:
+        seconds: About how long one takes.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._chance = random.Random(0)
+        self._seconds = seconds
+        self.kills = 0
+
+    def kills_one(self, action: Callable[[], object]) -> bool:
+        """Run an action in a forked process; whether it was killed before its end."""
+        killed = _is_killed(action, self._chance.uniform(0, self._seconds))
+        self.kills += killed
+        self._seconds *= 1.05 if killed else 0.9
+        return killed
+
+
+def _is_killed(action: Callable[[], object], seconds: float) -> bool:
     child = os.fork()
     if child == 0:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interruptions import Photographer, Stop, content, in_a_child, stopped_at
+from interruptions import Killer, Photographer, Stop, content, stopped_at
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -195,11 +194,10 @@ def test_killed_at_random_times(run: Run, small: Path, tmp_path: Path) -> None:
     run(model)
     seconds = time.monotonic() - start
     expected = content(model)
-    chance = random.Random(0)
+    killer = Killer(seconds)
     model = Path(shutil.copytree(small, tmp_path / "model"))
-    kills = 0
-    while kills < KILLS:
-        kills += in_a_child(lambda: run(model), chance.uniform(0, seconds))
+    while killer.kills < KILLS:
+        killer.kills_one(lambda: run(model))
         if (model / "pruning.json").exists():
             with pytest.raises(JobError, match="was pruned already"):
                 run(model)

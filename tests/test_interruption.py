@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from interruptions import SIGNALS, both_at_once
@@ -15,6 +15,15 @@ from lowmem_gblm.interruption import (
     interruptible,
     interruption_first,
 )
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A process in the background is born deaf to Ctrl-C."""
+    former = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    yield
+    for number, how in former.items():
+        signal.signal(number, how)
 
 
 def test_the_first_of_two_interruptions_raises_alone() -> None:
@@ -68,15 +77,10 @@ def test_no_interruption_is_lost_and_none_is_interrupted(number: signal.Signals)
 
 
 def test_a_signal_after_the_end_does_nothing() -> None:
-    former = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        with interruptible(ends=True):
-            pass
-        for number in SIGNALS:
-            signal.raise_signal(number)
-    finally:
-        for number, how in former.items():
-            signal.signal(number, how)
+    with interruptible(ends=True):
+        pass
+    for number in SIGNALS:
+        signal.raise_signal(number)
 
 
 def test_what_else_python_drops_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:

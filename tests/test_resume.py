@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from pathlib import Path
 
 import pytest
-from interruptions import Photographer, content, in_a_child, stopped_at
+from interruptions import Killer, Photographer, content, stopped_at
 from tiny import save_tiny
 
 import lowmem_gblm
@@ -299,16 +298,13 @@ def test_killed_at_random_times(run, tmp_path: Path) -> None:
     run(tmp_path / "expected", **options)
     seconds = time.monotonic() - start
     expected = content(tmp_path / "expected")
-    chance = random.Random(0)
-    kills, finished = 0, 0
-    while kills < KILLS:
-        output = tmp_path / "out"
-        if in_a_child(lambda output=output: run(output, **options), chance.uniform(0, seconds)):
-            kills += 1
+    killer, finished = Killer(seconds), 0
+    output = tmp_path / "out"
+    while killer.kills < KILLS or not finished:
+        killer.kills_one(lambda: run(output, **options))
         if output.exists():
             finished += 1
             shutil.rmtree(tmp_path / "out.work", ignore_errors=True)
             assert content(output).keys() - {".lowmem-gblm"} == expected.keys()
             assert all(content(output)[name] == expected[name] for name in expected)
             shutil.rmtree(output)
-    assert finished

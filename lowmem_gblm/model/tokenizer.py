@@ -15,6 +15,7 @@ from lowmem_gblm.calibration import Tokenize
 from lowmem_gblm.disk.checkpoint import read_json
 from lowmem_gblm.disk.remote_code import check_remote_code
 from lowmem_gblm.errors import CheckpointError, shown
+from lowmem_gblm.model.normalizer import Growth
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
 _MAX_TOKENIZER_BYTES = 1 << 28
@@ -42,6 +43,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
     def tokenize(text: str) -> Sequence[int]:
         with _tokenizer_errors(folder):
+            growth.check(text)
             ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
             return ids
 
@@ -53,6 +55,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
         except Exception:
             _check_code(folder, trusted=trust_remote_code)
             raise
+        growth = Growth(tokenizer)
         tokenize("a")
     return tokenize
 
