@@ -147,7 +147,8 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from lowmem_gblm.pipeline import find_job, prune
+    from lowmem_gblm.earlier import find_job
+    from lowmem_gblm.pipeline import prune
 
     defaults = {one.name: one.default for one in options(PruneRequest)}
     given = {name: getattr(arguments, name) for name in _MAY_CHANGE}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.disk.output import check_absent
+from lowmem_gblm.earlier import find_finished
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.perplexity import evaluate
-from lowmem_gblm.pipeline import find_finished, prune
+from lowmem_gblm.pipeline import prune
 from lowmem_gblm.progress import Listener
 from lowmem_gblm.request import EvalRequest, PruneRequest
 

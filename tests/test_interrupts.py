@@ -290,7 +290,7 @@ def test_an_interrupted_resume_says_where_the_job_is(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_gblm.pipeline.find_job", interrupt)
+    monkeypatch.setattr("lowmem_gblm.earlier.find_job", interrupt)
     assert cli.main(["resume", "my out.work"]) == 130
     error = capsys.readouterr().err
     assert "What is done is kept in my out.work. To go on:" in error

@@ -22,8 +22,9 @@ from lowmem_gblm.disk.folder import MARK, OwnFolder
 from lowmem_gblm.disk.job import Job
 from lowmem_gblm.disk.notice import NOTICE, Notice
 from lowmem_gblm.disk.output import Output
+from lowmem_gblm.earlier import find_job
 from lowmem_gblm.errors import BudgetError, CheckpointError, DiskError, JobError, RequestError
-from lowmem_gblm.pipeline import find_job, prune
+from lowmem_gblm.pipeline import prune
 from lowmem_gblm.request import PruneRequest, to_json
 from lowmem_gblm.watchdog import HostWatch
 

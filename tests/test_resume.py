@@ -12,9 +12,9 @@ from tiny import save_tiny
 
 import lowmem_gblm
 from lowmem_gblm.cli import main
+from lowmem_gblm.earlier import find_job
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.pipeline import find_job
 from lowmem_gblm.planning import Choices
 from lowmem_gblm.request import PruneRequest
 

@@ -23,7 +23,7 @@ ROWS = (
     ("display", "flags"),
     ("__init__",),
     ("comparison",),
-    ("pipeline", "perplexity", "verification"),
+    ("pipeline", "earlier", "perplexity", "verification"),
     ("run",),
     ("report",),
     ("sweeps",),
