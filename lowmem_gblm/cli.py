@@ -117,8 +117,10 @@ def _made(arguments: argparse.Namespace) -> str:
     return str(arguments.output or arguments.model)
 
 
-def _kept_in(arguments: argparse.Namespace) -> str:
+def _kept_in(arguments: argparse.Namespace) -> str | None:
     """The same for `resume`."""
+    if arguments.output and (arguments.output / _RECORD).is_file():
+        return None
     return f"What is done is kept in {arguments.work_folder}. To go on"
 
 
@@ -154,9 +156,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in _MAY_CHANGE}
     changed = {name: value for name, value in given.items() if value != defaults[name]}
     request = find_job(Path(arguments.work_folder), **changed)
+    arguments.output = made = output_folder(request)
     with Display(sys.stderr) as display:
         record = prune(request, display)
-    made = output_folder(request)
     _print(arguments, record, lambda: prune_lines(record, str(made)), made)
     return 0
 
@@ -304,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "resume", _resume, "go on with an interrupted prune")
     command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
-    command.set_defaults(interrupted=_kept_in)
+    command.set_defaults(interrupted=_kept_in, output=None)
     add_options(command, PruneRequest, only=_MAY_CHANGE)
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,23 +11,48 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lowmem_gblm.errors import INTERRUPTED
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 
-class _State:
-    """Of the process: whether a signal has come, was lost, and all is being put in order for it."""
+_AGAIN_S = 0.01
+_PATIENCE = (
+    b"lowmem-gblm: interrupted: what is under way is being finished. Once more ends it at once\n"
+)
 
-    came = False
+
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    Of a `KeyboardInterrupt` itself that passes through `exec`, Python remembers that it came, and
+    ends the process by a signal instead of its exit code.
+    """
+
+
+class _State:
+    """Of the process.
+
+    Attributes:
+        came: How many signals.
+        lost: Whether Python has dropped what the first one raised.
+        clearing: Whether all is being put in order for it.
+        ends: Whether the process ends afterwards.
+    """
+
+    came = 0
     lost = False
     clearing = False
+    ends = False
 
 
 @contextmanager
 def interruptible(*, ends: bool) -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises `KeyboardInterrupt`, until `clear_up` is called.
+    """Within, the first SIGINT or SIGTERM raises `Interruption`, until `clear_up` is called.
 
-    A later one raises only if the first was lost, so that what unwinds is left to unwind.
+    A later one raises only if the first was lost, so that what unwinds is left to unwind. Where
+    the process ends, the second says so, and the third ends it as a crash would.
     What was ignored before stays ignored.
 
     Args:
@@ -36,23 +62,24 @@ def interruptible(*, ends: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: _interrupt, signal.SIGALRM: _raise_again}
+    former = {number: signal.getsignal(number) for number in handlers}
     former = {number: how for number, how in former.items() if how is not signal.SIG_IGN}
     hook = sys.unraisablehook
     _forget()
+    _State.ends = ends
     try:
         sys.unraisablehook = _noticing(hook)
         for number in former:
-            signal.signal(number, _interrupt)
+            signal.signal(number, handlers[number])
         yield
     finally:
         sys.unraisablehook = hook
-        if ends:
-            clear_up()
-        else:
-            for number, how in former.items():
-                signal.signal(number, how)
-            _forget()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, how in former.items():
+            # Only this outlasts the end of the interpreter.
+            signal.signal(number, signal.SIG_IGN if ends else how)
+        _forget()
 
 
 def clear_up() -> None:
@@ -61,12 +88,14 @@ def clear_up() -> None:
 
 
 def check_interrupted() -> None:
-    """Raise `KeyboardInterrupt` if a signal has come and was lost.
+    """Raise `Interruption` if a signal has come and nobody has taken notice.
 
-    Python drops what is raised while an object is being finalized.
+    Python drops what is raised while an object is being finalized. It is raised again a moment
+    later; by this a step that is about to be counted is not.
     """
     if _State.came and not _State.clearing:
-        raise KeyboardInterrupt
+        _State.lost = False
+        raise Interruption
 
 
 @contextmanager
@@ -79,28 +108,44 @@ def interruption_first() -> Iterator[None]:
         yield
     except Exception as error:
         if _State.came:
-            raise KeyboardInterrupt from error
+            raise Interruption from error
         raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _State.clearing or (_State.came and not _State.lost):
+    if _State.clearing:
         return
-    _State.came, _State.lost = True, False
-    raise KeyboardInterrupt
+    if _State.lost or not _State.came:
+        _State.came, _State.lost = 1, False
+        raise Interruption
+    _State.came += 1
+    if _State.ends and _State.came > 2:
+        os._exit(INTERRUPTED)
+    if _State.ends:
+        os.write(2, b"\n" * os.isatty(2) + _PATIENCE)
 
 
 def _noticing(hook: Callable[[UnraisableHookArgs], object]) -> Callable[[UnraisableHookArgs], None]:
-    """Of what Python drops, an interruption is taken notice of, and the rest left to `hook`."""
+    """Of what Python drops, an interruption is raised anew, and the rest left to `hook`."""
 
     def notice(dropped: UnraisableHookArgs) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            _State.lost = True
-        else:
+        if not issubclass(dropped.exc_type, Interruption):
             hook(dropped)
+            return
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        # Last: in here it would be dropped again.
+        _State.lost = True
 
     return notice
 
 
+def _raise_again(number: int, frame: FrameType | None) -> None:
+    """Comes every moment, until somebody has taken notice."""
+    if _State.lost or _State.clearing:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if _State.lost:
+        _interrupt(number, frame)
+
+
 def _forget() -> None:
-    _State.came = _State.lost = _State.clearing = False
+    _State.came, _State.lost, _State.clearing, _State.ends = 0, False, False, False

@@ -149,6 +149,7 @@ def _losses(
                 progress,
                 keep_every=None,
                 commit=conveyor.forget,
+                prunes_later=False,
             )
         with progress.stage("loss"), skeleton.filled(checkpoint):
             return losses_of(skeleton, samples_NT, conveyor, progress)

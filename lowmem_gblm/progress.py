@@ -65,6 +65,8 @@ class Progress:
         self._skipped_cost = 0.0
         self._earlier: dict[str, float] = {}
         self._start = time.monotonic()
+        # Spent on what costs nothing: it says nothing of how fast the rest will be.
+        self._free_s = 0.0
         self._stage: Stage | None = None
         self._waited = 0.0
 
@@ -76,8 +78,10 @@ class Progress:
         self._waited = 0.0
         self._stage_start = time.monotonic()
         yield
-        spent = time.monotonic() - self._stage_start + self._earlier.get(name, 0.0)
-        self.seconds[name] = round(spent, 3)
+        spent = time.monotonic() - self._stage_start
+        if not self._stage.cost:
+            self._free_s += spent
+        self.seconds[name] = round(spent + self._earlier.get(name, 0.0), 3)
         self.waited_seconds[name] = round(self._waited, 3)
         self._finished_cost += self._stage.cost
         self._stage = None
@@ -114,7 +118,8 @@ class Progress:
         now = time.monotonic()
         done = self._finished_cost + self._stage.cost * self._step / self._stage.steps
         own = done - self._skipped_cost
-        left_s = (now - self._start) * (self._total_cost - done) / own if own > 0 else None
+        spent = now - self._start - self._free_s
+        left_s = spent * (self._total_cost - done) / own if own > 0 else None
         self._listener(
             Tick(
                 stage=self._stage.name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -64,8 +66,6 @@ def test_no_interruption_is_lost_and_none_is_interrupted(number: signal.Signals)
             dropped(interrupt)
             with pytest.raises(KeyboardInterrupt):
                 check_interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            interrupt()
         interrupt()
         with pytest.raises(KeyboardInterrupt):
             check_interrupted()
@@ -74,6 +74,68 @@ def test_no_interruption_is_lost_and_none_is_interrupted(number: signal.Signals)
         check_interrupted()
     assert (signal.getsignal(number), sys.unraisablehook) == former
     check_interrupted()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_python_drops_is_raised_again(number: signal.Signals) -> None:
+    former = signal.getsignal(signal.SIGALRM)
+    with interruptible(ends=False):
+        dropped(lambda: signal.raise_signal(number))
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(60)
+        signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGALRM) == former
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+ENDLESS = """
+import signal, sys, time
+from lowmem_gblm.interruption import clear_up, interruptible
+with interruptible(ends=True):
+    try:
+        exec("signal.raise_signal(signal.SIGINT)")
+    except KeyboardInterrupt:
+        {finishing}
+        clear_up()
+sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("finishing", "told"),
+    [
+        ("pass", 0),
+        ("signal.raise_signal(signal.SIGINT)", 1),
+        ("[signal.raise_signal(number) for number in (15, 2)]; time.sleep(60)", 1),
+        ("clear_up(); [signal.raise_signal(number) for number in (15, 2, 2)]", 0),
+    ],
+)
+def test_the_second_signal_is_answered_and_the_third_obeyed(finishing: str, told: int) -> None:
+    """All of them with the exit code: a process that dies of a signal has not been told."""
+    program = [sys.executable, "-c", ENDLESS.format(finishing=finishing)]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    patience = "lowmem-gblm: interrupted: what is under way is being finished. Once more ends it at"
+    assert ended.stderr == f"{patience} once\n" * told
+
+
+AFTERWARDS = """
+import atexit, os, signal
+from lowmem_gblm.interruption import interruptible
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 2)
+late = Late()
+atexit.register(signal.raise_signal, signal.SIGTERM)
+with interruptible(ends=True):
+    pass
+"""
+
+
+def test_no_signal_ends_a_process_that_is_ending() -> None:
+    program = [sys.executable, "-c", AFTERWARDS]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_a_signal_after_the_end_does_nothing() -> None:

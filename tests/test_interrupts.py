@@ -297,6 +297,23 @@ def test_an_interrupted_resume_says_where_the_job_is(
     assert error.endswith("\nlowmem-gblm resume 'my out.work'\n")
 
 
+def test_an_interruption_after_the_end_of_a_resumed_job_says_that_the_output_is_whole(
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem_gblm.pipeline.record", interrupt)
+        assert cli.main(argv) == 130
+    monkeypatch.setattr(cli, "_print", interrupt)
+    assert cli.main(["resume", str(tmp_path / "out.work")]) == 130
+    assert re.search(f"{WHOLE}\n$", capsys.readouterr().err)
+
+
 def test_an_interruption_after_the_end_says_that_the_output_is_whole(
     argv: list[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -225,6 +225,21 @@ def test_time_follows_the_machine_and_what_is_done_twice() -> None:
     assert tight.total_seconds > fast.total_seconds
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_a_rehearsal_reads_every_block_and_runs_a_sample_where_there_is_one(method: str) -> None:
+    in_place = schedule(find_method(method).needs, "pruned", in_place=True)
+    changes = {"schedule": in_place, "writes": False, "rewrites": True}
+    reading, running = (
+        plan(SIZES, work(method, **changes), BASE, Budget(), speeds=speeds).seconds["rehearse"]
+        for speeds in (
+            Speeds(products=1e20, memory=1e20, read=3e9, write=2e9),
+            Speeds(products=1e9, memory=1e20, read=1e20, write=1e20),
+        )
+    )
+    assert reading == pytest.approx(sum(SIZES.block_bytes) / 3e9, rel=0.2)
+    assert (running > 60) == (method == "wanda")
+
+
 @pytest.mark.parametrize(
     ("limit", "parts"),
     [

@@ -8,6 +8,7 @@ per-sample gradients all hang on this one place.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowmem_gblm.errors import UnsupportedModel
+
+# The number of a module with modules of its own, as in experts.3.up_proj.weight.
+_EXPERT = re.compile(r"\.\d+\.(?=.+\.)")
+_LISTED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +114,15 @@ class Tap(TorchFunctionMode):
 
     @property
     def last(self) -> Slot | None:
-        """The slot of the last product of the last forward, if it is the same for all samples."""
-        if not self._met or self._met[-1].expert is not None:
+        """The slot of the last product of the last forward, if it is the same for all samples.
+
+        That is taken for granted where every matrix, slices for experts aside, was met once.
+        """
+        met = [slot for slot in self._met if slot.expert is None]
+        alone = {slot for slot in self._sizes if slot.expert is None}
+        if not met or met[-1] != self._met[-1] or len(met) != len(alone) or set(met) != alone:
             return None
-        return self._met[-1] if self._met.count(self._met[-1]) == 1 else None
+        return met[-1]
 
     def leave_out(self, slot: Slot | None) -> None:
         """From now on, do not compute the product with this slot: NaN stands for it.
@@ -124,21 +134,22 @@ class Tap(TorchFunctionMode):
 
     @property
     def has_seen_all(self) -> bool:
-        """Whether every matrix was met; of a parameter with several, one of them."""
+        """Whether every matrix was met; of alike experts, one."""
         return not self._never_met()
 
     def check_all_seen(self) -> None:
-        """Raise `UnsupportedModel` if a matrix, or every expert of a parameter, was never met."""
+        """Raise `UnsupportedModel` if a matrix was never met, nor that of another expert."""
         unseen = self._never_met()
         if unseen:
+            listed = ", ".join(unseen[:_LISTED]) + (", …" if len(unseen) > _LISTED else "")
             raise UnsupportedModel(
-                f"the block never multiplied activations with {', '.join(unseen)}: its forward "
-                f"pass uses an operation that is not followed here"
+                f"the block never multiplied activations with {listed}: its forward pass uses an "
+                f"operation that is not followed here"
             )
 
     def _never_met(self) -> list[str]:
-        met = {slot.parameter for slot in self._slots.values() if slot not in self._unseen}
-        return sorted({slot.parameter for slot in self._unseen} - met)
+        met = {_kind(slot) for slot in self._slots.values() if slot not in self._unseen}
+        return sorted({slot.parameter for slot in self._unseen if _kind(slot) not in met})
 
     def _product(
         self,
@@ -169,6 +180,11 @@ class Tap(TorchFunctionMode):
         product = Product(slot=slot, input=input, input_TI=input_TI, out=out)
         for observer in self._observers:
             observer.observe(product)
+
+
+def _kind(slot: Slot) -> str:
+    """What alike experts have in common: one that gets no token is no sign of anything."""
+    return _EXPERT.sub(".*.", slot.parameter)
 
 
 class _LeftOut(torch.autograd.Function):

@@ -61,7 +61,9 @@ class _Clock:
         return self._sizes.rest_bytes / self._speeds.read + self._moved(1)
 
     def _rehearse(self) -> float:
-        return self._beside(self._forward() / self._work.nsamples, reads=1, boundaries=0)
+        runs = self._work.schedule.needs_samples
+        computing = self._forward() / self._work.nsamples if runs else 0
+        return self._beside(computing, reads=1, boundaries=0)
 
     def _dense(self) -> float:
         return self._beside(self._forward(), reads=1, boundaries=1 + self._sizes.depth)

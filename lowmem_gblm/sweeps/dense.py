@@ -55,10 +55,9 @@ def dense_sweep(
     keep_every: int | None,
     commit: Commit,
     first: int = 0,
+    prunes_later: bool = True,
 ) -> None:
     """Run every sample through every block, first to last, from boundary 0.
-
-    What the sweeps to come cannot follow is found here already.
 
     Args:
         samples: Which; those that turn non-finite are dropped.
@@ -66,12 +65,13 @@ def dense_sweep(
             the last one for None.
         commit: Called after every block.
         first: Blocks that are done already.
+        prunes_later: Whether what a later sweep could not follow is to be found here already.
 
     Raises:
         UnsupportedModel: A block is computed in a way that is not followed.
     """
     for block in blocks.stream(range(first, blocks.depth)):
-        tap = Tap(block.module, block.slots, [])
+        tap = Tap(block.module, block.slots if prunes_later else [], [])
         forward(block, skeleton, conveyor, samples, sweep="dense", name="dense", tap=tap)
         tap.check_all_seen()
         past = keep_every is None or block.index % keep_every
