@@ -21,7 +21,7 @@ def rehearse(
     *,
     runs_samples: bool,
 ) -> None:
-    """Read every block, and run the first sample through it as the prune sweep will.
+    """Read every block, and follow the first sample through it.
 
     Args:
         runs_samples: Whether boundary 0 is in the spill; without, the blocks are only read.
