@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -121,8 +121,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     _State.came += 1
     if _State.ends and _State.came > 2:
         os._exit(INTERRUPTED)
-    if _State.ends:
-        os.write(2, b"\n" * os.isatty(2) + _PATIENCE)
+    # The terminal may be gone; what unwinds is not to meet that.
+    with suppress(OSError):
+        if _State.ends:
+            os.write(2, b"\n" * os.isatty(2) + _PATIENCE)
 
 
 def _noticing(hook: Callable[[UnraisableHookArgs], object]) -> Callable[[UnraisableHookArgs], None]:

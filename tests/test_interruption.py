@@ -89,7 +89,7 @@ def test_what_python_drops_is_raised_again(number: signal.Signals) -> None:
 
 
 ENDLESS = """
-import signal, sys, time
+import os, signal, sys, time
 from lowmem_gblm.interruption import clear_up, interruptible
 with interruptible(ends=True):
     try:
@@ -106,6 +106,7 @@ sys.exit(130)
     [
         ("pass", 0),
         ("signal.raise_signal(signal.SIGINT)", 1),
+        ("os.close(2); signal.raise_signal(signal.SIGINT)", 0),
         ("[signal.raise_signal(number) for number in (15, 2)]; time.sleep(60)", 1),
         ("clear_up(); [signal.raise_signal(number) for number in (15, 2, 2)]", 0),
     ],
