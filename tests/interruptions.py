@@ -141,6 +141,11 @@ def _is_killed(action: Callable[[], object], seconds: float) -> bool:
     return True
 
 
+def ctrl_c(*args: object, **options: object) -> None:
+    """Stands for what is interrupted when it is called."""
+    raise KeyboardInterrupt
+
+
 def both_at_once() -> None:
     """Python would raise for the second while what it raised for the first unwinds."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import ctrl_c
 from safetensors.torch import load_file, save_file
 from tiny import sample_text, save_tiny
 from transformers import AutoConfig, AutoModel
@@ -317,10 +318,7 @@ def test_an_output_that_is_none_is_refused(run, llama, tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_run_it_again(run, monkeypatch):
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", interrupt)
+    monkeypatch.setattr("lowmem_gblm.pipeline.prune", ctrl_c)
     answer = run("prune", "my model", "out", "--sparsity", "0.6")
     refused(answer, 130, "interrupted.", "\nlowmem-gblm prune 'my model' out --sparsity 0.6\n")
 
@@ -519,9 +517,6 @@ def test_running_out_of_memory_is_a_sentence(error, run, llama, small, monkeypat
 
 
 def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatch):
-    def fail(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowmem_gblm.comparison.compare", fail)
+    monkeypatch.setattr("lowmem_gblm.comparison.compare", ctrl_c)
     answer = run("compare", llama, "--methods", "wanda", *small)
     refused(answer, 130, "What is pruned is kept in comparison. To go on", "lowmem-gblm compare")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from interruptions import SIGNALS, both_at_once, content
+from interruptions import SIGNALS, both_at_once, content, ctrl_c
 from tiny import save_tiny
 
 from lowmem_gblm import cli
@@ -124,16 +124,18 @@ def test_interrupted_at_random_moments(
     expected: tuple[dict[str, str], float],
     tmp_path: Path,
 ) -> None:
-    chance, interrupted = random.Random(int(number)), 0
+    chance, interrupted, seconds = random.Random(int(number)), 0, expected[1]
     for _ in range(MOMENTS):
         child = Child(argv, tmp_path / "log")
-        time.sleep(chance.uniform(0, expected[1]))
+        time.sleep(chance.uniform(0, seconds))
         os.kill(child.pid, number)
         code, lines = child.ended()
         interrupted += code == 130
+        # Some are to end, and some not, however busy the machine is.
+        seconds *= 1.05 if code == 130 else 0.9
         goes_on(code, lines, tmp_path / "out", expected[0])
         shutil.rmtree(tmp_path / "out")
-    assert interrupted > MOMENTS / 10
+    assert interrupted > MOMENTS / 4
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13, 21, -2, -1])
@@ -266,13 +268,10 @@ def test_only_a_finished_step_is_said_to_be_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     (tmp_path / "out.work" / "journal").mkdir(parents=True)
     (tmp_path / "out.work" / "job.json").touch()
     (tmp_path / "out.work" / "journal" / entry).touch()
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", interrupt)
+    monkeypatch.setattr("lowmem_gblm.pipeline.prune", ctrl_c)
     assert cli.main(["prune", "model", str(tmp_path / "out")]) == 130
     assert re.match(said, capsys.readouterr().err)
 
@@ -287,10 +286,7 @@ def test_a_tokenizer_that_is_not_even_begun_with_is_not_blamed(tmp_path: Path) -
 def test_an_interrupted_resume_says_where_the_job_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowmem_gblm.earlier.find_job", interrupt)
+    monkeypatch.setattr("lowmem_gblm.earlier.find_job", ctrl_c)
     assert cli.main(["resume", "my out.work"]) == 130
     error = capsys.readouterr().err
     assert "What is done is kept in my out.work. To go on:" in error
@@ -303,13 +299,10 @@ def test_an_interruption_after_the_end_of_a_resumed_job_says_that_the_output_is_
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_gblm.pipeline.record", interrupt)
+        patch.setattr("lowmem_gblm.pipeline.record", ctrl_c)
         assert cli.main(argv) == 130
-    monkeypatch.setattr(cli, "_print", interrupt)
+    monkeypatch.setattr(cli, "_print", ctrl_c)
     assert cli.main(["resume", str(tmp_path / "out.work")]) == 130
     assert re.search(f"{WHOLE}\n$", capsys.readouterr().err)
 
@@ -319,10 +312,7 @@ def test_an_interruption_after_the_end_says_that_the_output_is_whole(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_print", interrupt)
+    monkeypatch.setattr(cli, "_print", ctrl_c)
     assert cli.main(argv) == 130
     assert re.search(f"{WHOLE}\n$", capsys.readouterr().err)
 
@@ -341,10 +331,7 @@ def test_what_keeps_nothing_leaves_nothing_half_done(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"lowmem_gblm.{function}", interrupt)
+    monkeypatch.setattr(f"lowmem_gblm.{function}", ctrl_c)
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == (
         f"lowmem-gblm: interrupted. Nothing half-done is left. To begin again:\n"
