@@ -3,6 +3,7 @@
 LowmemGblmError
 ├── RequestError            2  an option is wrong, or contradicts another
 ├── DiskError               2  a disk fails in the middle of a run, or may not be written any more
+├── DeviceError             2  a GPU or its driver fails in the middle of a run
 ├── CheckpointError         3  the model folder cannot be used
 │   └── UnsupportedModel    3  the architecture does not fit the streaming contract
 ├── BudgetError             4  memory or disk do not suffice
@@ -86,6 +87,12 @@ class DiskError(LowmemGblmError):
     Like a folder that may not be written, this asks for another place or a repair: it has the exit
     code of a request that cannot be met.
     """
+
+    exit_code = 2
+
+
+class DeviceError(LowmemGblmError):
+    """A GPU or its driver fails in the middle of a run; what was done is kept."""
 
     exit_code = 2
 

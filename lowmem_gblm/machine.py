@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,15 @@ import torch
 
 from lowmem_gblm.memory import CUDA_CONTEXT_BYTES
 from lowmem_gblm.quota import quota_left_bytes
+
+# Older versions of torch raise a plain RuntimeError.
+_ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+# How the drivers of accelerators begin what torch raises as a plain RuntimeError.
+_DEVICE_ERROR = re.compile(
+    r"(CUDA|HIP|XPU|MPS|NCCL|cu(BLAS|DNN|SOLVER|SPARSE|RAND)|roc(BLAS|SOLVER)|MIOpen|Triton)\b.*"
+    r"(error|failed|failure|out of memory|STATUS)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -40,6 +50,13 @@ class HostMemory:
 
     total_bytes: int
     available_bytes: int
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether `error` comes from a GPU or its driver, out of memory included."""
+    if isinstance(error, (torch.OutOfMemoryError, _ACCELERATOR_ERROR)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error)))
 
 
 def host_memory() -> HostMemory:

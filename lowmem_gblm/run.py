@@ -11,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowmem_gblm.disk.behind import OneBehind
+from lowmem_gblm.disk.files import NOTICE
 from lowmem_gblm.disk.in_place import InPlace, Target
 from lowmem_gblm.disk.job import Job, check_partial, read_description
 from lowmem_gblm.disk.notice import Notice
-from lowmem_gblm.disk.output import Output
+from lowmem_gblm.disk.output import Output, partial_folder
 from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.disk.trouble import explained, to_go_on
-from lowmem_gblm.errors import JobError, NonFiniteError, UnsupportedModel
+from lowmem_gblm.disk.trouble import explained, to_go_on, to_resume_or_discard
+from lowmem_gblm.errors import BudgetError, DeviceError, JobError, LowmemGblmError
 from lowmem_gblm.forecast import still_needed
 from lowmem_gblm.identity import device_name
 from lowmem_gblm.interruption import clear_up, interruption_first
+from lowmem_gblm.machine import is_device_error
 from lowmem_gblm.model.stream import Block, BlockStream
 from lowmem_gblm.progress import Listener, Progress
 from lowmem_gblm.report import stages
@@ -32,9 +36,6 @@ from lowmem_gblm.sweeps.magnitudes import Magnitudes
 from lowmem_gblm.sweeps.samples import Samples
 from lowmem_gblm.workbench import Workbench
 
-# The same command would end in the same way again: nothing is worth keeping.
-_HOPELESS = (NonFiniteError, UnsupportedModel)
-_REMOVED = "What was done has been removed: the same command would end like this again"
 _LOST = "{} is partly pruned by now: if this cannot be mended, the model has to be fetched anew"
 
 
@@ -171,7 +172,7 @@ def begin_or_resume(
     """Everything the passes work with, as an earlier attempt has left it, or new.
 
     What is done stays when the run is interrupted or the disk is full; it goes when the run has
-    ended, or has failed in a way that it would fail in again.
+    ended, or has failed before anything was done.
 
     Args:
         bench: What the run is made of.
@@ -215,20 +216,58 @@ def _begun(
         except BaseException as error:
             clear_up()
             within.close()
-            hopeless = isinstance(error, _HOPELESS)
-            overwritten = bench.request.in_place and bool(_shards(job))
-            done = job.resumed
-            _put_away(job, output, keep=done and (overwritten or not hopeless))
-            if overwritten and (hopeless or isinstance(error, JobError)):
-                raise type(error)(f"{error}. {_LOST.format(bench.output)}") from None
-            if done and isinstance(error, NonFiniteError):
-                raise NonFiniteError(f"{error}. {_REMOVED}") from None
+            # What has finished steps is never removed: the cause may go away, as that of a device.
+            keep, overwritten = job.resumed, bench.request.in_place and bool(_shards(job))
+            _put_away(job, output, keep=keep)
+            _raise_told(error, bench, keep=keep, overwritten=overwritten)
             raise
     try:
         _put_away(job, output, keep=False)
     except KeyboardInterrupt:
         job.remove()
         raise
+
+
+def _raise_told(error: BaseException, bench: Workbench, *, keep: bool, overwritten: bool) -> None:
+    """Raise an error that ends a run as one that says what is kept, and what to do with it.
+
+    An interruption, and what a disk raises, are told elsewhere; any other error that is not ours
+    gets a note for whoever reads its traceback.
+    """
+    told = _own_error(error)
+    if told is None and not isinstance(error, Exception):
+        return
+    if isinstance(error, OSError):
+        return
+    hints = []
+    if keep and not isinstance(told, JobError):
+        hints.append(to_resume_or_discard(bench.work_folder, _discarded(bench, overwritten)))
+    if overwritten:
+        hints.append(_LOST.format(bench.output))
+    if told is None:
+        for hint in hints:
+            error.add_note(hint)
+        return
+    if hints or told is not error:
+        raise type(told)(". ".join([str(told), *hints])) from (None if told is error else error)
+
+
+def _own_error(error: BaseException) -> LowmemGblmError | None:
+    """The error as one of ours, where it is one or comes from a device."""
+    if isinstance(error, LowmemGblmError):
+        return error
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return BudgetError(f"out of memory: {first}")
+    return DeviceError(f"the device has failed: {first}") if is_device_error(error) else None
+
+
+def _discarded(bench: Workbench, overwritten: bool) -> list[Path]:
+    """What a person removes to give up a job; nothing where a model is partly overwritten."""
+    if overwritten:
+        return []
+    other = bench.output / NOTICE if bench.request.in_place else partial_folder(bench.output)
+    return [bench.work_folder, other]
 
 
 def _target(bench: Workbench, job: Job) -> Target:

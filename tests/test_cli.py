@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused(command, budget, what, run, llama, small, 
 def test_weights_that_are_not_numbers_are_refused(method, run, model, small, tmp_path):
     edit_tensors(model, lambda tensors: tensors[QUERY][0].__setitem__(0, float("nan")))
     refused(run("prune", model, "out", *small, "--method", method), 6, f"{QUERY} holds NaN")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_perplexity_that_is_no_number_is_refused(run, model, text_file):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,15 @@ def to_go_on(work_folder: Path, *, kept: bool) -> str:
         return "give the same command again; nothing was done yet that could be kept"
     command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
     return f"give the same command again, or {command}, which goes on from what is done"
+
+
+def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
+    """Say how to resume a job that an error has ended, and what to remove to discard it."""
+    command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
+    kept = f"What is done is kept in {work_folder}: {command} resumes it"
+    return (
+        f"{kept}; to discard it, remove {' and '.join(map(str, discarded))}" if discarded else kept
+    )
 
 
 def _what(path: Path) -> str:

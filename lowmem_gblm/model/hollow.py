@@ -26,6 +26,7 @@ MAX_CONFIG_BYTES = 4 << 20
 _OWN_CLASS = AutoModelForCausalLM.__name__
 
 # What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
+# A device error may be any of these: ask `is_device_error` first.
 FOREIGN_ERRORS = (
     ValueError,
     KeyError,

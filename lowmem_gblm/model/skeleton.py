@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.machine import is_device_error
 from lowmem_gblm.memory import give_back_freed
 from lowmem_gblm.model.hollow import (
     FOREIGN_ERRORS,
@@ -176,9 +177,9 @@ class Skeleton:
         try:
             with torch.no_grad(), stubs_in(self._layers, recorder):
                 output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
-        except torch.OutOfMemoryError:
-            raise
         except FOREIGN_ERRORS as error:
+            if is_device_error(error):
+                raise
             raise UnsupportedModel(
                 f"{type(self._model).__name__} cannot be run around stand-ins for its decoder "
                 f"blocks: {reason(error)}"
@@ -212,8 +213,7 @@ class Skeleton:
         try:
             yield
         except FOREIGN_ERRORS as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            if out_of_memory or type(self._model).__module__.startswith("transformers."):
+            if is_device_error(error) or type(self._model).__module__.startswith("transformers."):
                 raise
             raise UnsupportedModel(
                 f"the code that comes with the checkpoint cannot run decoder block {index}: "
