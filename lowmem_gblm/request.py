@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from lowmem_gblm.calibration import NAMED
 from lowmem_gblm.errors import JobError, RequestError, shown
+from lowmem_gblm.globs import as_globs
 from lowmem_gblm.masks import Pattern, parse_pattern
 from lowmem_gblm.methods import check_method_name
 
@@ -181,6 +182,8 @@ class PruneRequest(Resources):
     def __post_init__(self) -> None:
         check_choices(self)
         check_method_name(self.method)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, as_globs(name, getattr(self, name)))
         if self.nsamples < 1:
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:

@@ -109,7 +109,11 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
         (["--device", "tpu"], "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "there is no device 'cuda:99' here (CUDA devices: "),
         (["--device", "cpu", "--dtype", "float16"], "a CPU multiplies float16 too slowly"),
-        (["--include", "*.nothing"], "--include and --exclude leave nothing to prune"),
+        (["--include", "*.nothing"], "--include '*.nothing' matches no tensor that can be pruned"),
+        (
+            ["--include", "*norm*"],
+            "--include '*norm*' matches no tensor that can be pruned, the nea",
+        ),
         (["--exclude", "*"], "--include and --exclude leave nothing to prune"),
         (["--calibration", "nowhere.txt"], "there is no text 'nowhere.txt': give c4, wikitext2"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

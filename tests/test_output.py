@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_gblm
 from lowmem_gblm.disk.output import Output
-from lowmem_gblm.errors import DiskFull
+from lowmem_gblm.errors import DiskFull, RequestError
+from lowmem_gblm.request import PruneRequest
 
 BITS = {2: torch.int16, 4: torch.int32}
 SIDE_FILES = {
@@ -282,6 +283,44 @@ def test_globs_choose_what_is_pruned(globs, expected, tmp_path, llama, text_file
     assert {name.split(".")[-2] for name in made.record["tensors"]} == expected
     for name, before, after in made.tensors():
         assert same_bits(before, after).all() != (name in made.record["tensors"])
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_one_string_is_one_glob(option, tmp_path, llama, text_file):
+    for name, globs in (("string", "*q_proj*"), ("tuple", ("*q_proj*",)), ("list", ["*q_proj*"])):
+        prune(llama, tmp_path / name, text_file, **{option: globs})
+    records = [tmp_path / name / "pruning.json" for name in ("string", "tuple", "list")]
+    made = [json.loads(path.read_text())["tensors"] for path in records]
+    assert made[0] == made[1] == made[2]
+    assert all("q_proj" in name for name in made[0]) == (option == "include")
+
+
+@pytest.mark.parametrize("globs", [3, [3], {"a": 1}])
+def test_what_is_no_glob_is_refused(globs):
+    with pytest.raises(RequestError, match="--include takes a glob, or a list of globs, over tens"):
+        PruneRequest(model="m", include=globs)
+
+
+@pytest.mark.parametrize(
+    ("globs", "sentence"),
+    [
+        (
+            {"exclude": ["*mpl*", "*norm*", "*self_atn*"]},
+            "--exclude '*mpl*' matches no tensor of the model, the nearest are "
+            "model.layers.0.mlp.down_proj.weight; --exclude '*self_atn*' matches no tensor of the "
+            "model, the nearest are model.layers.0.self_attn.k_proj.weight. Give globs over whole",
+        ),
+        (
+            {"include": ["*q_porj*", "*k_proj*"]},
+            "--include '*q_porj*' matches no tensor that can be pruned, the nearest are "
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_refused(globs, sentence, llama):
+    with pytest.raises(RequestError) as caught:
+        lowmem_gblm.plan(llama, method="magnitude", **globs)
+    assert sentence in str(caught.value)
 
 
 def test_a_glob_may_leave_whole_blocks_dense(tmp_path, llama, text_file):

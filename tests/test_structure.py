@@ -36,7 +36,7 @@ ROWS = (
     ("methods",),
     ("planning", "schedule", "calibration", "progress"),
     ("interruption", "terminal"),
-    ("masks", "machine", "memory", "quota", "rates", "watchdog"),
+    ("globs", "masks", "machine", "memory", "quota", "rates", "watchdog"),
     ("errors",),
 )
 ARITHMETIC = ("masks", "methods", "schedule", "planning", "request")

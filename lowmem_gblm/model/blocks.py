@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.disk.checkpoint import Checkpoint
 from lowmem_gblm.errors import RequestError
+from lowmem_gblm.globs import check_globs, selected
 from lowmem_gblm.model.names import Region
 from lowmem_gblm.model.skeleton import Skeleton
 from lowmem_gblm.model.tap import Slot
@@ -78,16 +78,17 @@ def prunable_weights(
         exclude: Globs over names on disk that stay dense.
 
     Raises:
-        RequestError: The globs leave nothing to prune.
+        RequestError: A glob matches nothing, or the globs leave nothing to prune.
     """
     known: dict[Hashable, list[PrunableWeight]] = {}
+    found = [_alike_or_found(checkpoint, skeleton, index, known) for index in range(skeleton.depth)]
+    if include or exclude:
+        prunable = list(dict.fromkeys(weight.name for block in found for weight in block))
+        # What stays dense anyway may be excluded, too.
+        check_globs("include", include, prunable, "tensor that can be pruned")
+        check_globs("exclude", exclude, [*prunable, *checkpoint.tensors], "tensor of the model")
     blocks = [
-        [
-            weight
-            for weight in _alike_or_found(checkpoint, skeleton, index, known)
-            if _selected(weight.name, include, exclude)
-        ]
-        for index in range(skeleton.depth)
+        [weight for weight in block if selected(weight.name, include, exclude)] for block in found
     ]
     if not any(blocks):
         raise RequestError("--include and --exclude leave nothing to prune")
@@ -178,9 +179,3 @@ def _has_experts(block: nn.Module) -> bool:
         "expert" in f"{name}.{type(module).__name__}".lower()
         for name, module in block.named_modules()
     )
-
-
-def _selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    if include and not any(fnmatchcase(name, glob) for glob in include):
-        return False
-    return not any(fnmatchcase(name, glob) for glob in exclude)
