@@ -21,23 +21,25 @@ from lowmem_gblm.methods import check_method_name
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"b": 1} | {
     f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes meant by "22GiB", "800MB" or "1073741824" (KiB is 1024 bytes, KB is 1000).
+    """Return the bytes meant by "22GiB", "24g" or "800MB" (KiB and K are 1024 bytes, KB is 1000).
 
     Raises:
-        RequestError: Not a size.
+        RequestError: Not a size, or a number without a unit.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2] not in _UNITS:
+    if match is not None and not match[2]:
+        raise RequestError(f"a size needs a unit: {match[1]}GiB, {match[1]}MiB or {match[1]}B?")
+    if match is None or match[2].lower() not in _UNITS:
         raise RequestError(f"a size reads like 22GiB or 800MB; got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def option(

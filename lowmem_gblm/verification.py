@@ -46,6 +46,11 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
         CheckpointError: A folder is not a readable checkpoint.
     """
     folder = locate(output)
+    if not (folder / RECORD).exists():
+        raise CheckpointError(
+            f"{folder} has no {RECORD}: it was not made by lowmem-gblm prune, and there is nothing "
+            f"to verify it against"
+        )
     record = read_json(folder / RECORD)
     _check_record(record)
     hashes = record.get("shards", {})

@@ -226,13 +226,13 @@ TENSORS = [
     case(
         "a NaN",
         number(QUERY, float("nan")),
-        rf"{QUERY} holds NaN or infinite weights in \S+: \[nan, nan\]. What was done .*",
+        rf"{QUERY} holds NaN or infinite weights in \S+: \[nan, nan\]. What is done is kept .*",
         code=6,
     ),
     case(
         "an infinity",
         number(QUERY, float("-inf")),
-        rf"{QUERY} holds NaN or infinite weights in \S+: \[-inf, .*\]. What was done .*",
+        rf"{QUERY} holds NaN or infinite weights in \S+: \[-inf, .*\]. What is done is kept .*",
         code=6,
     ),
     case(

@@ -376,22 +376,31 @@ def normalizer(*replacements: tuple[str, str]) -> dict[str, Any]:
 REMOTE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
 
 TOKENIZERS = [
-    case(name, damage, f"{NO_TOKENIZER} .+", method="wanda")
-    for name, damage in {
-        "no tokenizer": both(remove("tokenizer.json"), remove("tokenizer_config.json")),
-        "an empty tokenizer": write("tokenizer.json", ""),
-        "half a tokenizer": write("tokenizer.json", '{"version": "1.0", "model": {'),
-        "a deep tokenizer": write("tokenizer.json", "[" * DEEP),
-        "a tokenizer of no UTF-8": write("tokenizer.json", b"\xff\xfe"),
-        "a tokenizer that is a list": write("tokenizer.json", "[]"),
-        "a vocabulary that is a number": tokenizer(model={"type": "BPE", "vocab": 3, "merges": []}),
-        "a template without its token": tokenizer(post_processor=LOST_TOKEN),
-        "a configuration of the tokenizer that is a list": write("tokenizer_config.json", "[]"),
-        "a deep configuration of the tokenizer": write("tokenizer_config.json", "[" * DEEP),
-        "a token that is a number": write("tokenizer_config.json", '{"bos_token": 3}'),
-        "a class that is a number": write("tokenizer_config.json", '{"tokenizer_class": 3}'),
-        "a tokenizer of a gigabyte": sparse("tokenizer.json", 1 << 30),
-    }.items()
+    case(
+        "no tokenizer",
+        both(remove("tokenizer.json"), remove("tokenizer_config.json")),
+        r"MODEL has no tokenizer: there is no tokenizer\.json, .* where the model came from",
+        method="wanda",
+    ),
+    *(
+        case(name, damage, f"{NO_TOKENIZER} .+", method="wanda")
+        for name, damage in {
+            "an empty tokenizer": write("tokenizer.json", ""),
+            "half a tokenizer": write("tokenizer.json", '{"version": "1.0", "model": {'),
+            "a deep tokenizer": write("tokenizer.json", "[" * DEEP),
+            "a tokenizer of no UTF-8": write("tokenizer.json", b"\xff\xfe"),
+            "a tokenizer that is a list": write("tokenizer.json", "[]"),
+            "a vocabulary that is a number": tokenizer(
+                model={"type": "BPE", "vocab": 3, "merges": []}
+            ),
+            "a template without its token": tokenizer(post_processor=LOST_TOKEN),
+            "a configuration of the tokenizer that is a list": write("tokenizer_config.json", "[]"),
+            "a deep configuration of the tokenizer": write("tokenizer_config.json", "[" * DEEP),
+            "a token that is a number": write("tokenizer_config.json", '{"bos_token": 3}'),
+            "a class that is a number": write("tokenizer_config.json", '{"tokenizer_class": 3}'),
+            "a tokenizer of a gigabyte": sparse("tokenizer.json", 1 << 30),
+        }.items()
+    ),
 ]
 TOKENIZERS += [
     case(

@@ -105,7 +105,10 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
         (["--alpha", "nan"], "--alpha must be a number from 0 on; got nan"),
         (["--gradient-norm", "l3"], "--gradient-norm: invalid choice: 'l3'"),
         (["--cpu-memory", "lots"], "a size reads like 22GiB or 800MB; got 'lots'"),
-        (["--gpu-memory", "22gb"], "a size reads like 22GiB or 800MB; got '22gb'"),
+        (["--gpu-memory", "22gx"], "a size reads like 22GiB or 800MB; got '22gx'"),
+        (["--device", "mps"], "unknown device 'mps': give auto, cpu, cuda or cuda:N"),
+        (["--cpu-memory", "24"], "a size needs a unit: 24GiB, 24MiB or 24B?"),
+        (["--disk", "24 gigs"], "a size reads like 22GiB or 800MB; got '24 gigs'"),
         (["--device", "tpu"], "unknown device 'tpu': give auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "there is no device 'cuda:99' here (CUDA devices: "),
         (["--device", "cpu", "--dtype", "float16"], "a CPU multiplies float16 too slowly"),
@@ -318,7 +321,7 @@ def test_a_good_output_passes_and_a_tampered_one_does_not(run, llama, small, tmp
 
 def test_an_output_that_is_none_is_refused(run, llama, tmp_path):
     refused(run("verify", tmp_path / "nowhere"), 3, "there is no model folder")
-    refused(run("verify", llama), 3, "pruning.json is missing")
+    refused(run("verify", llama), 3, "has no pruning.json: it was not made by lowmem-gblm prune")
 
 
 def test_an_interrupted_run_says_how_to_run_it_again(run, monkeypatch):

@@ -93,7 +93,8 @@ def test_a_malformed_checkpoint_is_refused_in_one_sentence(
     assert re.fullmatch(f"lowmem-gblm: {one.sentence}\n", last_line(said, one)), said
     assert said.rstrip("\n").isprintable() or one.method != "magnitude"
     assert len(said) < 3000
-    assert names_in(tmp_path) == before
+    kept = ["out.partial", "out.work"] if "What is done is kept in out.work" in said else []
+    assert names_in(tmp_path) == sorted([*before, *kept])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MOST_MEMORY_KIB
 
 

@@ -81,11 +81,14 @@ def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RequestError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RequestError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    known = device.type in ("cpu", "cuda")
-    if not known or (must_be_here and (device.index or 0) >= count):
-        raise RequestError(f"there is no device {name!r} here (CUDA devices: {count})")
+    if must_be_here and (device.index or 0) >= count:
+        raise RequestError(
+            f"there is no device {name!r} here (CUDA devices: {torch.cuda.device_count()})"
+        )
     return _ready(device) if must_be_here and device.type == "cuda" else device
 
 

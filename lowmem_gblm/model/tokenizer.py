@@ -80,9 +80,18 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
         raise
     # The library raises bare Exceptions, and its panics are not even Exceptions.
     except BaseException as error:
+        if not any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir()):
+            raise CheckpointError(
+                f"{folder} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab "
+                f"file in it. Copy the tokenizer's files from where the model came from"
+            ) from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        # Some sentences of the library begin with a line that ends with a colon.
+        first = " ".join(
+            line.strip() for line in lines[: 2 if lines[0].rstrip()[-1:] == ":" else 1]
+        )
         raise CheckpointError(
-            f"{folder} has no usable tokenizer: {shown(lines[0], _LONGEST_REASON)}"
+            f"{folder} has no usable tokenizer: {shown(first, _LONGEST_REASON)}"
         ) from None
 
 
