@@ -230,5 +230,5 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(CheckpointError, match="has no (usable )?tokenizer: "):
+    with pytest.raises(CheckpointError, match=r"has no (usable )?tokenizer: "):
         load_tokenizer(tmp_path)
