@@ -15,6 +15,7 @@ go wrong is a `LowmemGblmError`; its subclasses are in `lowmem_gblm.errors`.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,41 @@ from typing import TYPE_CHECKING, Any
 from lowmem_gblm.errors import LowmemGblmError
 
 if TYPE_CHECKING:
-    from lowmem_gblm.progress import Listener
+    from lowmem_gblm.commands.request import EvalRequest, PruneRequest
+    from lowmem_gblm.runtime.progress import Listener, Tick
 
 # Read by torch when it is imported: large CPU tensors then begin at huge pages, which saves most of
 # their page faults. Without effect where torch was imported before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["LowmemGblmError", "compare", "evaluate", "plan", "prune", "verify"]
+__all__ = [
+    "EvalRequest",
+    "Listener",
+    "LowmemGblmError",
+    "PruneRequest",
+    "Tick",
+    "compare",
+    "evaluate",
+    "plan",
+    "prune",
+    "verify",
+]
+
+# Names whose modules are imported when they are asked for.
+_MODULES = {
+    "EvalRequest": "lowmem_gblm.commands.request",
+    "Listener": "lowmem_gblm.runtime.progress",
+    "PruneRequest": "lowmem_gblm.commands.request",
+    "Tick": "lowmem_gblm.runtime.progress",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
 
 # The functions import what they need when they are called: `lowmem-gblm --help` waits for nothing.
 # No module of the package may be called like one of them, or importing it would hide the function.
@@ -50,14 +78,14 @@ def prune(
         model: Folder, Hub id, or "demo".
         output: Folder to create; None with `in_place=True, overwrite_my_only_copy=True`, which
             overwrites the weights of `model` itself.
-        listener: Called with a `lowmem_gblm.progress.Tick` after every step.
-        options: Fields of `lowmem_gblm.request.PruneRequest`.
+        listener: Called with a `lowmem_gblm.Tick` after every step.
+        options: Fields of `lowmem_gblm.PruneRequest`.
 
     Raises:
         LowmemGblmError: Nothing is left under the name `output`.
     """
-    from lowmem_gblm.pipeline import prune as run
-    from lowmem_gblm.request import PruneRequest
+    from lowmem_gblm.commands.prune.pipeline import prune as run
+    from lowmem_gblm.commands.request import PruneRequest
 
     folder = None if output is None else Path(output)
     return run(PruneRequest(model=fspath(model), output=folder, **options), listener)
@@ -72,8 +100,8 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
         BudgetError: It does not fit `cpu_memory`, `gpu_memory` or `disk`.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    from lowmem_gblm.pipeline import make_plan
-    from lowmem_gblm.request import PruneRequest
+    from lowmem_gblm.commands.prune.pipeline import make_plan
+    from lowmem_gblm.commands.request import PruneRequest
 
     return make_plan(PruneRequest(model=fspath(model), **options)).as_json()
 
@@ -81,13 +109,13 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
 def evaluate(
     model: str | PathLike[str], *, listener: Listener | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Perplexity of `model`. Options are the fields of `lowmem_gblm.request.EvalRequest`.
+    """Perplexity of `model`. Options are the fields of `lowmem_gblm.EvalRequest`.
 
     Raises:
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    from lowmem_gblm.perplexity import evaluate as run
-    from lowmem_gblm.request import EvalRequest
+    from lowmem_gblm.commands.evaluate import evaluate as run
+    from lowmem_gblm.commands.request import EvalRequest
 
     return run(EvalRequest(model=fspath(model), **options), listener)
 
@@ -116,8 +144,8 @@ def compare(
     Raises:
         LowmemGblmError: As for `prune`.
     """
-    from lowmem_gblm.comparison import compare as run
-    from lowmem_gblm.request import PruneRequest, evaluation_of
+    from lowmem_gblm.commands.compare import compare as run
+    from lowmem_gblm.commands.request import PruneRequest, evaluation_of
 
     request = PruneRequest(model=fspath(model), **options)
     evaluation = evaluation_of(request, text=text, windows=windows)
@@ -133,6 +161,6 @@ def verify(
         VerificationError: Names the first violations.
         LowmemGblmError: A folder cannot be read.
     """
-    from lowmem_gblm.verification import verify as run
+    from lowmem_gblm.commands.verify import verify as run
 
     return run(fspath(output), None if against is None else fspath(against))

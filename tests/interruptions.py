@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_gblm.disk import publish
+from lowmem_gblm.storage import atomic
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -45,9 +45,9 @@ class Photographer:
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename"):
-                patch.setattr(publish.os, name, self.photographed(getattr(os, name)))
+                patch.setattr(atomic.os, name, self.photographed(getattr(os, name)))
             for name in ("unlink", "pwrite"):
-                patch.setattr(publish.os, name, self._held(getattr(os, name)))
+                patch.setattr(atomic.os, name, self._held(getattr(os, name)))
             yield
 
     def photographed(self, operation: Callable[..., Any]) -> Callable[..., Any]:

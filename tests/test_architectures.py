@@ -17,12 +17,12 @@ from transformers.core_model_loading import Chunk, Interleave, Transpose, Weight
 
 import lowmem_gblm
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
-from lowmem_gblm.model.hollow import hollow_model
-from lowmem_gblm.model.opened import open_model
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.model.tap import Product, Slot, Tap
-from lowmem_gblm.request import Resources
-from lowmem_gblm.stats.gradient import Gradient, loss_scale
+from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight, Tap
+from lowmem_gblm.model.meta_model import build_meta_model
+from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.sweeps.statistics.gradient import Gradient, loss_scale
 
 SIZES = {
     "vocab_size": 320, "max_position_embeddings": 128, "num_hidden_layers": 2, "hidden_size": 32,
@@ -223,9 +223,9 @@ def test_a_matrix_that_is_split_into_several_is_refused(
 
 
 def test_a_block_that_is_not_filled_is_not_run(llama: Path) -> None:
-    skeleton = open_model(str(llama), Resources()).skeleton
+    streamed = open_model(str(llama), Resources()).streamed
     with pytest.raises(CheckpointError) as caught:
-        skeleton.load_block(0, {})
+        streamed.load_block(0, {})
     assert str(caught.value) == (
         "decoder block 0 lacks model.layers.0.self_attn.q_proj.weight (9 such tensors)"
     )
@@ -235,8 +235,8 @@ def test_hidden_states_changed_between_blocks_are_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_model(str(llama), Resources())
-    opened.skeleton.fill(opened.checkpoint)
-    decoder = opened.skeleton._decoder
+    opened.streamed.fill(opened.checkpoint)
+    decoder = opened.streamed._decoder
     original = decoder.forward
 
     def halving(*args: object, **kwargs: object):
@@ -252,20 +252,20 @@ def test_hidden_states_changed_between_blocks_are_refused(
 
     monkeypatch.setattr(decoder, "forward", halving)
     with pytest.raises(UnsupportedModel, match="changed between decoder blocks 0 and 1"):
-        opened.skeleton.embed(torch.arange(8))
+        opened.streamed.embed(torch.arange(8))
 
 
 class Keeping:
     """An observer that keeps the products."""
 
     def __init__(self) -> None:
-        self.products: list[Product] = []
+        self.products: list[Matmul] = []
 
-    def observe(self, product: Product) -> None:
+    def observe(self, product: Matmul) -> None:
         self.products.append(product)
 
 
-SLOT = Slot(parameter="weight", expert=None, in_first=False)
+SLOT = MatmulWeight(parameter="weight", expert=None, in_first=False)
 
 
 def tapped(block: nn.Module, observer: object, run) -> Tap:
@@ -329,7 +329,7 @@ def test_router_logits_asked_for_by_the_configuration_do_no_harm(tmp_path: Path)
 
 
 def test_the_hollow_model_holds_no_parameter(llama: Path) -> None:
-    model = hollow_model(open_model(str(llama), Resources()).checkpoint, torch.float32)
+    model = build_meta_model(open_model(str(llama), Resources()).checkpoint, torch.float32)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not model.training
 
@@ -343,13 +343,13 @@ def test_only_float16_scales_its_loss(dtype: torch.dtype, scale: int) -> None:
 
 def test_a_scaled_loss_keeps_small_gradients_in_float16(llama: Path) -> None:
     opened = open_model(str(llama), Resources())
-    skeleton = Skeleton(opened.checkpoint, torch.device("cpu"), torch.float16)
-    skeleton.fill(opened.checkpoint)
+    streamed = StreamedModel(opened.checkpoint, torch.device("cpu"), torch.float16)
+    streamed.fill(opened.checkpoint)
     tokens = torch.arange(5, 69)
     # As far from 1 as gradients are in a trained model of real width.
-    hidden = skeleton.embed(tokens) * 4096
-    _, plain = skeleton.loss_and_gradient(hidden, tokens)
-    _, scaled = skeleton.loss_and_gradient(hidden, tokens, loss_scale(torch.float16, 64))
+    hidden = streamed.embed(tokens) * 4096
+    _, plain = streamed.loss_and_gradient(hidden, tokens)
+    _, scaled = streamed.loss_and_gradient(hidden, tokens, loss_scale(torch.float16, 64))
     assert int((scaled == 0).sum()) < int((plain == 0).sum())
     torch.testing.assert_close(scaled.float() / 64, plain.float(), rtol=0, atol=1e-6)
 

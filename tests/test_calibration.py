@@ -13,7 +13,7 @@ import reference
 import torch
 from tiny import sample_text, tiny_tokenizer
 
-from lowmem_gblm.calibration import (
+from lowmem_gblm.commands.calibration import (
     Documents,
     Text,
     calibration_samples,

@@ -17,10 +17,12 @@ SIZE = {"nsamples": 3, "seqlen": 32}
 EXACT = {
     "nothing ahead, nothing behind": Choices(read_ahead=False, behind_bytes=0),
     "everything behind": Choices(behind_bytes=1 << 30),
-    "one boundary kept": Choices(keep_every=9),
-    "every second boundary": Choices(keep_every=2),
+    "one boundary kept": Choices(boundary_interval=9),
+    "every second boundary": Choices(boundary_interval=2),
     "a matrix at a time": Choices(accumulator_bytes=1),
-    "all of it": Choices(read_ahead=False, behind_bytes=0, keep_every=2, accumulator_bytes=1 << 14),
+    "all of it": Choices(
+        read_ahead=False, behind_bytes=0, boundary_interval=2, accumulator_bytes=1 << 14
+    ),
 }
 
 
@@ -30,7 +32,7 @@ def choose(monkeypatch: pytest.MonkeyPatch):
 
     def choose(choices: Choices) -> None:
         for name in ("_in_memory", "_on_disk"):
-            path = f"lowmem_gblm.planning.choose.{name}"
+            path = f"lowmem_gblm.planning.planner.{name}"
             monkeypatch.setattr(path, lambda *args: iter([choices]))
 
     return choose
@@ -52,7 +54,7 @@ def test_exact_choices_change_no_bit(
     lowmem_gblm.prune(model, tmp_path / "plain", **options)
     choose(choices)
     record = lowmem_gblm.prune(model, tmp_path / "other", **options)
-    assert record["choices"]["keep_every"] == choices.keep_every
+    assert record["choices"]["boundary_interval"] == choices.boundary_interval
     plain, other = written(tmp_path / "plain"), written(tmp_path / "other")
     assert plain.keys() == other.keys()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
@@ -62,7 +64,7 @@ def test_exact_choices_change_no_bit(
 def test_rounded_stores_agree_and_say_so(store: str, least: float, choose, tmp_path: Path) -> None:
     options = {"nsamples": 8, "seqlen": 128, "calibration": "demo"}
     lowmem_gblm.prune("demo", tmp_path / "plain", **options)
-    choose(Choices(store=store))
+    choose(Choices(gradient_precision=store))
     record = lowmem_gblm.prune("demo", tmp_path / "other", **options)
     assert "gradient magnitudes wait in" in record["notes"][0]
     plain, other = written(tmp_path / "plain"), written(tmp_path / "other")

@@ -19,9 +19,10 @@ from tiny import sample_text, save_tiny
 from transformers import AutoConfig, AutoModel
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk.folder import OwnFolder
-from lowmem_gblm.request import EvalRequest, PruneRequest, options
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands.request import EvalRequest, PruneRequest
+from lowmem_gblm.planning.resources import options
+from lowmem_gblm.storage.locking import OwnedFolder
 
 COMMANDS = ("prune", "plan", "eval", "compare", "verify", "demo")
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -178,7 +179,7 @@ def test_somebody_else_s_folder_in_the_way_is_refused_and_left_alone(
 
 @pytest.mark.parametrize("name", ["out.partial", "out.work"])
 def test_a_folder_in_use_by_another_run_is_refused(name, run, llama, small, tmp_path):
-    other = OwnFolder(tmp_path / name)
+    other = OwnedFolder(tmp_path / name)
     refused(run("prune", llama, "out", *small), 5, f"another process is using {name}: wait for it")
     other.remove()
     assert run("prune", llama, "out", *small).code == 0
@@ -325,7 +326,7 @@ def test_an_output_that_is_none_is_refused(run, llama, tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_run_it_again(run, monkeypatch):
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", ctrl_c)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.pipeline.prune", ctrl_c)
     answer = run("prune", "my model", "out", "--sparsity", "0.6")
     refused(answer, 130, "interrupted.", "\nlowmem-gblm prune 'my model' out --sparsity 0.6\n")
 
@@ -342,7 +343,7 @@ def test_an_error_of_the_system_becomes_a_sentence(error, code, sentence, run, m
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", fail)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.pipeline.prune", fail)
     answer = run("prune", "model", "out")
     refused(answer, code, sentence)
     assert "None" not in answer.err
@@ -470,7 +471,7 @@ def test_without_a_command_the_usage_is_shown(run):
 
 def test_help_imports_nothing_heavy():
     script = (
-        "import sys\nfrom lowmem_gblm.cli import main\n"
+        "import sys\nfrom lowmem_gblm.cli.main import main\n"
         "try: main(['prune', '--help'])\n"
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') "
@@ -519,11 +520,11 @@ def test_running_out_of_memory_is_a_sentence(error, run, llama, small, monkeypat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", fail)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.pipeline.prune", fail)
     refused(run("prune", llama, "out", *small), 4, "out of memory: 6 GiB. Try a smaller --seqlen")
 
 
 def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatch):
-    monkeypatch.setattr("lowmem_gblm.comparison.compare", ctrl_c)
+    monkeypatch.setattr("lowmem_gblm.commands.compare.compare", ctrl_c)
     answer = run("compare", llama, "--methods", "wanda", *small)
     refused(answer, 130, "What is pruned is kept in comparison. To go on", "lowmem-gblm compare")

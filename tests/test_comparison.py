@@ -11,7 +11,7 @@ from interruptions import content
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm import comparison
+from lowmem_gblm.commands import compare as comparison
 from lowmem_gblm.errors import JobError
 
 METHODS = ("wanda", "gradient", "magnitude")

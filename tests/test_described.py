@@ -13,13 +13,13 @@ from tiny import ARCHITECTURES, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowmem_gblm
-from lowmem_gblm.disk.checkpoint import INDEX, SINGLE, Checkpoint
-from lowmem_gblm.disk.source import locate
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
-from lowmem_gblm.model import blocks
-from lowmem_gblm.model.blocks import prunable_weights
-from lowmem_gblm.model.described import _stored_dtype, describe, read_or_describe
-from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.model import prunable
+from lowmem_gblm.model.from_config import _stored_dtype, describe, read_or_describe
+from lowmem_gblm.model.prunable import prunable_weights
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from lowmem_gblm.storage.hub import locate
 
 SIZES = {
     "vocab_size": 320, "max_position_embeddings": 128, "num_hidden_layers": 2, "hidden_size": 32,
@@ -71,11 +71,11 @@ def contents(checkpoint: Checkpoint) -> dict[str, tuple]:
 
 def groups(checkpoint: Checkpoint) -> tuple[list, list, list]:
     """Names of every block and of the rest, and what can be pruned in every block."""
-    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-    weights = [sorted(block, key=str) for block in prunable_weights(checkpoint, skeleton)]
+    streamed = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    weights = [sorted(block, key=str) for block in prunable_weights(checkpoint, streamed)]
     return (
-        [sorted(names) for names in skeleton.block_tensors],
-        sorted(skeleton.rest_tensors),
+        [sorted(names) for names in streamed.block_tensors],
+        sorted(streamed.rest_tensors),
         weights,
     )
 
@@ -102,16 +102,16 @@ def test_a_block_that_is_like_an_earlier_one_is_not_looked_into_again(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(save(architecture, tmp_path / "model", torch.float32))
-    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-    find, looked = blocks._prunable, []
+    streamed = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    find, looked = prunable._prunable, []
 
     def counting(*args):
         looked.append(args[-1])
         return find(*args)
 
-    one_by_one = [find(checkpoint, skeleton, index) for index in range(skeleton.depth)]
-    monkeypatch.setattr(blocks, "_prunable", counting)
-    assert prunable_weights(checkpoint, skeleton) == one_by_one
+    one_by_one = [find(checkpoint, streamed, index) for index in range(streamed.depth)]
+    monkeypatch.setattr(prunable, "_prunable", counting)
+    assert prunable_weights(checkpoint, streamed) == one_by_one
     # The first block of DeepSeek has no experts.
     assert looked == ([0, 1] if architecture == "deepseek_v3" else [0])
 
@@ -185,7 +185,7 @@ def test_a_conversion_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     def failing(model, tensors):
         raise ValueError("no way back. And more")
 
-    monkeypatch.setattr("lowmem_gblm.model.described.as_stored", failing)
+    monkeypatch.setattr("lowmem_gblm.model.from_config.as_stored", failing)
     sentence = (
         r"cannot tell from config\.json how its weights are stored \(no way back\)\. Download"
     )

@@ -15,8 +15,8 @@ from interruptions import content, stopped_at
 
 import lowmem_gblm
 from lowmem_gblm.errors import BudgetError, DeviceError, LowmemGblmError, NonFiniteError
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.sweeps.decide import Pruner
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.sweeps.block_pruner import BlockPruner
 
 CASES = [
     ("gblm", "pruned", ["embed", "dense", "head", "reverse", "prune"]),
@@ -32,11 +32,11 @@ ERRORS = {
     "foreign": (RuntimeError("something else"), RuntimeError),
 }
 PLACES = [
-    (Skeleton, "embed"),
-    (Skeleton, "forward_block"),
-    (Skeleton, "load_block"),
-    (Pruner, "prune"),
-    (Skeleton, "loss_and_gradient"),
+    (StreamedModel, "embed"),
+    (StreamedModel, "forward_block"),
+    (StreamedModel, "load_block"),
+    (BlockPruner, "prune"),
+    (StreamedModel, "loss_and_gradient"),
 ]
 Run = Callable[..., dict[str, Any]]
 
@@ -118,13 +118,13 @@ def test_numbers_that_turn_non_finite_cost_no_job(
     options = {"method": method, "activations": activations}
     output, work = tmp_path / "out", tmp_path / "out.work"
     stopped_at(run, output, stage, 1, **options)
-    forward = Skeleton.forward_block
+    forward = StreamedModel.forward_block
 
     def spoiled(*args: Any, **more: Any) -> torch.Tensor:
         return forward(*args, **more) * torch.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(Skeleton, "forward_block", spoiled)
+        patch.setattr(StreamedModel, "forward_block", spoiled)
         with pytest.raises(NonFiniteError) as caught:
             run(output, **options)
     discard = f"to discard it, remove {work} and {output}.partial"

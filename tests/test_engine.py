@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_gblm
-from lowmem_gblm.disk.spill import Spill
-from lowmem_gblm.model.blocks import prunable_weights
-from lowmem_gblm.model.opened import open_model
-from lowmem_gblm.model.stream import BlockStream
-from lowmem_gblm.progress import Progress, Stage
-from lowmem_gblm.request import Resources
-from lowmem_gblm.stats.activation import activation_statistics
-from lowmem_gblm.sweeps.conveyor import Conveyor
+from lowmem_gblm.model.block_loader import BlockLoader
+from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.model.prunable import prunable_weights
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.runtime.progress import Progress, Stage
+from lowmem_gblm.storage.tensor_store import TensorStore
 from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
+from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.reverse import reverse_sweep
-from lowmem_gblm.sweeps.samples import Samples
+from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.statistics.base import activation_statistics
 
 NSAMPLES, SEQLEN = 4, 48
 SHARDED = {"llama", "mixtral"}
@@ -63,14 +63,14 @@ def case(
 
 
 def stream_statistics(
-    case: Case, folder: Path, norm: str, *, kept_every: int = 1, slices: int = 1
+    case: Case, folder: Path, norm: str, *, boundary_interval: int = 1, slices: int = 1
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Losses, and by name on disk gradient magnitudes and input norms of the dense model."""
     opened = open_model(str(case.folder), Resources())
-    checkpoint, skeleton = opened.checkpoint, opened.skeleton
+    checkpoint, streamed = opened.checkpoint, opened.streamed
     progress = Progress([Stage(name="all", steps=1000, cost=1)])
-    blocks = BlockStream(checkpoint, skeleton, progress, prunable_weights(checkpoint, skeleton))
-    samples = Samples(NSAMPLES)
+    blocks = BlockLoader(checkpoint, streamed, progress, prunable_weights(checkpoint, streamed))
+    samples = SampleSet(NSAMPLES)
     gradients: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
 
@@ -87,28 +87,29 @@ def stream_statistics(
 
     folder.mkdir()
     with (
-        Spill(folder) as spill,
-        Conveyor(spill, skeleton.device, progress, 1 << 20) as conveyor,
+        TensorStore(folder) as spill,
+        Offload(spill, streamed.device, progress, 1 << 20) as offload,
         progress.stage("all"),
     ):
-        with skeleton.filled(checkpoint):
-            embed(skeleton, case.samples, conveyor, progress)
+        with streamed.filled(checkpoint):
+            embed(streamed, case.samples, offload, progress)
         dense_sweep(
             blocks,
-            skeleton,
-            conveyor,
+            streamed,
+            offload,
             samples,
             progress,
-            keep_every=kept_every,
-            commit=conveyor.forget,
+            boundary_interval=boundary_interval,
+            commit=offload.forget,
         )
-        with skeleton.filled(checkpoint):
-            losses = head_pass(skeleton, case.samples, samples, conveyor, 1.0, progress)
+        with streamed.filled(checkpoint):
+            losses = head_pass(streamed, case.samples, samples, offload, 1.0, progress)
         reverse_sweep(
-            blocks, skeleton, conveyor, samples, norm, 1.0, progress, kept_every=kept_every,
+            blocks, streamed, offload, samples, norm, 1.0, progress,
+            boundary_interval=boundary_interval,
             slices=lambda block: [block.slots[part::slices] for part in range(slices)],
-            activations=lambda count: activation_statistics({"input_norm"}, count),
-            keep=keep, finish=finish, commit=conveyor.forget,
+            activations=lambda count: activation_statistics({"input_norm"}, count), keep=keep,
+            finish=finish, commit=offload.forget,
         )  # fmt: skip
     return losses, gradients, norms
 
@@ -135,12 +136,14 @@ def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
         assert torch.equal(norms[name], expected_norms[name]), name
 
 
-@pytest.mark.parametrize(("kept_every", "slices"), [(2, 1), (3, 2), (1, 4)])
+@pytest.mark.parametrize(("boundary_interval", "slices"), [(2, 1), (3, 2), (1, 4)])
 def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
-    case: Case, kept_every: int, slices: int, tmp_path: Path
+    case: Case, boundary_interval: int, slices: int, tmp_path: Path
 ) -> None:
     plain = stream_statistics(case, tmp_path / "plain", "l1")
-    other = stream_statistics(case, tmp_path / "other", "l1", kept_every=kept_every, slices=slices)
+    other = stream_statistics(
+        case, tmp_path / "other", "l1", boundary_interval=boundary_interval, slices=slices
+    )
     assert plain[0] == other[0]
     for expected, found in zip(plain[1:], other[1:], strict=True):
         assert expected.keys() == found.keys()
@@ -192,13 +195,15 @@ def test_streamed_pruning_writes_what_pruning_in_memory_gives(
 def test_the_chunked_head_gives_the_loss_and_gradient_of_the_whole_one(
     llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skeleton = opened_and_filled(llama)
+    streamed = opened_and_filled(llama)
     tokens = torch.arange(5, 53)
-    hidden = skeleton.embed(tokens)
-    whole_loss, whole_gradient = skeleton.loss_and_gradient(hidden, tokens)
-    monkeypatch.setattr("lowmem_gblm.model.skeleton.HEAD_LOGITS", 7 * skeleton.config.vocab_size)
+    hidden = streamed.embed(tokens)
+    whole_loss, whole_gradient = streamed.loss_and_gradient(hidden, tokens)
+    monkeypatch.setattr(
+        "lowmem_gblm.model.streamed_model.HEAD_LOGITS", 7 * streamed.config.vocab_size
+    )
     rows = largest_logits(monkeypatch)
-    loss, gradient = skeleton.loss_and_gradient(hidden, tokens)
+    loss, gradient = streamed.loss_and_gradient(hidden, tokens)
     assert max(rows) == 7
     torch.testing.assert_close(loss, whole_loss)
     torch.testing.assert_close(gradient, whole_gradient)
@@ -219,5 +224,5 @@ def largest_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def opened_and_filled(folder: Path):
     opened = open_model(str(folder), Resources())
-    opened.skeleton.fill(opened.checkpoint)
-    return opened.skeleton
+    opened.streamed.fill(opened.checkpoint)
+    return opened.streamed

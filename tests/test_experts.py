@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import lowmem_gblm
-from lowmem_gblm.model.tap import Tap
+from lowmem_gblm.model.matmul_tap import Tap
 
 EXPERTS = 8
 SIZE = {"nsamples": 6, "seqlen": 4}

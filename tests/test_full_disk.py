@@ -16,11 +16,11 @@ import pytest
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import publish
-from lowmem_gblm.disk.folder import MARK, OwnFolder
-from lowmem_gblm.disk.trouble import explained
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import DiskError, DiskFull
+from lowmem_gblm.storage import atomic
+from lowmem_gblm.storage.disk_errors import explained
+from lowmem_gblm.storage.locking import MARK, OwnedFolder
 
 SHARES = (0.002, 0.01, 0.05, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
 ROOM = "64m"
@@ -171,7 +171,7 @@ def count_calls(prune: Prune, output: Path, name: str, monkeypatch: pytest.Monke
     """How often an undisturbed run calls a function."""
     faults = Faults(errno.EIO, 1 << 30)
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, name, faults.around(getattr(os, name)))
+        patch.setattr(atomic.os, name, faults.around(getattr(os, name)))
         assert prune(output)[0] == 0
     return faults.calls
 
@@ -193,7 +193,7 @@ def test_an_operation_that_fails_at_any_time_is_a_sentence_and_the_job_goes_on(
         folder.mkdir()
         with monkeypatch.context() as patch:
             faults = Faults(number, at)
-            patch.setattr(publish.os, name, faults.around(getattr(os, name)))
+            patch.setattr(atomic.os, name, faults.around(getattr(os, name)))
             found, line = prune(folder / "out")
         assert (found, bool(re.fullmatch(sentence, line))) == (code, True), (at, calls, line)
         assert not (folder / "out").exists(), at
@@ -213,7 +213,7 @@ def test_short_writes_are_gone_on_with(
     def half(descriptor: int, data: memoryview, offset: int) -> int:
         return pwrite(descriptor, data[: max(1, len(data) // 2)], offset)
 
-    monkeypatch.setattr(publish.os, "pwrite", half)
+    monkeypatch.setattr(atomic.os, "pwrite", half)
     assert prune(tmp_path / "out")[0] == 0
     assert content(tmp_path / "out") == expected["pruned"]
 
@@ -221,7 +221,7 @@ def test_short_writes_are_gone_on_with(
 def test_a_disk_that_takes_nothing_is_failing(
     prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish.os, "pwrite", lambda descriptor, data, offset: 0)
+    monkeypatch.setattr(atomic.os, "pwrite", lambda descriptor, data, offset: 0)
     code, line = prune(tmp_path / "out")
     assert code == 2
     assert "a disk is failing (nothing was written): the description of the job could not" in line
@@ -243,7 +243,7 @@ def test_a_side_file_that_does_not_fit_is_named(
         return opened(path, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, "open", full)
+        patch.setattr(atomic.os, "open", full)
         code, line = prune(tmp_path / "out")
     assert code == 4
     assert f"the disk is full: the file {name} could not be written to" in line
@@ -314,18 +314,18 @@ def test_the_exit_codes_of_full_and_failing_disks() -> None:
 
 def test_a_folder_that_was_made_and_not_yet_marked_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    OwnFolder(tmp_path / "own").close()
+    OwnedFolder(tmp_path / "own").close()
     assert [path.name for path in (tmp_path / "own").iterdir()] == [MARK]
 
 
 def test_the_mark_of_a_folder_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = OwnFolder(tmp_path / "own")
+    own = OwnedFolder(tmp_path / "own")
     (tmp_path / "own" / "a").write_text(json.dumps({}))
     seen: list[list[str]] = []
 
     def watching(path: Path, **options: Any) -> None:
         seen.append([child.name for child in path.iterdir()])
 
-    monkeypatch.setattr("lowmem_gblm.disk.folder.shutil.rmtree", watching)
+    monkeypatch.setattr("lowmem_gblm.storage.locking.shutil.rmtree", watching)
     own.remove()
     assert seen == [[MARK]]

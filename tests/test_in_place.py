@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import in_place
-from lowmem_gblm.disk.job import Job
-from lowmem_gblm.disk.notice import NOTICE
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import DiskError, DiskFull, JobError, NonFiniteError
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.sweeps.decide import Pruner
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.storage import in_place
+from lowmem_gblm.storage.in_place_marker import MARKER_FILE
+from lowmem_gblm.storage.job import Job
+from lowmem_gblm.sweeps.block_pruner import BlockPruner
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 15
@@ -44,14 +44,14 @@ def model(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def dense_blocks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever block is loaded, in any sweep, must be the dense one."""
-    dense, load = load_file(small / "model.safetensors"), Skeleton.load_block
+    dense, load = load_file(small / "model.safetensors"), StreamedModel.load_block
 
-    def watching(skeleton: Skeleton, index: int, tensors: dict, **options: Any) -> None:
+    def watching(streamed: StreamedModel, index: int, tensors: dict, **options: Any) -> None:
         for name, tensor in tensors.items():
             assert torch.equal(tensor, dense[name]), name
-        load(skeleton, index, tensors, **options)
+        load(streamed, index, tensors, **options)
 
-    monkeypatch.setattr(Skeleton, "load_block", watching)
+    monkeypatch.setattr(StreamedModel, "load_block", watching)
 
 
 def tensor_bytes(folder: Path) -> dict[str, bytes]:
@@ -140,9 +140,9 @@ def test_with_little_disk_boundaries_are_computed_again_and_the_result_is_the_sa
     asked["activations"] = activations
     lowmem_gblm.prune(model, tmp_path / "out", **asked)
     ample = lowmem_gblm.plan(model, in_place=True, **asked)
-    assert ample["choices"]["keep_every"] == 1
+    assert ample["choices"]["boundary_interval"] == 1
     record = run(model, disk=ample["predicted"]["disk_bytes"] - 4 * 128 * 16 * 4, **asked)
-    assert record["choices"]["keep_every"] > 1
+    assert record["choices"]["boundary_interval"] > 1
     assert tensor_bytes(model) == tensor_bytes(tmp_path / "out")
 
 
@@ -241,13 +241,13 @@ def test_the_notice_says_what_has_become_of_the_model_and_how_to_go_on(
     run: Run, small: Path, model: Path
 ) -> None:
     stopped_at(run, model, "dense", 1)
-    assert content(model).keys() - content(small).keys() == {NOTICE}
-    text = (model / NOTICE).read_text()
+    assert content(model).keys() - content(small).keys() == {MARKER_FILE}
+    text = (model / MARKER_FILE).read_text()
     assert "Nothing has been overwritten yet" in text
     assert f"lowmem-gblm resume {model}.work\n" in text
     assert f"remove this file and {model}.work: the model is as it was" in text
     stopped_at(run, model, "prune", 1)
-    text = (model / NOTICE).read_text()
+    text = (model / MARKER_FILE).read_text()
     assert "Some of its blocks are pruned and some\nare not" in text
     assert f"lowmem-gblm resume {model}.work\n" in text
     assert f"It needs {model}.work; without that, the model has to be fetched anew" in text
@@ -257,7 +257,7 @@ def test_giving_up_as_the_notice_says_leaves_the_model_as_it_was(
     run: Run, small: Path, model: Path
 ) -> None:
     stopped_at(run, model, "dense", 1)
-    (model / NOTICE).unlink()
+    (model / MARKER_FILE).unlink()
     shutil.rmtree(f"{model}.work")
     assert content(model) == content(small)
     run(model)
@@ -311,7 +311,8 @@ def test_a_model_that_is_half_pruned_is_refused_by_everything_else(
     assert main([words.get(word, word) for word in command]) == 5
     sentence = (
         f"lowmem-gblm: {model} is being pruned in place, or was until that was interrupted: some "
-        f"of its blocks may be pruned and others not. {model}/{NOTICE} says how to go on with it\n"
+        f"of its blocks may be pruned and others not. {model}/{MARKER_FILE} says how to go on with "
+        f"it\n"
     )
     assert capsys.readouterr().err.removeprefix("dense: measuring perplexity\n") == sentence
     assert content(tmp_path) == before
@@ -320,7 +321,7 @@ def test_a_model_that_is_half_pruned_is_refused_by_everything_else(
 
 def test_a_stale_notice_beside_the_record_keeps_nobody_away(run: Run, model: Path) -> None:
     run(model)
-    (model / NOTICE).touch()
+    (model / MARKER_FILE).touch()
     assert lowmem_gblm.verify(model)
 
 
@@ -329,7 +330,7 @@ def test_another_job_on_the_same_model_is_refused(run: Run, model: Path) -> None
     with pytest.raises(JobError) as caught:
         run(model, sparsity=0.7)
     assert "begun otherwise (sparsity: 0.5, now 0.7)" in str(caught.value)
-    assert f"{NOTICE} in the model says whether it can still be given up" in str(caught.value)
+    assert f"{MARKER_FILE} in the model says whether it can still be given up" in str(caught.value)
     assert "remove" not in str(caught.value)
     run(model)
 
@@ -366,18 +367,18 @@ def test_an_ordinary_run_does_not_go_on_from_a_model_that_was_pruned_since(
 def test_a_job_that_was_killed_when_all_was_done_is_cleared_away(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(notice: in_place.Notice) -> None:
+    def killed(notice: in_place.InPlaceMarker) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(in_place.Notice, "remove", killed)
+        patch.setattr(in_place.InPlaceMarker, "remove", killed)
         with pytest.raises(Stop):
             run(model)
-    assert (model / NOTICE).exists()
+    assert (model / MARKER_FILE).exists()
     assert lowmem_gblm.verify(model)
     with pytest.raises(JobError, match="was pruned already"):
         run(model)
-    assert not (model / NOTICE).exists()
+    assert not (model / MARKER_FILE).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -385,7 +386,7 @@ def test_what_the_journal_has_must_be_there_as_it_was(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(in_place.InPlace, "_overwrite", lambda *args: None)
+        patch.setattr(in_place.InPlaceWriter, "_overwrite", lambda *args: None)
         stopped_at(run, model, "prune", 1)
     (path,) = Path(f"{model}.work").glob("overwrites-*")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -442,23 +443,23 @@ def test_a_disk_that_fails_is_told_and_gone_on_with(
 def test_what_cannot_be_mended_leaves_the_model_as_it_was_or_says_that_it_is_lost(
     run: Run, small: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = Pruner.prune
+    prune = BlockPruner.prune
 
-    def sick(pruner: Pruner, block: Any, *args: Any) -> None:
+    def sick(pruner: BlockPruner, block: Any, *args: Any) -> None:
         if block.index == first_sick:
             raise NonFiniteError("sick")
         prune(pruner, block, *args)
 
-    monkeypatch.setattr(Pruner, "prune", sick)
+    monkeypatch.setattr(BlockPruner, "prune", sick)
     first_sick = 0
     with pytest.raises(NonFiniteError) as caught:
         run(model)
     work = Path(f"{model}.work")
     assert str(caught.value) == (
         f"sick. What is done is kept in {work}: lowmem-gblm resume {work} resumes it; to discard "
-        f"it, remove {work} and {model / NOTICE}"
+        f"it, remove {work} and {model / MARKER_FILE}"
     )
-    assert content(model) == content(small) | {NOTICE: content(model)[NOTICE]}
+    assert content(model) == content(small) | {MARKER_FILE: content(model)[MARKER_FILE]}
     first_sick = 1
     with pytest.raises(NonFiniteError) as caught:
         run(model)
@@ -466,5 +467,5 @@ def test_what_cannot_be_mended_leaves_the_model_as_it_was_or_says_that_it_is_los
         f"sick. What is done is kept in {work}: lowmem-gblm resume {work} resumes it. {model} is "
         f"partly pruned by now: if this cannot be mended, the model has to be fetched anew"
     )
-    assert (model / NOTICE).exists()
+    assert (model / MARKER_FILE).exists()
     assert Path(f"{model}.work").exists()

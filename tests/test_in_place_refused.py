@@ -17,15 +17,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import in_place
-from lowmem_gblm.errors import (
-    BudgetError,
-    JobError,
-    NonFiniteError,
-    RequestError,
-    UnsupportedModel,
-)
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.errors import BudgetError, JobError, NonFiniteError, RequestError, UnsupportedModel
+from lowmem_gblm.storage import in_place
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 Run = Callable[..., dict[str, Any]]
@@ -96,7 +90,7 @@ def test_a_block_that_is_not_followed_is_found_before_anything_is_overwritten(
             activations=activations,
             listener=lambda tick: seen.add(tick.stage),
         )
-    assert seen == {"embed", "dense" if method in ("gradient", "gblm") else "rehearse"}
+    assert seen == {"embed", "dense" if method in ("gradient", "gblm") else "dry_run"}
     assert content(model) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -262,15 +256,15 @@ def test_a_plan_promises_the_bytes_that_are_read_and_the_most_that_lies_in_the_w
     asked = {"method": method, "calibration": str(text_file), **SIZE}
     made = lowmem_gblm.plan(model, in_place=True, **asked)
     most = 0
-    overwrite = in_place.InPlace._overwrite
+    overwrite = in_place.InPlaceWriter._overwrite
 
-    def watching(output: in_place.InPlace, path: Path) -> None:
+    def watching(output: in_place.InPlaceWriter, path: Path) -> None:
         nonlocal most
         lying = [one for one in path.parent.iterdir() if one.is_file() and one.suffix != ".json"]
         most = max(most, sum(one.stat().st_size for one in lying))
         overwrite(output, path)
 
-    monkeypatch.setattr(in_place.InPlace, "_overwrite", watching)
+    monkeypatch.setattr(in_place.InPlaceWriter, "_overwrite", watching)
     record = run(model, method=method)
     assert record["bytes"]["read"] == made["read_bytes"]
     header_bytes = 2 * 1024
@@ -297,7 +291,7 @@ def test_an_interrupted_command_says_where_it_goes_on(
         (tmp_path / "model.work" / "journal" / "000000.json").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", interrupt)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.pipeline.prune", interrupt)
     argv = ["prune", str(model), "--in-place", "--overwrite-my-only-copy"]
     assert main(argv) == 130
     said = capsys.readouterr().err

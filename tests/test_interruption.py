@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from interruptions import SIGNALS, both_at_once
 
-from lowmem_gblm.interruption import (
+from lowmem_gblm.runtime.signals import (
     check_interrupted,
     clear_up,
     interruptible,
@@ -90,7 +90,7 @@ def test_what_python_drops_is_raised_again(number: signal.Signals) -> None:
 
 ENDLESS = """
 import os, signal, sys, time
-from lowmem_gblm.interruption import clear_up, interruptible
+from lowmem_gblm.runtime.signals import clear_up, interruptible
 with interruptible(ends=True):
     try:
         exec("signal.raise_signal(signal.SIGINT)")
@@ -122,7 +122,7 @@ def test_the_second_signal_is_answered_and_the_third_obeyed(finishing: str, told
 
 AFTERWARDS = """
 import atexit, os, signal
-from lowmem_gblm.interruption import interruptible
+from lowmem_gblm.runtime.signals import interruptible
 class Late:
     def __del__(self, kill=os.kill, pid=os.getpid()):
         kill(pid, 2)

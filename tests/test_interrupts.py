@@ -18,10 +18,10 @@ import pytest
 from interruptions import SIGNALS, both_at_once, content, ctrl_c
 from tiny import save_tiny
 
-from lowmem_gblm import cli
-from lowmem_gblm.disk import publish
+from lowmem_gblm.cli import main as cli
 from lowmem_gblm.errors import CheckpointError
 from lowmem_gblm.model.tokenizer import _tokenizer_errors
+from lowmem_gblm.storage import atomic
 
 MOMENTS = 20
 KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To go on:"
@@ -157,7 +157,7 @@ def test_interrupted_during_a_commit(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, name, counting)
+        patch.setattr(atomic.os, name, counting)
         assert cli.main(argv) == 0
     shutil.rmtree(tmp_path / "out")
     left = at if at > 0 else calls + 1 + at
@@ -170,7 +170,7 @@ def test_interrupted_during_a_commit(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.os, name, interrupting)
+        patch.setattr(atomic.os, name, interrupting)
         code, lines = Child(argv, tmp_path / "log").ended()
     goes_on(code, lines, tmp_path / "out", expected[0])
 
@@ -192,7 +192,14 @@ def refused_late() -> None:
 
 
 @pytest.mark.parametrize("interrupt", [unwound_badly, both_at_once, refused_late])
-@pytest.mark.parametrize("at", ["pipeline.open_workbench", "run.Run.write", "pipeline.record"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "commands.prune.pipeline.open_setup",
+        "commands.prune.session.SweepContext.write",
+        "commands.prune.pipeline.record",
+    ],
+)
 def test_nothing_comes_between_an_interruption_and_its_message(
     at: str,
     interrupt: Callable[[], None],
@@ -271,7 +278,7 @@ def test_only_a_finished_step_is_said_to_be_kept(
     (tmp_path / "out.work" / "journal").mkdir(parents=True)
     (tmp_path / "out.work" / "job.json").touch()
     (tmp_path / "out.work" / "journal" / entry).touch()
-    monkeypatch.setattr("lowmem_gblm.pipeline.prune", ctrl_c)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.pipeline.prune", ctrl_c)
     assert cli.main(["prune", "model", str(tmp_path / "out")]) == 130
     assert re.match(said, capsys.readouterr().err)
 
@@ -286,7 +293,7 @@ def test_a_tokenizer_that_is_not_even_begun_with_is_not_blamed(tmp_path: Path) -
 def test_an_interrupted_resume_says_where_the_job_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lowmem_gblm.earlier.find_job", ctrl_c)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.resume.find_job", ctrl_c)
     assert cli.main(["resume", "my out.work"]) == 130
     error = capsys.readouterr().err
     assert "What is done is kept in my out.work. To go on:" in error
@@ -300,7 +307,7 @@ def test_an_interruption_after_the_end_of_a_resumed_job_says_that_the_output_is_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_gblm.pipeline.record", ctrl_c)
+        patch.setattr("lowmem_gblm.commands.prune.pipeline.record", ctrl_c)
         assert cli.main(argv) == 130
     monkeypatch.setattr(cli, "_print", ctrl_c)
     assert cli.main(["resume", str(tmp_path / "out.work")]) == 130
@@ -320,9 +327,9 @@ def test_an_interruption_after_the_end_says_that_the_output_is_whole(
 @pytest.mark.parametrize(
     ("function", "argv"),
     [
-        ("pipeline.make_plan", ["plan", "demo"]),
-        ("perplexity.evaluate", ["eval", "demo"]),
-        ("verification.verify", ["verify", "my out"]),
+        ("commands.prune.pipeline.make_plan", ["plan", "demo"]),
+        ("commands.evaluate.evaluate", ["eval", "demo"]),
+        ("commands.verify.verify", ["verify", "my out"]),
     ],
 )
 def test_what_keeps_nothing_leaves_nothing_half_done(

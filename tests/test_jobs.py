@@ -15,18 +15,18 @@ from interruptions import content, stopped_at
 from safetensors.torch import load_file, save_file
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import job as jobs
-from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.disk.folder import MARK, OwnFolder
-from lowmem_gblm.disk.job import Job
-from lowmem_gblm.disk.notice import NOTICE, Notice
-from lowmem_gblm.disk.output import Output
-from lowmem_gblm.earlier import find_job
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands.prune.pipeline import prune
+from lowmem_gblm.commands.prune.resume import find_job
+from lowmem_gblm.commands.request import PruneRequest, to_json
 from lowmem_gblm.errors import BudgetError, CheckpointError, DiskError, JobError, RequestError
-from lowmem_gblm.pipeline import prune
-from lowmem_gblm.request import PruneRequest, to_json
-from lowmem_gblm.watchdog import HostWatch
+from lowmem_gblm.runtime.watchdog import HostWatch
+from lowmem_gblm.storage import job as jobs
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
+from lowmem_gblm.storage.in_place_marker import MARKER_FILE, InPlaceMarker
+from lowmem_gblm.storage.job import Job
+from lowmem_gblm.storage.locking import MARK, OwnedFolder
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 Run = Callable[..., dict[str, Any]]
@@ -73,8 +73,8 @@ def test_a_job_of_another_version_is_not_gone_on_with(run: Run, tmp_path: Path) 
             go_on()
         assert str(caught.value) == (
             f"{path} is that of another version of lowmem-gblm: finish it with that; to begin "
-            f"anew, remove {path.parent}, unless a model was being pruned in place: its {NOTICE} "
-            f"says what can be done then"
+            f"anew, remove {path.parent}, unless a model was being pruned in place: its "
+            f"{MARKER_FILE} says what can be done then"
         )
 
 
@@ -137,17 +137,17 @@ def test_a_job_that_changed_since_it_was_planned_is_not_gone_on_with(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process takes the lock first."""
-    begin = OwnFolder.__init__
+    begin = OwnedFolder.__init__
 
-    def late(own: OwnFolder, path: Path, owner: str = "") -> None:
+    def late(own: OwnedFolder, path: Path, owner: str = "") -> None:
         if path.name == "out.work" and not path.exists():
             with monkeypatch.context() as patch:
-                patch.setattr(OwnFolder, "__init__", begin)
+                patch.setattr(OwnedFolder, "__init__", begin)
                 stopped_at(run, tmp_path / "out", "reverse", 1)
         begin(own, path, owner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OwnFolder, "__init__", late)
+        patch.setattr(OwnedFolder, "__init__", late)
         with pytest.raises(JobError) as caught:
             run(tmp_path / "out")
     assert str(caught.value) == (
@@ -268,16 +268,16 @@ def test_a_model_that_was_put_back_is_not_taken_for_the_half_pruned_one(
     stopped_at(in_place, copy, "prune", 2)
     shutil.copy(model / "model.safetensors", copy)
     if without_notice:
-        (copy / NOTICE).unlink()
+        (copy / MARKER_FILE).unlink()
     with pytest.raises(JobError) as caught:
         in_place(copy)
     assert str(caught.value).startswith(
         f"{copy} is not the model that was being pruned: block 0 does not hold what was written "
-        f"over it. If the model was put back or fetched anew, remove {copy}/{NOTICE} and "
+        f"over it. If the model was put back or fetched anew, remove {copy}/{MARKER_FILE} and "
         f"{copy}.work to begin anew"
     )
     assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-    (copy / NOTICE).unlink(missing_ok=True)
+    (copy / MARKER_FILE).unlink(missing_ok=True)
     shutil.rmtree(f"{copy}.work")
     in_place(copy)
     lowmem_gblm.verify(copy, model)
@@ -311,7 +311,7 @@ def test_a_model_that_is_read_is_not_overwritten_and_the_other_way_round(
     with pytest.raises(JobError) as caught:
         in_place(copy)
     assert str(caught.value) == f"another process is using {copy}: wait for it, or end it"
-    assert not (copy / NOTICE).exists()
+    assert not (copy / MARKER_FILE).exists()
     run(tmp_path / "out", copy)
     os.close(reading)
     overwriting = lock(copy, fcntl.LOCK_EX)
@@ -347,7 +347,7 @@ def test_a_model_that_begins_to_be_pruned_in_place_while_it_is_opened_is_refused
 
     def slowly(checkpoint: Checkpoint, folder: Path) -> None:
         opened(checkpoint, folder)
-        Notice(copy, tmp_path / "copy.work", "another").tell(overwritten=True)
+        InPlaceMarker(copy, tmp_path / "copy.work", "another").tell(overwritten=True)
 
     monkeypatch.setattr(Checkpoint, "__init__", slowly)
     with pytest.raises(JobError, match="is being pruned in place, or was until"):
@@ -363,11 +363,11 @@ def test_a_source_that_is_sick_for_a_moment_does_not_cost_the_job(
 ) -> None:
     run(tmp_path / "expected")
 
-    def gone(output: Output) -> None:
+    def gone(output: CheckpointWriter) -> None:
         raise CheckpointError("a shard is shorter than it was")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "write_rest", gone)
+        patch.setattr(CheckpointWriter, "write_rest", gone)
         with pytest.raises(CheckpointError, match="shorter than it was"):
             run(tmp_path / "out")
     assert run(tmp_path / "out")["attempts"] == 2
@@ -377,11 +377,11 @@ def test_a_source_that_is_sick_for_a_moment_does_not_cost_the_job(
 def test_what_has_gone_in_the_middle_of_a_run_is_named_with_the_way_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(output: Output) -> None:
+    def denied(output: CheckpointWriter) -> None:
         raise PermissionError(13, "Permission denied", "/far/shard.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "write_rest", denied)
+        patch.setattr(CheckpointWriter, "write_rest", denied)
         with pytest.raises(DiskError) as caught:
             run(tmp_path / "out")
     assert str(caught.value) == (
@@ -395,7 +395,7 @@ def test_what_has_gone_in_the_middle_of_a_run_is_named_with_the_way_on(
 def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
     in_place: Run, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the notice was put up; then while the next attempt begins."""
+    """Killed after the marker was put up; then while the next attempt begins."""
 
     class Killed(BaseException):
         pass
@@ -404,14 +404,20 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
         raise Killed
 
     in_place(Path(shutil.copytree(copy, tmp_path / "expected")))
-    for name in ("lowmem_gblm.run._assembled", "lowmem_gblm.disk.job.replace_json"):
+    for name in (
+        "lowmem_gblm.commands.prune.session._assembled",
+        "lowmem_gblm.storage.job.replace_json",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(name, killed)
             # A process that is killed clears nothing away.
-            patch.setattr("lowmem_gblm.run._put_away", lambda job, output, keep: job.close())
+            patch.setattr(
+                "lowmem_gblm.commands.prune.session._put_away",
+                lambda job, output, keep: job.close(),
+            )
             with pytest.raises(Killed):
                 in_place(copy)
-        assert (copy / NOTICE).exists()
+        assert (copy / MARKER_FILE).exists()
     in_place(copy)
     assert content(copy) == content(tmp_path / "expected")
     assert names(tmp_path) == {"copy", "expected"}
@@ -424,7 +430,7 @@ def test_a_notice_goes_before_the_job_it_speaks_of(
     forget = Job.forget
 
     def watching(job: Job) -> None:
-        seen.append((copy / NOTICE).exists())
+        seen.append((copy / MARKER_FILE).exists())
         forget(job)
 
     monkeypatch.setattr(Job, "forget", watching)
@@ -438,7 +444,7 @@ def test_a_parent_that_may_not_be_written_to_asks_for_a_work_folder(
     def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("lowmem_gblm.disk.folder._make", denied)
+    monkeypatch.setattr("lowmem_gblm.storage.locking._make", denied)
     with pytest.raises(RequestError) as caught:
         in_place(copy)
     assert str(caught.value) == (
@@ -463,7 +469,7 @@ def test_memory_that_runs_short_stops_a_run_outside_of_the_main_thread(
 
 def test_new_folders_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[Path] = []
-    monkeypatch.setattr("lowmem_gblm.disk.folder.flush_folder", flushed.append)
+    monkeypatch.setattr("lowmem_gblm.storage.locking.flush_folder", flushed.append)
     monkeypatch.setattr(jobs, "flush_folder", flushed.append)
     request = PruneRequest(model="demo", output=tmp_path / "out")
     described = {"identity": {"in_place": False}, "request": to_json(request)}

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from lowmem_gblm import machine
-from lowmem_gblm.machine import (
+from lowmem_gblm.runtime import machine
+from lowmem_gblm.runtime.machine import (
     free_disk_bytes,
     free_gpu_bytes,
     free_host_bytes,
@@ -19,7 +19,7 @@ from lowmem_gblm.machine import (
     nearest_folder,
     same_disk,
 )
-from lowmem_gblm.memory import CUDA_CONTEXT_BYTES
+from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, AVAILABLE = 64 * GIB, 40 * GIB

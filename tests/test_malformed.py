@@ -20,8 +20,8 @@ from damage import Damage, Malformed, link_outside
 from malformed import CORPUS, UNUSUAL
 from tiny import save_tiny
 
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import header
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.storage.checkpoint import header
 
 TOOLS = Path(__file__).parents[1] / "tools"
 LIMIT_S = 30

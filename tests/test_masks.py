@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.masks import NofM, Unstructured, keep_largest, keep_mask, parse_pattern
+from lowmem_gblm.methods.masks import NofM, Unstructured, keep_largest, keep_mask, parse_pattern
 
 check = settings(deadline=None, max_examples=60, database=None)
 sparsities = st.decimals("0.01", "0.99", places=2).map(Unstructured)

@@ -12,8 +12,8 @@ import pytest
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.disk.checkpoint import Checkpoint
-from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
 
 class Residents:
@@ -23,7 +23,7 @@ class Residents:
         self.buffers: set[int] = set()
         self.most = 0
         self.trace: list[str] = []
-        read, load = Checkpoint.read, Skeleton.load_block
+        read, load = Checkpoint.read, StreamedModel.load_block
 
         def watching_read(checkpoint: Checkpoint, name: str, into=None):
             tensor = read(checkpoint, name, into)
@@ -31,15 +31,15 @@ class Residents:
                 self.buffers.add(tensor.untyped_storage().data_ptr())
             return tensor
 
-        def watching_load(skeleton: Skeleton, index: int, tensors: dict, **options) -> None:
+        def watching_load(streamed: StreamedModel, index: int, tensors: dict, **options) -> None:
             self.trace.append(str(index))
-            load(skeleton, index, tensors, **options)
-            blocks = map(skeleton.block, range(skeleton.depth))
+            load(streamed, index, tensors, **options)
+            blocks = map(streamed.block, range(streamed.depth))
             live = [block for block in blocks if not all(p.is_meta for p in block.parameters())]
             self.most = max(self.most, len(live))
 
         monkeypatch.setattr(Checkpoint, "read", watching_read)
-        monkeypatch.setattr(Skeleton, "load_block", watching_load)
+        monkeypatch.setattr(StreamedModel, "load_block", watching_load)
 
 
 @pytest.mark.parametrize(

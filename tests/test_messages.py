@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_remote_code import edit, modules_of_strangers  # noqa: F401
 
 import lowmem_gblm
-from lowmem_gblm import machine
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import in_place
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import (
     BudgetError,
     CheckpointError,
@@ -27,6 +25,8 @@ from lowmem_gblm.errors import (
     RequestError,
     UnsupportedModel,
 )
+from lowmem_gblm.runtime import machine
+from lowmem_gblm.storage import in_place
 
 SIZE = {"nsamples": 3, "seqlen": 16}
 Prune = Callable[..., dict[str, Any]]

@@ -8,11 +8,11 @@ import reference
 import torch
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
-from lowmem_gblm.masks import keep_mask, parse_pattern
 from lowmem_gblm.methods import Statistics, find_method, method_names
 from lowmem_gblm.methods.gblm import gblm_scores
 from lowmem_gblm.methods.gradient import gradient_scores
 from lowmem_gblm.methods.magnitude import magnitude_scores
+from lowmem_gblm.methods.masks import keep_mask, parse_pattern
 from lowmem_gblm.methods.wanda import wanda_scores
 
 HALF = parse_pattern("0.5")

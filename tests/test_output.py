@@ -18,9 +18,9 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_gblm
-from lowmem_gblm.disk.output import Output
+from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import DiskFull, RequestError
-from lowmem_gblm.request import PruneRequest
+from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 
 BITS = {2: torch.int16, 4: torch.int32}
 SIDE_FILES = {
@@ -241,7 +241,7 @@ def test_a_run_that_fails_can_be_gone_on_with(step, error, tmp_path, llama, text
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, step, fail)
+        patch.setattr(CheckpointWriter, step, fail)
         with pytest.raises(DiskFull if isinstance(error, OSError) else KeyboardInterrupt):
             prune(llama, tmp_path / "out", text_file)
     assert not (tmp_path / "out").exists()

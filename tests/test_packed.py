@@ -16,11 +16,11 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.errors import UnsupportedModel
-from lowmem_gblm.model.packed import PackedWeights, pack_block
-from lowmem_gblm.model.quantized import Quantized, quantized_bytes
-from lowmem_gblm.model.tap import Slot, Tap
-from lowmem_gblm.stats.gradient import Gradient
-from lowmem_gblm.stats.input_norm import InputNorm
+from lowmem_gblm.model.bnb import Quantized, quantized_bytes
+from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
+from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
+from lowmem_gblm.sweeps.statistics.gradient import Gradient
+from lowmem_gblm.sweeps.statistics.input_norm import InputNorm
 
 CPU = torch.device("cpu")
 BLOCK_ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "mixtral")
@@ -31,7 +31,7 @@ class Case:
     """The first block of a tiny model, what it can be pruned in, and how it is called."""
 
     block: nn.Module
-    slots: list[Slot]
+    slots: list[MatmulWeight]
     hidden: Tensor
     kwargs: dict[str, object]
 
@@ -51,12 +51,15 @@ class Case:
         return out[0] if isinstance(out, tuple) else out
 
     def measure(
-        self, block: nn.Module, packed: PackedWeights | None = None, leave_out: Slot | None = None
-    ) -> tuple[Tensor, Tensor, dict[Slot, Tensor], list[Tensor | None]]:
+        self,
+        block: nn.Module,
+        packed: PackedWeights | None = None,
+        leave_out: MatmulWeight | None = None,
+    ) -> tuple[Tensor, Tensor, dict[MatmulWeight, Tensor], list[Tensor | None]]:
         """Output, gradient of the input, gradient magnitudes and input norms."""
         gradient, norm = Gradient("l1"), InputNorm(1)
         tap = Tap(block, self.slots, [gradient, norm])
-        tap.leave_out(leave_out)
+        tap.skip(leave_out)
         hidden = self.hidden.clone().requires_grad_()
         if packed is None:
             with tap:
@@ -89,15 +92,18 @@ def first_block(architecture: str, dtype: torch.dtype = torch.float32) -> Case:
     return Case(layers[0], slots_of(layers[0]), *seen[0])
 
 
-def slots_of(block: nn.Module) -> list[Slot]:
-    slots: list[Slot] = []
+def slots_of(block: nn.Module) -> list[MatmulWeight]:
+    slots: list[MatmulWeight] = []
     for name, parameter in block.named_parameters():
         owner = block.get_submodule(name.rpartition(".")[0])
         if parameter.ndim == 3:
-            slots += [Slot(parameter=name, expert=e, in_first=False) for e in range(len(parameter))]
+            slots += [
+                MatmulWeight(parameter=name, expert=e, in_first=False)
+                for e in range(len(parameter))
+            ]
         elif parameter.ndim == 2 and isinstance(owner, (nn.Linear, Conv1D)):
             in_first = isinstance(owner, Conv1D)
-            slots.append(Slot(parameter=name, expert=None, in_first=in_first))
+            slots.append(MatmulWeight(parameter=name, expert=None, in_first=in_first))
     return slots
 
 
@@ -230,7 +236,8 @@ def test_every_expert_is_packed_where_one_is_named() -> None:
     named = next(slot for slot in case.slots if slot.expert == 2)
     packed = pack_block(copy.deepcopy(case.block), [named], "nf4", CPU)
     assert packed.slots == [
-        Slot(parameter=named.parameter, expert=expert, in_first=False) for expert in range(4)
+        MatmulWeight(parameter=named.parameter, expert=expert, in_first=False)
+        for expert in range(4)
     ]
 
 
@@ -277,7 +284,7 @@ def test_every_form_of_a_product(
     form = (IN_FIRST if in_first else OUT_FIRST)[name]
     shape = (rows, columns) if expert is None else (3, rows, columns)
     block = Product(shape, lambda x, W: form(x, W if expert is None else W[torch.tensor(expert)]))
-    slot = Slot(parameter="weight", expert=expert, in_first=in_first)
+    slot = MatmulWeight(parameter="weight", expert=expert, in_first=in_first)
     hidden = torch.randn(1, 9, rows if in_first else columns)
     case = Case(block, [slot], hidden, {})
     packed_block, packed = case.packed(kind)
@@ -287,7 +294,7 @@ def test_every_form_of_a_product(
 def forward_packed(shape: tuple[int, ...], form: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     block = Product(shape, form)
     expert = 0 if len(shape) == 3 else None
-    slot = Slot(parameter="weight", expert=expert, in_first=False)
+    slot = MatmulWeight(parameter="weight", expert=expert, in_first=False)
     packed = pack_block(block, [slot], "nf4", CPU)
     hidden = torch.randn(4, shape[-1], requires_grad=True)
     with packed:
@@ -325,7 +332,7 @@ def test_any_other_use_of_a_matrix_is_refused(shape, form) -> None:
 
 def test_what_is_computed_from_a_stand_in_outside_is_not_a_number() -> None:
     block = Product((6, 8), linear)
-    pack_block(block, [Slot(parameter="weight", expert=None, in_first=False)], "nf4", CPU)
+    pack_block(block, [MatmulWeight(parameter="weight", expert=None, in_first=False)], "nf4", CPU)
     assert block(torch.ones(1, 8)).isnan().all()
 
 

@@ -15,13 +15,9 @@ from typing import Any
 import pytest
 
 import lowmem_gblm
-from lowmem_gblm import perplexity
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk.files import side_files
-from lowmem_gblm.disk.folder import MARK, OwnFolder
-from lowmem_gblm.disk.publish import publish_folder
-from lowmem_gblm.errors import JobError, RequestError
-from lowmem_gblm.request import (
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands import evaluate as perplexity
+from lowmem_gblm.commands.request import (
     PruneRequest,
     check_places,
     output_folder,
@@ -29,6 +25,10 @@ from lowmem_gblm.request import (
     to_json,
     work_folder,
 )
+from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.storage.atomic import publish_folder
+from lowmem_gblm.storage.checkpoint.file_access import side_files
+from lowmem_gblm.storage.locking import MARK, OwnedFolder
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
@@ -247,7 +247,7 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next_one(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     left = tmp_path / "lowmem-gblm-killed"
-    OwnFolder(left, "eval").close()
+    OwnedFolder(left, "eval").close()
     (left / "dense-3").touch()
     evaluate(llama, text_file, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -257,7 +257,7 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next_one(
 def test_the_folder_of_a_job_is_none_that_an_evaluation_left(
     owner: str, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    OwnFolder(tmp_path / "lowmem-gblm-x.work", owner).close()
+    OwnedFolder(tmp_path / "lowmem-gblm-x.work", owner).close()
     evaluate(llama, text_file, tmp_path)
     assert (tmp_path / "lowmem-gblm-x.work").is_dir()
 
@@ -265,7 +265,7 @@ def test_the_folder_of_a_job_is_none_that_an_evaluation_left(
 def test_what_another_evaluation_is_using_or_has_only_begun_stays(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    other = OwnFolder(tmp_path / "lowmem-gblm-living", "eval")
+    other = OwnedFolder(tmp_path / "lowmem-gblm-living", "eval")
     (tmp_path / "lowmem-gblm-begun").mkdir()
     (tmp_path / "lowmem-gblm-notes").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -278,7 +278,7 @@ def test_what_another_user_left_stays(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = tmp_path / "lowmem-gblm-killed"
-    OwnFolder(left, "eval").close()
+    OwnedFolder(left, "eval").close()
     monkeypatch.setattr(perplexity.os, "getuid", lambda: left.stat().st_uid + 1)
     evaluate(llama, text_file, tmp_path)
     assert left.is_dir()

@@ -9,10 +9,10 @@ import pytest
 
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.planning import Budget, ModelSizes, Speeds, Work, plan, slices_within
+from lowmem_gblm.planning import Budget, ModelSizes, Speeds, Workload, plan, slices_within
+from lowmem_gblm.planning.disk_use import disk_use
+from lowmem_gblm.planning.schedule import schedule
 from lowmem_gblm.planning.sizes import Choices
-from lowmem_gblm.planning.waiting import waiting
-from lowmem_gblm.schedule import schedule
 
 MIB, GIB = 1 << 20, 1 << 30
 BASE = 350 * MIB
@@ -40,9 +40,9 @@ SIZES = ModelSizes(
 )
 
 
-def work(method: str = "gblm", activations: str = "pruned", **changes: object) -> Work:
+def work(method: str = "gblm", activations: str = "pruned", **changes: object) -> Workload:
     needs = find_method(method).needs
-    made = Work(
+    made = Workload(
         schedule=schedule(needs, activations),
         needs=needs,
         deciding=(find_method(method).bytes_per_weight, find_method(method).bytes_per_gram_entry),
@@ -70,9 +70,9 @@ def made(budget: Budget = ANYTHING, sizes: ModelSizes = SIZES, **changes: object
 
 def test_with_room_for_everything_nothing_is_done_twice() -> None:
     found = made()
-    assert found.choices.keep_every == 1
+    assert found.choices.boundary_interval == 1
     assert found.choices.accumulator_bytes is None
-    assert found.choices.store == "float32"
+    assert found.choices.gradient_precision == "float32"
     assert found.choices.read_ahead
     assert found.choices.copy_ahead
     assert found.reasons == ()
@@ -91,8 +91,8 @@ def test_the_figures_of_the_design_for_70b() -> None:
 def test_less_disk_takes_recomputed_boundaries_before_it_rounds_gradients() -> None:
     whole = made().predicted.disk_bytes
     less = made(Budget(disk_bytes=whole - 40 * GIB, host_bytes=HOST))
-    assert less.choices.keep_every > 1
-    assert less.choices.store == "float32"
+    assert less.choices.boundary_interval > 1
+    assert less.choices.gradient_precision == "float32"
     assert "computed again" in less.reasons[0]
     assert less.flops > made().flops
 
@@ -102,7 +102,7 @@ def test_still_less_disk_rounds_gradients_and_says_so() -> None:
     for disk in (300 * GIB, 150 * GIB, made().minimum.disk_bytes):
         found = made(Budget(disk_bytes=disk, host_bytes=HOST))
         assert found.predicted.disk_bytes <= disk
-        stores.append(found.choices.store)
+        stores.append(found.choices.gradient_precision)
     assert stores == ["float32", "bfloat16", "int8"]
     assert any("8 bit" in reason and "other" in reason for reason in found.reasons)
 
@@ -111,7 +111,7 @@ def test_host_memory_is_used_where_the_disk_does_not_suffice() -> None:
     assert made(Budget(host_bytes=1000 * GIB)).host_spill_bytes == 0
     smallest = made().minimum.disk_bytes
     found = made(Budget(host_bytes=1000 * GIB, disk_bytes=smallest))
-    assert found.choices.keep_every == 1
+    assert found.choices.boundary_interval == 1
     assert 0 < found.host_spill_bytes < 1000 * GIB
     assert found.predicted.disk_bytes <= smallest
 
@@ -202,14 +202,14 @@ def test_a_refusal_says_when_nothing_helps() -> None:
 
 
 def test_boundaries_and_gradients_never_wait_all_at_the_same_time() -> None:
-    waits = waiting(SIZES, work(), Choices())
+    waits = disk_use(SIZES, work(), Choices())
     assert waits.together < waits.boundaries + waits.magnitudes
     # While shards are written, gradient magnitudes go.
     assert waits.on_disk(0) < waits.together + SIZES.total_bytes
 
 
 def test_every_ninth_boundary_of_70b_takes_what_the_design_says() -> None:
-    waits = waiting(SIZES, work(), Choices(keep_every=9))
+    waits = disk_use(SIZES, work(), Choices(boundary_interval=9))
     assert waits.boundaries == pytest.approx(72 * GIB, rel=0.15)
 
 
@@ -226,11 +226,11 @@ def test_time_follows_the_machine_and_what_is_done_twice() -> None:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_a_rehearsal_reads_every_block_and_runs_a_sample_where_there_is_one(method: str) -> None:
+def test_a_dry_run_reads_every_block_and_runs_a_sample_where_there_is_one(method: str) -> None:
     in_place = schedule(find_method(method).needs, "pruned", in_place=True)
     changes = {"schedule": in_place, "writes": False, "rewrites": True}
     reading, running = (
-        plan(SIZES, work(method, **changes), BASE, Budget(), speeds=speeds).seconds["rehearse"]
+        plan(SIZES, work(method, **changes), BASE, Budget(), speeds=speeds).seconds["dry_run"]
         for speeds in (
             Speeds(products=1e20, memory=1e20, read=3e9, write=2e9),
             Speeds(products=1e9, memory=1e20, read=1e20, write=1e20),

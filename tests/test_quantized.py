@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_gblm.model.quantized import quantize, quantized_bytes
-from lowmem_gblm.stats.store import pack, unpack
+from lowmem_gblm.model.bnb import quantize, quantized_bytes
+from lowmem_gblm.sweeps.statistics.packing import pack, unpack
 
 KINDS = ("nf4", "int8")
 SHAPES = [(1, 1), (1, 2), (3, 1), (7, 9), (64, 64), (33, 129), (257, 511)]
@@ -104,7 +104,7 @@ def test_the_bits_depend_on_no_run_no_thread_and_no_compiler() -> None:
 
 def test_bitsandbytes_is_not_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, lowmem_gblm.model.packed, lowmem_gblm.stats.store; "
+        "import sys, lowmem_gblm.model.quantized_block, lowmem_gblm.sweeps.statistics.packing; "
         "sys.exit('bitsandbytes' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

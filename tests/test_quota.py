@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowmem_gblm import quota
-from lowmem_gblm.machine import free_disk_bytes
-from lowmem_gblm.quota import _DiskQuota, quota_left_bytes
+from lowmem_gblm.runtime import quota
+from lowmem_gblm.runtime.machine import free_disk_bytes
+from lowmem_gblm.runtime.quota import _DiskQuota, quota_left_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 NOBODY = 65534

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_gblm import rates
-from lowmem_gblm.rates import Rates, fitting, measure_rates
+from lowmem_gblm.runtime import benchmark
+from lowmem_gblm.runtime.benchmark import MachineSpeed, fitting, measure_machine
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
@@ -21,10 +21,10 @@ MIB = 1 << 20
 
 def measure(write_to: Path, shapes=SHAPES, *, dtype=torch.float32, read_from=None, **options):
     options = {"seconds": 0.2, "limit_bytes": 16 * MIB} | options
-    return measure_rates(CPU, dtype, shapes, 32, read_from, write_to, **options)
+    return measure_machine(CPU, dtype, shapes, 32, read_from, write_to, **options)
 
 
-def positive(measured: Rates) -> bool:
+def positive(measured: MachineSpeed) -> bool:
     return min(vars(measured).values()) > 0
 
 
@@ -72,9 +72,9 @@ def test_a_cpu_is_never_measured_in_float16(tmp_path: Path, monkeypatch) -> None
 
 def test_matrices_count_as_often_as_they_are_in_a_block(tmp_path: Path, monkeypatch) -> None:
     # 1 s for every product: then the rate is the mean size of a matrix of the block.
-    monkeypatch.setattr(rates, "_timed", lambda action, device: 1.0)
-    monkeypatch.setattr(rates, "_memory_rate", lambda *given: 1.0)
-    monkeypatch.setattr(rates._Product, "grow", whole)
+    monkeypatch.setattr(benchmark, "_timed", lambda action, device: 1.0)
+    monkeypatch.setattr(benchmark, "_memory_rate", lambda *given: 1.0)
+    monkeypatch.setattr(benchmark._Product, "grow", whole)
     measured = measure(tmp_path, [(8, 4), (8, 4), (8, 4), (16, 4)], seconds=0.0)
     assert measured.products == pytest.approx(2 * 32 * (3 * 32 + 64) / 4)
 

@@ -43,7 +43,7 @@ def test_the_python_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_example_of_a_method_decides() -> None:
     namespace: dict[str, object] = {}
     exec(blocks("python")[1], namespace)
-    pattern = lowmem_gblm.masks.Unstructured(Decimal("0.5"))
+    pattern = lowmem_gblm.methods.masks.Unstructured(Decimal("0.5"))
     statistics = Statistics(input_norm=torch.rand(8))
     decision = namespace["METHOD"].decide(torch.randn(4, 8), statistics, pattern, 0.0)
     assert decision.keep.sum(dim=1).tolist() == [4] * 4
@@ -59,7 +59,7 @@ def test_the_table_of_the_demo_is_true(tmp_path: Path) -> None:
 
 def test_every_file_of_the_tree_is_there() -> None:
     tree = next(block for block in blocks("text") if "pipeline.py" in block)
-    for name in re.findall(r"[\w/.]+\.(?:py|md)|\w+/", tree):
+    for name in re.findall(r"[\w/.]+\.(?:py|md)|[\w/]+/", tree):
         found = [
             root / name for root in (ROOT, ROOT / "lowmem_gblm", ROOT / "tools", ROOT / "tests")
         ]

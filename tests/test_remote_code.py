@@ -16,9 +16,9 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.disk import source
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import CheckpointError, JobError, UnsupportedModel
+from lowmem_gblm.storage import hub
 
 CONFIGURATION = """
 import os
@@ -274,7 +274,7 @@ def test_code_is_downloaded_only_if_it_is_trusted(trusted, model, witness, monke
         return str(model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert source.locate("some/model", code=trusted) == model
+    assert hub.locate("some/model", code=trusted) == model
     assert ("*.py" in wanted) == trusted
     assert "*.safetensors" in wanted
 

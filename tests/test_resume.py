@@ -11,12 +11,12 @@ from interruptions import Killer, Photographer, content, stopped_at
 from tiny import save_tiny
 
 import lowmem_gblm
-from lowmem_gblm.cli import main
-from lowmem_gblm.earlier import find_job
+from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands.prune.resume import find_job
+from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
-from lowmem_gblm.model.skeleton import Skeleton
+from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import Choices
-from lowmem_gblm.request import PruneRequest
 
 SIZE = {"nsamples": 2, "seqlen": 16}
 KILLS = 50
@@ -77,13 +77,13 @@ def test_only_what_is_left_is_done(
     run(tmp_path / "expected")
     stopped_at(run, tmp_path / "out", stage, step)
     loaded: list[str] = []
-    load = Skeleton.load_block
+    load = StreamedModel.load_block
 
-    def watching(skeleton: Skeleton, index: int, tensors: dict, **options: object) -> None:
+    def watching(streamed: StreamedModel, index: int, tensors: dict, **options: object) -> None:
         loaded.append(str(index))
-        load(skeleton, index, tensors, **options)
+        load(streamed, index, tensors, **options)
 
-    monkeypatch.setattr(Skeleton, "load_block", watching)
+    monkeypatch.setattr(StreamedModel, "load_block", watching)
     record = run(tmp_path / "out")
     # The step of a listener that stops everything is not yet written down in embed and head.
     assert " ".join(loaded) == order
@@ -211,13 +211,13 @@ def test_with_less_disk_a_begun_job_waits_for_room_and_loses_nothing(run, tmp_pa
 def test_a_reader_that_waits_for_memory_gives_up_when_the_run_does(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(skeleton: Skeleton, index: int, tensors: dict, **options: object) -> None:
+    def fail(streamed: StreamedModel, index: int, tensors: dict, **options: object) -> None:
         raise CheckpointError("no such block")
 
     monkeypatch.setattr(
-        "lowmem_gblm.planning.choose._in_memory", lambda *args: iter([Choices(read_ahead=False)])
+        "lowmem_gblm.planning.planner._in_memory", lambda *args: iter([Choices(read_ahead=False)])
     )
-    monkeypatch.setattr(Skeleton, "load_block", fail)
+    monkeypatch.setattr(StreamedModel, "load_block", fail)
     with pytest.raises(CheckpointError, match="no such block"):
         run(tmp_path / "out")
 
@@ -227,8 +227,8 @@ def test_another_device_has_to_be_accepted(
 ) -> None:
     stopped_at(run, tmp_path / "out", "reverse", 1)
     with monkeypatch.context() as patch:
-        for module in ("identity", "report", "run"):
-            name = f"lowmem_gblm.{module}.device_name"
+        for module in ("identity", "record", "session"):
+            name = f"lowmem_gblm.commands.prune.{module}.device_name"
             patch.setattr(name, lambda device: "NVIDIA Something")
         with pytest.raises(JobError, match=r"device: 'cpu', now 'NVIDIA.*--accept-other-rounding"):
             run(tmp_path / "out")
@@ -286,7 +286,7 @@ def test_what_cannot_be_mended_leaves_nothing(
     def sick(*args: object, **options: object):
         raise NonFiniteError("sick")
 
-    monkeypatch.setattr("lowmem_gblm.sweeps.decide.Pruner.prune", sick)
+    monkeypatch.setattr("lowmem_gblm.sweeps.block_pruner.BlockPruner.prune", sick)
     with pytest.raises(NonFiniteError, match="sick"):
         run(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.schedule import reverse_order, schedule
+from lowmem_gblm.planning.schedule import reverse_order, schedule
 
 TABLE = [
     # method, activations, passes, blocks read, FLOPs per parameter and token
@@ -40,9 +40,9 @@ def test_in_place_all_blocks_are_read_before_one_is_overwritten(
     method, activations, passes, reads, flops
 ):
     made = schedule(find_method(method).needs, activations, in_place=True)
-    rehearsed = "dense" not in passes
-    assert made.passes[:-1] == (*passes.split()[:-1], *(["rehearse"] if rehearsed else []))
-    assert (made.reads, made.prune_in) == (reads + rehearsed, passes.split()[-1])
+    dry_runs = "dense" not in passes
+    assert made.passes[:-1] == (*passes.split()[:-1], *(["dry_run"] if dry_runs else []))
+    assert (made.reads, made.prune_in) == (reads + dry_runs, passes.split()[-1])
     assert made.flops_per_parameter_and_token == flops
 
 
@@ -70,7 +70,7 @@ def test_samples_run_again_where_the_pruned_block_gives_the_next_boundary(
 
 
 @pytest.mark.parametrize(
-    ("depth", "kept_every", "order"),
+    ("depth", "boundary_interval", "order"),
     [
         (4, 1, "<3 <2 <1 <0"),
         (5, 2, "<4 2> <3 <2 0> <1 <0"),
@@ -79,6 +79,6 @@ def test_samples_run_again_where_the_pruned_block_gives_the_next_boundary(
         (1, 1, "<0"),
     ],
 )
-def test_the_order_in_which_boundaries_are_computed_again(depth, kept_every, order):
-    steps = reverse_order(depth, kept_every)
+def test_the_order_in_which_boundaries_are_computed_again(depth, boundary_interval, order):
+    steps = reverse_order(depth, boundary_interval)
     assert " ".join(f"<{s.block}" if s.backward else f"{s.block}>" for s in steps) == order

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import lowmem_gblm
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.stats.finite import all_finite, are_finite
-from lowmem_gblm.stats.gradient import Gradient
 from lowmem_gblm.sweeps import reverse
-from lowmem_gblm.sweeps.conveyor import Conveyor
-from lowmem_gblm.sweeps.samples import Samples
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.statistics.finite import all_finite, are_finite
+from lowmem_gblm.sweeps.statistics.gradient import Gradient
 
 COUNT, SICK, BLOCKS = 12, 4, 3
 SIZE = {"nsamples": COUNT, "seqlen": 16}
@@ -55,33 +55,33 @@ def run(model: Path, text_file: Path) -> Run:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
     """Makes what arrives under a name infinite for some samples."""
-    arriving = Conveyor.arriving
+    arriving = Offload.prefetch
 
     def poison(name: str, numbers: Sequence[int] = (SICK,)) -> None:
         def poisoned(
-            self: Conveyor, names: Sequence[str], order: Sequence[int]
+            self: Offload, names: Sequence[str], order: Sequence[int]
         ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
             for n, tensors in arriving(self, names, order):
                 hit = names[-1] == name and n in numbers
                 yield n, (*tensors[:-1], tensors[-1] * torch.inf) if hit else tensors
 
-        monkeypatch.setattr(Conveyor, "arriving", poisoned)
+        monkeypatch.setattr(Offload, "prefetch", poisoned)
 
     return poison
 
 
 def without_the_sick(run: Run, output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any):
     """The same where the sample was never drawn."""
-    from lowmem_gblm import workbench
+    from lowmem_gblm.commands.prune import setup
 
-    drawn = workbench.calibration_samples
+    drawn = setup.calibration_samples
 
     def fewer(*args: Any, **more: Any) -> Tensor:
         samples_NT = drawn(*args, **more)
         return torch.cat([samples_NT[:SICK], samples_NT[SICK + 1 :]])
 
     with monkeypatch.context() as patch:
-        patch.setattr(workbench, "calibration_samples", fewer)
+        patch.setattr(setup, "calibration_samples", fewer)
         return run(output, **options)
 
 
@@ -213,7 +213,7 @@ def test_where_nothing_is_sick_nothing_is_dropped(run: Run, tmp_path: Path) -> N
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are multiplied with 1024, as in float16; in float32 this changes no bit."""
-    monkeypatch.setattr("lowmem_gblm.workbench.loss_scale", lambda dtype, seqlen: 1024.0)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.setup.loss_scale", lambda dtype, seqlen: 1024.0)
 
 
 @pytest.fixture
@@ -226,8 +226,8 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         run_block = reverse._BlockBackward._run
 
         def watched(self: Any, order: Any, gradient: Gradient, *args: Any, **more: Any) -> Any:
-            def one(skeleton: Any, block: Any, hidden: Tensor, arriving: Tensor, tap: Any):
-                leaving = backward(skeleton, block, hidden, arriving, tap)
+            def one(streamed: Any, block: Any, hidden: Tensor, arriving: Tensor, tap: Any):
+                leaving = backward(streamed, block, hidden, arriving, tap)
                 number = current[0]
                 if number == SICK and block.index == 1:
                     tried.append(self.samples.exponent(number))
@@ -238,14 +238,14 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             return run_block(self, order, gradient, *args, **more)
 
         current = [0]
-        arriving = Conveyor.arriving
+        arriving = Offload.prefetch
 
-        def counted(self: Conveyor, *args: Any) -> Iterator[Any]:
+        def counted(self: Offload, *args: Any) -> Iterator[Any]:
             for n, tensors in arriving(self, *args):
                 current[0] = n
                 yield n, tensors
 
-        monkeypatch.setattr(Conveyor, "arriving", counted)
+        monkeypatch.setattr(Offload, "prefetch", counted)
         monkeypatch.setattr(reverse._BlockBackward, "_run", watched)
         return tried
 
@@ -297,17 +297,17 @@ def test_after_three_tries_a_sample_is_sick(
 def test_the_head_tries_again_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_gblm.model.skeleton import Skeleton
+    from lowmem_gblm.model.streamed_model import StreamedModel
 
     run(tmp_path / "expected")
-    whole, scales = Skeleton.loss_and_gradient, []
+    whole, scales = StreamedModel.loss_and_gradient, []
 
-    def overflowing(self: Skeleton, hidden: Tensor, tokens: Tensor, scale: float):
+    def overflowing(self: StreamedModel, hidden: Tensor, tokens: Tensor, scale: float):
         loss, gradient = whole(self, hidden, tokens, scale)
         scales.append(scale)
         return loss, gradient * torch.inf if scale > 8 else gradient
 
-    monkeypatch.setattr(Skeleton, "loss_and_gradient", overflowing)
+    monkeypatch.setattr(StreamedModel, "loss_and_gradient", overflowing)
     record = run(tmp_path / "out", nsamples=COUNT)
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     assert scales == [1024.0, 64.0, 4.0] * COUNT
@@ -323,12 +323,12 @@ def test_a_gradient_that_overflows_though_what_goes_on_does_not_is_found(
 ) -> None:
     """As in float16, where the sum over tokens is larger than any of its parts."""
     if memory:
-        cut = "lowmem_gblm.pipeline.slices_within"
+        cut = "lowmem_gblm.commands.prune.pipeline.slices_within"
         monkeypatch.setattr(cut, lambda sizes, room: [[n] for n in range(len(sizes))])
     expected = without_the_sick(run, tmp_path / "expected", monkeypatch, method="gradient")
-    magnitude, arriving, current = Gradient._magnitude, Conveyor.arriving, [("", 0)]
+    magnitude, arriving, current = Gradient._magnitude, Offload.prefetch, [("", 0)]
 
-    def counted(self: Conveyor, names: Sequence[str], *args: Any) -> Iterator[Any]:
+    def counted(self: Offload, names: Sequence[str], *args: Any) -> Iterator[Any]:
         for n, tensors in arriving(self, names, *args):
             current[0] = names[-1], n
             yield n, tensors
@@ -337,7 +337,7 @@ def test_a_gradient_that_overflows_though_what_goes_on_does_not_is_found(
         found = magnitude(self, gradient)
         return found * torch.inf if current[0] == (f"gradient-{BLOCKS}", SICK) else found
 
-    monkeypatch.setattr(Conveyor, "arriving", counted)
+    monkeypatch.setattr(Offload, "prefetch", counted)
     monkeypatch.setattr(Gradient, "_magnitude", overflowing)
     record = run(tmp_path / "out", method="gradient")
     assert content(tmp_path / "out") == content(tmp_path / "expected")
@@ -374,22 +374,22 @@ def test_one_number_is_enough(dtype: torch.dtype, sick: float) -> None:
 
 
 def test_samples_tell_the_journal_what_is_new() -> None:
-    samples = Samples(40, scaled=True)
+    samples = SampleSet(40, scaled=True)
     samples.drop([3], "dense", 1)
-    assert samples.weaken(5)
-    news = samples.news()
+    assert samples.reduce_scale(5)
+    news = samples.journal_entry()
     assert news == {
         "dropped_samples": [{"sample": 3, "pass": "dense", "block": 1}],
         "weakened_samples": [[5, 4]],
     }
-    assert samples.news() == {"dropped_samples": [], "weakened_samples": []}
-    assert samples.weaken(5)
-    other = Samples(40, scaled=True)
-    other.remember(news)
-    other.remember(samples.news())
-    assert (other.left, other.exponent(5)) == (samples.left, 8)
-    assert other.news() == {"dropped_samples": [], "weakened_samples": []}
+    assert samples.journal_entry() == {"dropped_samples": [], "weakened_samples": []}
+    assert samples.reduce_scale(5)
+    other = SampleSet(40, scaled=True)
+    other.restore(news)
+    other.restore(samples.journal_entry())
+    assert (other.active, other.exponent(5)) == (samples.active, 8)
+    assert other.journal_entry() == {"dropped_samples": [], "weakened_samples": []}
 
 
 def test_without_a_scale_there_is_nothing_to_make_smaller() -> None:
-    assert not Samples(40).weaken(5)
+    assert not SampleSet(40).reduce_scale(5)

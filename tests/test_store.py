@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.masks import keep_mask, parse_pattern
 from lowmem_gblm.methods import Statistics
 from lowmem_gblm.methods.gblm import gblm_scores
-from lowmem_gblm.stats import store
-from lowmem_gblm.stats.store import PARTS, pack, packed_bytes, unpack
+from lowmem_gblm.methods.masks import keep_mask, parse_pattern
+from lowmem_gblm.sweeps.statistics import packing
+from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, packed_bytes, unpack
 
 HALF = parse_pattern("0.5")
 SMALL_KINDS = ("bfloat16", "int8")
@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_refused(value, kind) -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     magnitude = heavy_tailed(70, 111, 2.0)
     whole = pack(magnitude, "int8")
-    monkeypatch.setattr(store, "_TILE", 512)
+    monkeypatch.setattr(packing, "_TILE", 512)
     parts = pack(magnitude, "int8")
     assert all(torch.equal(one, other) for one, other in zip(parts, whole, strict=True))
     read = unpack(parts, "int8", magnitude.shape)

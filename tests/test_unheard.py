@@ -14,8 +14,8 @@ from typing import IO
 
 import pytest
 
-from lowmem_gblm.display import Display
-from lowmem_gblm.progress import Tick
+from lowmem_gblm.cli.console import Console
+from lowmem_gblm.runtime.progress import Tick
 
 FULL = Path("/dev/full")
 TICK = Tick(stage="dense", step=1, steps=1, stage_s=0, peak_bytes=0, left_s=None)
@@ -53,7 +53,7 @@ class Gone(io.StringIO):
 )
 def test_a_display_that_nobody_sees_falls_silent_for_good(error: Exception, terminal: bool) -> None:
     stream = Gone(error, terminal=terminal)
-    with Display(stream) as display:
+    with Console(stream) as display:
         display(TICK)
         display.announce("wanda")
         display(TICK)
@@ -64,13 +64,13 @@ def test_a_display_without_a_stream_is_silent() -> None:
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed):
-        with Display(stream) as display:
+        with Console(stream) as display:
             display(TICK)
 
 
 def test_a_terminal_that_was_closed_ends_no_run() -> None:
     here, there = pty.openpty()
-    with open(there, "w") as stream, Display(stream) as display:
+    with open(there, "w") as stream, Console(stream) as display:
         display(TICK)
         os.close(here)
         display.announce("wanda")
@@ -126,7 +126,7 @@ def test_what_nobody_reads_is_a_failure_and_no_noise(argv: list[str]) -> None:
 
 def test_no_file_takes_the_place_of_a_stream_that_was_closed() -> None:
     script = (
-        "import os\nfrom lowmem_gblm.cli import main\n"
+        "import os\nfrom lowmem_gblm.cli.main import main\n"
         "try: main(['nonsense'])\n"
         "except SystemExit: print(os.open(os.devnull, os.O_RDONLY))"
     )

@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from lowmem_gblm import watchdog
 from lowmem_gblm.errors import BudgetError
-from lowmem_gblm.machine import HostMemory
-from lowmem_gblm.memory import CUDA_CONTEXT_BYTES, limit_gpu
-from lowmem_gblm.watchdog import HostWatch
+from lowmem_gblm.runtime import watchdog
+from lowmem_gblm.runtime.machine import HostMemory
+from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES, limit_gpu
+from lowmem_gblm.runtime.watchdog import HostWatch
 
 MIB, GIB = 1 << 20, 1 << 30
 PLENTY = HostMemory(total_bytes=16 * GIB, available_bytes=8 * GIB)
@@ -24,10 +24,10 @@ SHORT = HostMemory(total_bytes=16 * GIB, available_bytes=100 * MIB)
 
 PRELUDE = """
 import os, signal, threading, time
-from lowmem_gblm import watchdog
+from lowmem_gblm.runtime import watchdog
 from lowmem_gblm.errors import BudgetError
-from lowmem_gblm.memory import host_resident_bytes
-from lowmem_gblm.watchdog import HostWatch
+from lowmem_gblm.runtime.memory import host_resident_bytes
+from lowmem_gblm.runtime.watchdog import HostWatch
 
 MIB = 1 << 20
 limit = host_resident_bytes() + 64 * MIB

@@ -21,10 +21,15 @@ from random import Random
 
 from fuzz_inputs import SIZES, header_input, index_input
 
-from lowmem_gblm.disk.checkpoint import shards_of_index
-from lowmem_gblm.disk.header import DTYPE_NAMES, TensorEntry, header_length, parse_header
-from lowmem_gblm.disk.strict_json import parse_json
 from lowmem_gblm.errors import CheckpointError
+from lowmem_gblm.storage.checkpoint.header import (
+    DTYPE_NAMES,
+    TensorEntry,
+    header_length,
+    parse_header,
+)
+from lowmem_gblm.storage.checkpoint.reader import shards_of_index
+from lowmem_gblm.storage.checkpoint.strict_json import parse_json
 
 FILE = Path("model.safetensors")
 INDEX = Path("model.safetensors.index.json")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
-from lowmem_gblm.masks import Group, Pattern, keep_mask
+from lowmem_gblm.methods.masks import Group, Pattern, keep_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Numbers of a matrix that are decided at once where rows can be taken by themselves: on a CPU, what
 # stays in its cache.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+# Modules beside the methods.
+_NO_METHODS = {"masks"}
 
 StatisticName = Literal["input_norm", "gradient", "gram"]
 
@@ -93,7 +96,8 @@ class Method:
 
 def method_names() -> list[str]:
     """Names of all methods, without importing any."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    found = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(found - _NO_METHODS)
 
 
 def check_method_name(name: str) -> None:

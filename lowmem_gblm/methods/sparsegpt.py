@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.masks import NofM, Pattern, keep_largest, keep_n_of_m
 from lowmem_gblm.methods import Decision, Method, Statistics, require
+from lowmem_gblm.methods.masks import NofM, Pattern, keep_largest, keep_n_of_m
 
 COLUMNS = 128
 DAMPING = 0.01

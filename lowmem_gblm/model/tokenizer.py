@@ -6,16 +6,18 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.calibration import Tokenize
-from lowmem_gblm.disk.checkpoint import read_json
-from lowmem_gblm.disk.remote_code import check_remote_code
 from lowmem_gblm.errors import CheckpointError, shown
 from lowmem_gblm.model.normalizer import Growth
+from lowmem_gblm.storage.checkpoint.reader import read_json
+from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
+
+# Text to token ids.
+Tokenize = Callable[[str], Sequence[int]]
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
 _MAX_TOKENIZER_BYTES = 1 << 28

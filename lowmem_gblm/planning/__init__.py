@@ -1,30 +1,30 @@
 """What a run will take, by arithmetic alone: choices, bytes, FLOPs, seconds; or a refusal."""
 
-from lowmem_gblm.planning.choose import plan
-from lowmem_gblm.planning.duration import Speeds
-from lowmem_gblm.planning.plan import Budget, Needs, Plan
+from lowmem_gblm.planning.messages import gibibytes
+from lowmem_gblm.planning.plan import Budget, Plan, Requirements
+from lowmem_gblm.planning.planner import plan
+from lowmem_gblm.planning.run_time import Speeds
 from lowmem_gblm.planning.sizes import (
     FLOAT32_BYTES,
     STORES,
     Choices,
+    GradientPrecision,
     ModelSizes,
-    StoreKind,
-    Work,
+    Workload,
     slices_within,
 )
-from lowmem_gblm.planning.words import gibibytes
 
 __all__ = [
     "FLOAT32_BYTES",
     "STORES",
     "Budget",
     "Choices",
+    "GradientPrecision",
     "ModelSizes",
-    "Needs",
     "Plan",
+    "Requirements",
     "Speeds",
-    "StoreKind",
-    "Work",
+    "Workload",
     "gibibytes",
     "plan",
     "slices_within",

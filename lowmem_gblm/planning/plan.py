@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowmem_gblm.planning.footprint import Footprint
+from lowmem_gblm.planning.memory_use import Footprint
 from lowmem_gblm.planning.sizes import Choices
 
 
@@ -25,7 +25,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class Requirements:
     """Bytes of the three things a run takes."""
 
     host_bytes: int
@@ -58,8 +58,8 @@ class Plan:
     passes: tuple[str, ...]
     choices: Choices
     reasons: tuple[str, ...]
-    predicted: Needs
-    minimum: Needs
+    predicted: Requirements
+    minimum: Requirements
     footprints: tuple[Footprint, ...]
     host_spill_bytes: int
     boundary_bytes: int

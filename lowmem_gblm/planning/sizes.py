@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem_gblm.schedule import Schedule
+from lowmem_gblm.planning.schedule import Schedule
 
 FLOAT32_BYTES = 4
-StoreKind = Literal["float32", "bfloat16", "int8"]
+GradientPrecision = Literal["float32", "bfloat16", "int8"]
 # From the most exact to the smallest. The last two round gradient magnitudes between the sweeps.
-STORES: tuple[StoreKind, ...] = ("float32", "bfloat16", "int8")
+STORES: tuple[GradientPrecision, ...] = ("float32", "bfloat16", "int8")
 _STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}
 
 
@@ -64,7 +64,7 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Workload:
     """What is to be done with the model.
 
     Attributes:
@@ -98,7 +98,7 @@ class Work:
     logits_chunk: int
     tile: int
     slab: int
-    stores: tuple[StoreKind, ...] = STORES
+    stores: tuple[GradientPrecision, ...] = STORES
     writes: bool = True
     rewrites: bool = False
 
@@ -115,35 +115,35 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How the work is done. Only `store` changes numbers, and says so.
+    """How the work is done. Only `gradient_precision` changes numbers, and says so.
 
     Attributes:
         read_ahead: Two blocks in host memory: the resident one and the next.
         copy_ahead: Two blocks on the GPU, too.
         behind_bytes: How much may be on its way to the work folder beside the computation.
-        keep_every: Boundaries 0, k, 2k, … are kept; those between are computed again.
+        boundary_interval: Boundaries 0, k, 2k, … are kept; those between are computed again.
         accumulator_bytes: Most that the gradient accumulators of a block take at once; None for
             all of a block. Every part after the first takes another forward and backward pass.
-        store: Precision of the gradient magnitudes that wait between two sweeps.
+        gradient_precision: Precision of the gradient magnitudes that wait between two sweeps.
     """
 
     read_ahead: bool = True
     copy_ahead: bool = False
     behind_bytes: int = 0
-    keep_every: int = 1
+    boundary_interval: int = 1
     accumulator_bytes: int | None = None
-    store: StoreKind = "float32"
+    gradient_precision: GradientPrecision = "float32"
 
 
-def stores(work: Work, choices: Choices) -> bool:
+def stores(work: Workload, choices: Choices) -> bool:
     """Whether gradient magnitudes wait in the work folder: of all blocks, or of parts of one."""
     sliced = "gradient" in work.needs and choices.accumulator_bytes is not None
     return work.stores_gradients or sliced
 
 
-def stored_bytes(weights: int, store: StoreKind) -> int:
+def stored_bytes(weights: int, precision: GradientPrecision) -> int:
     """What the gradient magnitudes of so many weights take while they wait."""
-    return int(weights * _STORED_BYTES[store])
+    return int(weights * _STORED_BYTES[precision])
 
 
 def slices_within(sizes: Sequence[int], limit: int | None) -> list[list[int]]:

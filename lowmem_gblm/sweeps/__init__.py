@@ -1,1 +1,1 @@
-"""The passes over the decoder blocks: dense (and head), reverse, prune; rehearsal, in place."""
+"""The passes over the decoder blocks: dense (and head), reverse, prune; dry run, in place."""

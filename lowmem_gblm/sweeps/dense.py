@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.model.stream import Block, BlockStream
-from lowmem_gblm.model.tap import Tap
-from lowmem_gblm.progress import Progress
-from lowmem_gblm.stats.finite import all_finite
-from lowmem_gblm.sweeps.conveyor import Conveyor
-from lowmem_gblm.sweeps.samples import Samples, sick
+from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.runtime.progress import Progress
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet, non_finite
+from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 def boundary(sweep: str, index: int) -> str:
@@ -31,28 +31,30 @@ Commit = Callable[[Sequence[str]], None]
 """Called when a step is done, with the names in the spill that no later step reads."""
 
 
-def embed(skeleton: Skeleton, samples_NT: Tensor, conveyor: Conveyor, progress: Progress) -> None:
+def embed(
+    streamed: StreamedModel, samples_NT: Tensor, offload: Offload, progress: Progress
+) -> None:
     """Spill boundary 0 of every sample, and record how the blocks are called."""
     for n, tokens_T in enumerate(samples_NT):
-        conveyor.leaving(boundary("dense", 0), n, skeleton.embed(tokens_T))
+        offload.write_behind(boundary("dense", 0), n, streamed.embed(tokens_T))
         progress.step()
-    conveyor.settle()
+    offload.settle()
 
 
-def learn_calls(skeleton: Skeleton, samples_NT: Tensor) -> None:
+def learn_calls(streamed: StreamedModel, samples_NT: Tensor) -> None:
     """Record how the blocks are called, where boundary 0 is in the spill already."""
     for tokens_T in samples_NT[:2]:
-        skeleton.embed(tokens_T)
+        streamed.embed(tokens_T)
 
 
 def dense_sweep(
-    blocks: BlockStream,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    samples: Samples,
+    blocks: BlockLoader,
+    streamed: StreamedModel,
+    offload: Offload,
+    samples: SampleSet,
     progress: Progress,
     *,
-    keep_every: int | None,
+    boundary_interval: int | None,
     commit: Commit,
     first: int = 0,
     prunes_later: bool = True,
@@ -61,8 +63,8 @@ def dense_sweep(
 
     Args:
         samples: Which; those that turn non-finite are dropped.
-        keep_every: Which boundaries stay in the spill: 0, k, 2k, … for k, and the last one; only
-            the last one for None.
+        boundary_interval: Which boundaries stay in the spill: 0, k, 2k, … for k, and the last one;
+            only the last one for None.
         commit: Called after every block.
         first: Blocks that are done already.
         prunes_later: Whether what a later sweep could not follow is to be found here already.
@@ -72,9 +74,9 @@ def dense_sweep(
     """
     for block in blocks.stream(range(first, blocks.depth)):
         tap = Tap(block.module, block.slots if prunes_later else [], [])
-        forward(block, skeleton, conveyor, samples, sweep="dense", name="dense", tap=tap)
+        forward(block, streamed, offload, samples, sweep="dense", name="dense", tap=tap)
         tap.check_all_seen()
-        past = keep_every is None or block.index % keep_every
+        past = boundary_interval is None or block.index % boundary_interval
         commit([boundary("dense", block.index)] if past else [])
         progress.step()
 
@@ -82,9 +84,9 @@ def dense_sweep(
 @torch.no_grad()
 def forward(
     block: Block,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    samples: Samples,
+    streamed: StreamedModel,
+    offload: Offload,
+    samples: SampleSet,
     *,
     sweep: str,
     name: str,
@@ -101,20 +103,20 @@ def forward(
     Raises:
         NonFiniteError: Too many are dropped.
     """
-    order, finite = samples.left, []
-    for n, (hidden,) in conveyor.arriving([boundary(sweep, block.index)], order):
+    order, finite = samples.active, []
+    for n, (hidden,) in offload.prefetch([boundary(sweep, block.index)], order):
         tap = None if tap is None or tap.has_seen_all else tap
-        out = skeleton.forward_block(block.index, hidden, tap)
+        out = streamed.forward_block(block.index, hidden, tap)
         finite.append(all_finite(out))
-        conveyor.leaving(boundary(sweep, block.index + 1), n, out)
-    samples.drop(sick(order, finite), name, block.index)
+        offload.write_behind(boundary(sweep, block.index + 1), n, out)
+    samples.drop(non_finite(order, finite), name, block.index)
 
 
 def head_pass(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     samples_NT: Tensor,
-    samples: Samples,
-    conveyor: Conveyor,
+    samples: SampleSet,
+    offload: Offload,
     scale: float,
     progress: Progress,
 ) -> list[float]:
@@ -131,17 +133,17 @@ def head_pass(
         NonFiniteError: Too many are dropped.
     """
     losses = []
-    last = boundary("dense", skeleton.depth)
-    for n, (hidden,) in conveyor.arriving([last], samples.left):
+    last = boundary("dense", streamed.depth)
+    for n, (hidden,) in offload.prefetch([last], samples.active):
         while True:
             factor = scale * 2.0 ** -samples.exponent(n)
-            loss, gradient = skeleton.loss_and_gradient(hidden, samples_NT[n], factor)
+            loss, gradient = streamed.loss_and_gradient(hidden, samples_NT[n], factor)
             sound = bool(loss.isfinite() & all_finite(gradient))
-            if sound or not bool(loss.isfinite()) or not samples.weaken(n):
+            if sound or not bool(loss.isfinite()) or not samples.reduce_scale(n):
                 break
         if sound:
             losses.append(float(loss))
-            conveyor.leaving(boundary("gradient", skeleton.depth), n, gradient)
+            offload.write_behind(boundary("gradient", streamed.depth), n, gradient)
         else:
             samples.drop([n], "head", None)
         progress.step()
@@ -149,12 +151,12 @@ def head_pass(
 
 
 def losses_of(
-    skeleton: Skeleton, samples_NT: Tensor, conveyor: Conveyor, progress: Progress
+    streamed: StreamedModel, samples_NT: Tensor, offload: Offload, progress: Progress
 ) -> list[float]:
     """The loss of every sample from the last boundary, in nats per token."""
     losses = []
-    last = boundary("dense", skeleton.depth)
-    for n, (hidden,) in conveyor.arriving([last], range(len(samples_NT))):
-        losses.append(float(skeleton.loss(hidden, samples_NT[n])))
+    last = boundary("dense", streamed.depth)
+    for n, (hidden,) in offload.prefetch([last], range(len(samples_NT))):
+        losses.append(float(streamed.loss(hidden, samples_NT[n])))
         progress.step()
     return losses

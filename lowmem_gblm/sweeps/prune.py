@@ -11,24 +11,24 @@ from functools import partial
 
 import torch
 
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.model.stream import Block, BlockStream
-from lowmem_gblm.model.tap import Tap
-from lowmem_gblm.progress import Progress
-from lowmem_gblm.stats.activation import ActivationStatistic
-from lowmem_gblm.stats.finite import all_finite
-from lowmem_gblm.sweeps.conveyor import Conveyor
+from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.sweeps.dense import Commit, boundary, forward
-from lowmem_gblm.sweeps.samples import Samples, sick
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet, non_finite
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 Finish = Callable[[Block, Sequence[ActivationStatistic]], list[str]]
 
 
 def prune_sweep(
-    blocks: BlockStream,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    samples: Samples,
+    blocks: BlockLoader,
+    streamed: StreamedModel,
+    offload: Offload,
+    samples: SampleSet,
     forwards: int,
     progress: Progress,
     *,
@@ -54,19 +54,19 @@ def prune_sweep(
         last = block.index == blocks.depth - 1
         if forwards:
             go_on = forwards == 1 and not last
-            measured = _measured(block, skeleton, conveyor, samples, activations, go_on=go_on)
+            measured = _measured(block, streamed, offload, samples, activations, go_on=go_on)
         past = finish(block, measured)
         if forwards == 2 and not last:
-            forward(block, skeleton, conveyor, samples, sweep="pruned", name="prune")
+            forward(block, streamed, offload, samples, sweep="pruned", name="prune")
         commit([*past, boundary("pruned", block.index)] if forwards else past)
         progress.step()
 
 
 def _measured(
     block: Block,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    samples: Samples,
+    streamed: StreamedModel,
+    offload: Offload,
+    samples: SampleSet,
     activations: Callable[[int], list[ActivationStatistic]],
     *,
     go_on: bool,
@@ -76,7 +76,7 @@ def _measured(
     Args:
         go_on: Whether what leaves the block is the next boundary.
     """
-    run = partial(_run, block, skeleton, conveyor)
+    run = partial(_run, block, streamed, offload)
 
     def sound(n: int) -> bool:
         alone = activations(1)
@@ -84,7 +84,7 @@ def _measured(
         return all(statistic.is_finite() for statistic in alone)
 
     while True:
-        order = samples.left
+        order = samples.active
         measured = activations(len(order))
         found = run(order, measured, go_on=go_on)
         if not found and not all(statistic.is_finite() for statistic in measured):
@@ -99,8 +99,8 @@ def _measured(
 @torch.no_grad()
 def _run(
     block: Block,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
+    streamed: StreamedModel,
+    offload: Offload,
     order: Sequence[int],
     measured: Sequence[ActivationStatistic],
     *,
@@ -109,14 +109,14 @@ def _run(
     """Run these samples; returns those that leave the block non-finite, where they go on."""
     tap = Tap(block.module, block.slots, measured)
     finite = []
-    for n, (hidden,) in conveyor.arriving([boundary("pruned", block.index)], order):
-        out = skeleton.forward_block(block.index, hidden, tap)
+    for n, (hidden,) in offload.prefetch([boundary("pruned", block.index)], order):
+        out = streamed.forward_block(block.index, hidden, tap)
         for statistic in measured:
             statistic.finish_sample()
         if go_on:
             finite.append(all_finite(out))
-            conveyor.leaving(boundary("pruned", block.index + 1), n, out)
+            offload.write_behind(boundary("pruned", block.index + 1), n, out)
         else:
-            tap.leave_out(tap.last)
+            tap.skip(tap.last)
     tap.check_all_seen()
-    return sick(order, finite) if go_on else []
+    return non_finite(order, finite) if go_on else []

@@ -15,33 +15,33 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.model.skeleton import Skeleton
-from lowmem_gblm.model.stream import Block, BlockStream
-from lowmem_gblm.model.tap import Slot, Tap
-from lowmem_gblm.progress import Progress
-from lowmem_gblm.schedule import reverse_order
-from lowmem_gblm.stats.activation import ActivationStatistic
-from lowmem_gblm.stats.finite import all_finite
-from lowmem_gblm.stats.gradient import Gradient, GradientNorm
-from lowmem_gblm.sweeps.conveyor import Conveyor
+from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning.schedule import reverse_order
+from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.sweeps.dense import Commit, boundary, forward
-from lowmem_gblm.sweeps.samples import Samples
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+from lowmem_gblm.sweeps.statistics.finite import all_finite
+from lowmem_gblm.sweeps.statistics.gradient import Gradient, GradientNorm
 
-Slices = Callable[[Block], list[list[Slot]]]
-Keep = Callable[[Block, dict[Slot, Tensor]], None]
+Slices = Callable[[Block], list[list[MatmulWeight]]]
+Keep = Callable[[Block, dict[MatmulWeight, Tensor]], None]
 Finish = Callable[[Block, Sequence[ActivationStatistic]], list[str]]
 
 
 def reverse_sweep(
-    blocks: BlockStream,
-    skeleton: Skeleton,
-    conveyor: Conveyor,
-    samples: Samples,
+    blocks: BlockLoader,
+    streamed: StreamedModel,
+    offload: Offload,
+    samples: SampleSet,
     norm: GradientNorm,
     scale: float,
     progress: Progress,
     *,
-    kept_every: int,
+    boundary_interval: int,
     slices: Slices,
     activations: Callable[[int], list[ActivationStatistic]],
     keep: Keep,
@@ -56,34 +56,34 @@ def reverse_sweep(
             does not help.
         norm: l1 or l2 over samples.
         scale: What the loss was multiplied with.
-        kept_every: Which boundaries the dense sweep has kept.
+        boundary_interval: Which boundaries the dense sweep has kept.
         slices: The matrices of a block in parts whose accumulators fit at the same time; every
             part after the first takes a forward and a backward pass more.
         activations: Makes the activation statistics to measure in the same forward, per block, for
             so many samples.
         keep: Called with each resident block and the gradient magnitudes of every part of it; again
-            where a sample was found to be sick in a later part.
+            where a sample was found to be non-finite in a later part.
         finish: Called last with each resident block and what was measured; it may prune and write.
             Returns what in the spill it will not read again.
         commit: Called after every step of `reverse_order`.
         first: Steps that are done already.
     """
-    order = reverse_order(blocks.depth, kept_every)[first:]
-    shortcut = _Shortcut(skeleton)
+    order = reverse_order(blocks.depth, boundary_interval)[first:]
+    shortcut = _Shortcut(streamed)
     for block, backward in zip(
         blocks.stream([step.block for step in order]),
         [step.backward for step in order],
         strict=True,
     ):
         if not backward:
-            forward(block, skeleton, conveyor, samples, sweep="dense", name="reverse")
+            forward(block, streamed, offload, samples, sweep="dense", name="reverse")
             commit([])
             progress.step()
             continue
         work = _BlockBackward(
             block=block,
-            skeleton=skeleton,
-            conveyor=conveyor,
+            streamed=streamed,
+            offload=offload,
             samples=samples,
             gradient=partial(Gradient, norm, scale),
             activations=activations,
@@ -105,10 +105,10 @@ class _BlockBackward:
     """
 
     block: Block
-    skeleton: Skeleton
-    conveyor: Conveyor
-    samples: Samples
-    gradient: Callable[[list[Slot]], Gradient]
+    streamed: StreamedModel
+    offload: Offload
+    samples: SampleSet
+    gradient: Callable[[list[MatmulWeight]], Gradient]
     activations: Callable[[int], list[ActivationStatistic]]
     shortcut: _Shortcut
 
@@ -116,13 +116,14 @@ class _BlockBackward:
         self._arrived = dict(self.samples.exponents)
         self._sent: dict[int, int] = {}
 
-    def measured(self, parts: list[list[Slot]], keep: Keep) -> list[ActivationStatistic]:
+    def measured(self, parts: list[list[MatmulWeight]], keep: Keep) -> list[ActivationStatistic]:
         """Gradient magnitudes of every part, kept; returns what else was measured.
 
-        Where a sample is sick, all begins anew without it: what it added cannot be taken back.
+        Where a sample is non-finite, all begins anew without it: what it added cannot be taken
+        back.
         """
         while True:
-            measured = self.activations(len(self.samples.left))
+            measured = self.activations(len(self.samples.active))
             for number, slots in enumerate(parts):
                 gradients = self._part(slots, [] if number else measured, goes_on=not number)
                 if gradients is None:
@@ -132,10 +133,10 @@ class _BlockBackward:
                 return measured
 
     def _part(
-        self, slots: list[Slot], measured: Sequence[ActivationStatistic], *, goes_on: bool
-    ) -> dict[Slot, Tensor] | None:
-        """Gradient magnitudes of some slots; None if a sample was sick."""
-        order, gradient = self.samples.left, self.gradient(slots)
+        self, slots: list[MatmulWeight], measured: Sequence[ActivationStatistic], *, goes_on: bool
+    ) -> dict[MatmulWeight, Tensor] | None:
+        """Gradient magnitudes of some slots; None if a sample was non-finite."""
+        order, gradient = self.samples.active, self.gradient(slots)
         found = self._run(order, gradient, measured, goes_on=goes_on)
         if not found and _are_finite(gradient, measured):
             return gradient.results()
@@ -147,10 +148,10 @@ class _BlockBackward:
                 f"the statistics of block {self.block.index} overflow float32, though those of "
                 f"every single sample are finite: fewer --nsamples may fit"
             )
-        self.samples.weaken_or_drop(found, "reverse", self.block.index)
+        self.samples.reduce_scale_or_drop(found, "reverse", self.block.index)
         return None
 
-    def _is_finite_alone(self, n: int, slots: list[Slot]) -> bool:
+    def _is_finite_alone(self, n: int, slots: list[MatmulWeight]) -> bool:
         gradient, measured = self.gradient(slots), self.activations(1)
         found = self._run([n], gradient, measured, goes_on=False)
         return not found and _are_finite(gradient, measured)
@@ -171,12 +172,12 @@ class _BlockBackward:
         block, found = self.block, []
         tap = Tap(block.module, block.slots, [gradient, *measured])
         names = [boundary("dense", block.index), boundary("gradient", block.index + 1)]
-        for n, (hidden, arriving) in self.conveyor.arriving(names, order):
+        for n, (hidden, arriving) in self.offload.prefetch(names, order):
             exponent = self.samples.exponent(n)
             gradient.boost = 2.0**exponent
             if exponent != self._arrived.get(n, 0):
                 arriving = arriving * 2.0 ** (self._arrived.get(n, 0) - exponent)
-            leaving = _backward(self.skeleton, block, hidden, arriving, tap)
+            leaving = _backward(self.streamed, block, hidden, arriving, tap)
             gradient.finish_sample()
             for statistic in measured:
                 statistic.finish_sample()
@@ -184,9 +185,9 @@ class _BlockBackward:
                 found.append(n)
                 continue
             if n == order[0] and self.shortcut.holds(block, tap.last, hidden, arriving, leaving):
-                tap.leave_out(tap.last)
+                tap.skip(tap.last)
             if goes_on and block.index and self._sent.get(n) != exponent:
-                self.conveyor.leaving(boundary("gradient", block.index), n, leaving)
+                self.offload.write_behind(boundary("gradient", block.index), n, leaving)
                 self._sent[n] = exponent
         tap.check_all_seen()
         return found
@@ -197,12 +198,12 @@ def _are_finite(gradient: Gradient, measured: Sequence[ActivationStatistic]) -> 
 
 
 def _backward(
-    skeleton: Skeleton, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap
+    streamed: StreamedModel, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap
 ) -> Tensor:
     """The gradient of the loss at the hidden states that enter the block."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        out = skeleton.forward_block(block.index, hidden, tap)
+        out = streamed.forward_block(block.index, hidden, tap)
     (leaving,) = torch.autograd.grad(out, hidden, arriving)
     return leaving
 
@@ -216,19 +217,24 @@ class _Shortcut:
     give the same bits twice, the product may be computed after all.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._skeleton = skeleton
-        self._known: dict[tuple[type, Slot], bool] = {}
+    def __init__(self, streamed: StreamedModel) -> None:
+        self._streamed = streamed
+        self._known: dict[tuple[type, MatmulWeight], bool] = {}
 
     def holds(
-        self, block: Block, last: Slot | None, hidden: Tensor, arriving: Tensor, leaving: Tensor
+        self,
+        block: Block,
+        last: MatmulWeight | None,
+        hidden: Tensor,
+        arriving: Tensor,
+        leaving: Tensor,
     ) -> bool:
         if last is None:
             return False
         kind = (type(block.module), last)
         if kind not in self._known:
             trial = Tap(block.module, block.slots, [])
-            trial.leave_out(last)
-            again = _backward(self._skeleton, block, hidden, arriving, trial)
+            trial.skip(last)
+            again = _backward(self._streamed, block, hidden, arriving, trial)
             self._known[kind] = torch.equal(leaving, again)
         return self._known[kind]

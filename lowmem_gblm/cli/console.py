@@ -1,0 +1,156 @@
+"""How results and progress look to a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lowmem_gblm.cli.streams import write
+from lowmem_gblm.planning import gibibytes
+
+if TYPE_CHECKING:
+    from lowmem_gblm.runtime.progress import Tick
+
+_PLAIN_EVERY_S = 10.0
+_TERMINAL_EVERY_S = 0.2
+_CLEARED = "\r\x1b[K"
+
+
+class Console:
+    """Shows progress: one line that changes on a terminal, plain lines anywhere else.
+
+    Plain lines come at the end of every stage, and at least every ten seconds of steps before.
+    Nobody loses a run for want of a place to show it: where nothing can be written any more, as to
+    a terminal that was closed, the display falls silent.
+
+    Args:
+        stream: Usually stderr.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._silent = stream is None or stream.closed
+        self._terminal = stream is not None and not self._silent and stream.isatty()
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._clear()
+
+    def __call__(self, tick: Tick) -> None:
+        """Show one step."""
+        now = time.monotonic()
+        finished = tick.step == tick.steps
+        pause = _TERMINAL_EVERY_S if self._terminal else _PLAIN_EVERY_S
+        if now - self._last < pause and not finished:
+            return
+        self._last = now
+        if self._terminal:
+            self._write(f"{_CLEARED}{progress_line(tick)}")
+        else:
+            self._write(f"{progress_line(tick)}\n")
+
+    def announce(self, text: str) -> None:
+        """Say what begins."""
+        self._clear()
+        self._write(f"{text}\n")
+
+    def _clear(self) -> None:
+        if self._terminal:
+            self._write(_CLEARED)
+
+    def _write(self, text: str) -> None:
+        if self._silent:
+            return
+        try:
+            write(self._stream, text)
+        except OSError:
+            self._silent = True
+
+
+def progress_line(tick: Tick) -> str:
+    """ "dense     12/80   0:03:20   peak 14.2 GiB   left 1:02:10"."""
+    left = "" if tick.left_s is None else f"   left {clock(tick.left_s)}"
+    steps = f"{tick.step}/{tick.steps}"
+    return (
+        f"{tick.stage:8} {steps:>9}   {clock(tick.stage_s)}   "
+        f"peak {gibibytes(tick.peak_bytes)}{left}"
+    )
+
+
+def clock(seconds: float) -> str:
+    """ "1:02:10"."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def prune_lines(record: dict[str, Any], output: str) -> list[str]:
+    """What a person wants to know when pruning is done."""
+    used = record["memory"]
+    gpu = f", {gibibytes(used['gpu_peak_bytes'])} GPU" if used["gpu_peak_bytes"] else ""
+    lines = [
+        f"pruned {len(record['tensors'])} tensors with {record['method']} to "
+        f"{record['sparsity_measured']:.2%} zeros in {record['seconds']['total']:.1f} s, "
+        f"peak {gibibytes(used['host_peak_bytes'])} host memory{gpu}",
+        f"the checkpoint is {output}",
+    ]
+    return [*(f"note: {note}" for note in record["notes"]), *lines]
+
+
+def plan_lines(made: dict[str, Any]) -> list[str]:
+    """A plan as a small table."""
+    rows = {
+        "passes": " → ".join(made["passes"]),
+        "host memory": _at_least(made, "host_bytes"),
+        "GPU memory": _at_least(made, "gpu_bytes") if made["predicted"]["gpu_bytes"] else "none",
+        "disk space": _at_least(made, "disk_bytes"),
+        "of that": f"{gibibytes(made['output_bytes'])} output, "
+        f"{gibibytes(made['spill_bytes'])} work folder at its fullest",
+        "read": gibibytes(made["read_bytes"]),
+        "written": gibibytes(made["written_bytes"]),
+        "arithmetic": f"{made['flops'] / 1e12:.3g} TFLOP",
+    }
+    if made["seconds"] is not None:
+        parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in made["seconds"].items())
+        rows["time"] = f"about {clock(made['total_seconds'])} ({parts})"
+    return [*(f"{name:12} {value}" for name, value in rows.items()), *made["reasons"]]
+
+
+def _at_least(made: dict[str, Any], name: str) -> str:
+    needed, least = made["predicted"][name], made["minimum"][name]
+    return f"{gibibytes(needed)} (at least {gibibytes(least)})"
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per method."""
+    head = ("method", "perplexity", "sparsity", "peak memory", "seconds", "output")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    peak = row["host_peak_bytes"]
+    return (
+        row["method"],
+        f"{row['perplexity']:.3f}",
+        f"{row['sparsity']:.2%}",
+        "" if peak is None else gibibytes(peak),
+        "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+        row["output"] or "",
+    )

@@ -1,0 +1,345 @@
+"""The command line: argv to a request, one call, an exit code.
+
+Nothing else in the package prints.
+
+Results go to stdout (with `--json`, exactly one JSON object), progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm import __version__
+from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
+from lowmem_gblm.cli.options import add_options, request_from
+from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
+from lowmem_gblm.commands.request import (
+    DEMO,
+    EvalRequest,
+    PruneRequest,
+    evaluation_of,
+    output_folder,
+    work_folder_of,
+)
+from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
+from lowmem_gblm.methods import method_names
+from lowmem_gblm.planning.resources import Resources, options
+from lowmem_gblm.runtime.signals import clear_up, interruptible, interruption_first
+
+_DEMO_FOLDER = "lowmem-gblm-demo"
+_DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
+_DEMO_SEQLEN = 256
+_SMALLER = "Try a smaller --seqlen, or --device cpu"
+_MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
+_IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
+_PROGRAM = "lowmem-gblm"
+_RECORD = "pruning.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
+    reserve_streams()
+    arguments = _parsed(argv)
+    _quiet_libraries()
+    with interruptible(ends=argv is None):
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            return _interrupted(arguments, argv)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        with interruption_first():
+            code: int = arguments.run(arguments)
+            return code
+    except LowmemGblmError as error:
+        return fail(str(error), error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError by its name: torch may not have been imported at all.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
+    except OSError as error:
+        return fail_of_system(error)
+
+
+def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Say what is kept, and what to type to go on."""
+    clear_up()
+    hint = arguments.interrupted(arguments)
+    if hint is None:
+        return fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
+    typed = [*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv]
+    return fail(f"interrupted. {hint}:\n{shlex.join(typed)}", INTERRUPTED)
+
+
+def _program() -> list[str]:
+    """How this program can be called from the same terminal."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return [sys.executable, "-m", "lowmem_gblm"]
+    if called.name == _PROGRAM and shutil.which(_PROGRAM) is None:
+        return [str(called)]
+    return [_PROGRAM]
+
+
+def _kept(arguments: argparse.Namespace) -> str | None:
+    """What an interrupted `prune` has kept; None if it was done."""
+    output = Path(_made(arguments))
+    if (output / _RECORD).is_file():
+        return None
+    output = output.resolve() if arguments.in_place else output
+    work_folder = work_folder_of(output, arguments.work_dir)
+    if any((work_folder / "journal").glob("*.json")):
+        return f"What is done is kept in {work_folder}. To go on"
+    return "Nothing was done yet that could be kept. To begin again"
+
+
+def _made(arguments: argparse.Namespace) -> str:
+    """What `prune` makes: OUTPUT, or in place MODEL."""
+    return str(arguments.output or arguments.model)
+
+
+def _kept_in(arguments: argparse.Namespace) -> str | None:
+    """The same for `resume`."""
+    if arguments.output and (arguments.output / _RECORD).is_file():
+        return None
+    return f"What is done is kept in {arguments.work_folder}. To go on"
+
+
+def _nothing_left(arguments: argparse.Namespace) -> str:
+    """What an interrupted command says that writes nothing to stay."""
+    return "Nothing half-done is left. To begin again"
+
+
+def _quiet_libraries() -> None:
+    """Before the first import: what libraries print is not for the person at the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.prune.pipeline import prune
+
+    output = None if arguments.output is None else Path(arguments.output)
+    request = request_from(PruneRequest, arguments, output=output)
+    with Console(sys.stderr) as console:
+        record = prune(request, console)
+    made = _made(arguments)
+    _print(arguments, record, lambda: prune_lines(record, made), Path(made))
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.prune.pipeline import prune
+    from lowmem_gblm.commands.prune.resume import find_job
+
+    defaults = {one.name: one.default for one in options(PruneRequest)}
+    given = {name: getattr(arguments, name) for name in _MAY_CHANGE}
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    request = find_job(Path(arguments.work_folder), **changed)
+    arguments.output = made = output_folder(request)
+    with Console(sys.stderr) as console:
+        record = prune(request, console)
+    _print(arguments, record, lambda: prune_lines(record, str(made)), made)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.prune.pipeline import make_plan
+
+    made = make_plan(request_from(PruneRequest, arguments)).as_json()
+    _print(arguments, made, lambda: plan_lines(made))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.evaluate import evaluate
+
+    with Console(sys.stderr) as console:
+        result = evaluate(request_from(EvalRequest, arguments), console)
+    _print(
+        arguments,
+        result,
+        lambda: [
+            f"perplexity {result['perplexity']:.4f} on {result['text']} "
+            f"({result['windows']} windows of {result['seqlen']} tokens)"
+        ],
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.verify import verify
+
+    result = verify(arguments.output, arguments.against)
+    checked = f"against {arguments.against}" if arguments.against else "by itself"
+    _print(
+        arguments,
+        result,
+        lambda: [
+            f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
+            f"tensors, {result['pruned_tensors']} of them pruned to "
+            f"{result['sparsity_measured']:.2%} zeros",
+            *(f"note: {note}" for note in result["notes"]),
+        ],
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    request = request_from(PruneRequest, arguments)
+    evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
+    request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    evaluation = evaluation_of(request)
+    folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
+    return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
+
+
+def _checkpoints_stay(arguments: argparse.Namespace) -> str:
+    """What an interrupted comparison says."""
+    return f"What is pruned is kept in {arguments.output}. To go on"
+
+
+def _demo_stays(arguments: argparse.Namespace) -> str:
+    """What an interrupted demo says."""
+    return "What is pruned stays. To begin again"
+
+
+def _free_folder(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, … that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _run_comparison(
+    arguments: argparse.Namespace,
+    request: PruneRequest,
+    methods: Sequence[str],
+    evaluation: EvalRequest,
+    folder: Path,
+) -> int:
+    from lowmem_gblm.commands.compare import compare
+
+    with Console(sys.stderr) as console:
+        rows = compare(request, methods, evaluation, folder, console, console.announce)
+    result = {"model": request.model, "pattern": str(request.target), "rows": rows}
+    _print(arguments, result, lambda: comparison_table(rows))
+    return 0
+
+
+def _print(
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    lines: Callable[[], Sequence[str]],
+    folder: Path | None = None,
+) -> None:
+    """Print a result; where its record is in a folder, all is well without."""
+    text = json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(lines())
+    try:
+        write(sys.stdout, f"{text}\n")
+    except OSError as error:
+        if folder is None:
+            raise
+        tell(f"the result could not be printed ({error}): it is in {folder / _RECORD}")
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed. Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    missing = arguments.run is _prune and arguments.output is None
+    if missing and left and not left[0].startswith("-"):
+        arguments.output = left.pop(0)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lowmem-gblm",
+        description="Prune large language models with gradients, one decoder block in memory at "
+        "a time.",
+        epilog="Exit codes: 0 done, 2 bad request or failing disk, 3 checkpoint unusable, 4 does "
+        "not fit the budget or on the disk, 5 output exists or is in use, 6 non-finite numbers, "
+        "7 verification failed, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    model_help = "a model folder, a Hub id, or demo (the embedded model)"
+
+    command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    command.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
+    )
+    command.set_defaults(interrupted=_kept)
+    add_options(command, PruneRequest)
+
+    command = _command(commands, "resume", _resume, "go on with an interrupted prune")
+    command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
+    command.set_defaults(interrupted=_kept_in, output=None)
+    add_options(command, PruneRequest, only=_MAY_CHANGE)
+
+    command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    add_options(command, PruneRequest)
+
+    command = _command(commands, "eval", _eval, "perplexity, streamed")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    add_options(command, EvalRequest)
+
+    command = _command(commands, "compare", _compare, "several methods on one model, one table")
+    command.add_argument("model", metavar="MODEL", help=model_help)
+    command.set_defaults(interrupted=_checkpoints_stay)
+    command.add_argument(
+        "--methods",
+        default="magnitude,wanda,sparsegpt,gblm",
+        metavar="A,B,…",
+        help=f"of {', '.join(method_names())} [%(default)s]",
+    )
+    command.add_argument(
+        "--output", default="comparison", metavar="DIR", help="gets DIR/METHOD [%(default)s]"
+    )
+    command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
+    command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
+    add_options(command, PruneRequest, without=("method", *_IN_PLACE))
+
+    command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
+    command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
+    command.add_argument("--against", metavar="MODEL", help="the model it was made from")
+
+    command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
+    command.set_defaults(interrupted=_demo_stays)
+    command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
+    add_options(command, Resources)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(run=run, interrupted=_nothing_left)
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return command

@@ -1,0 +1,255 @@
+"""Text into token windows: the calibration draws of the authors' code, and evaluation windows.
+
+The draws are those of the published code of SparseGPT, Wanda and GBLM-Pruner, so that results can
+be compared number by number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowmem_gblm.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowmem_gblm.model.tokenizer import Tokenize
+
+Split = Literal["calibration", "evaluation"]
+# Texts that are known by name; anything else is a file.
+NAMED = ("c4", "wikitext2", "demo")
+
+_DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_C4_EVALUATION_DOCUMENTS = 1100
+
+
+@dataclass(frozen=True)
+class Text:
+    """One running text, tokenized as a whole."""
+
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Separate documents: a sample lies within one of them."""
+
+    rows: Sequence[str]
+    origin: str
+
+
+def calibration_samples(
+    source: Text | Documents, tokenize: Tokenize, *, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Draw calibration samples.
+
+    Args:
+        source: Where from.
+        tokenize: Text to token ids, with the tokenizer's default special tokens.
+        nsamples: N.
+        seqlen: T.
+        seed: Of `random.Random`.
+
+    Returns:
+        int64 [N, T].
+
+    Raises:
+        RequestError: The text, or every document, is too short.
+    """
+    if isinstance(source, Text):
+        return text_windows(tokenize(source.text), source.origin, nsamples, seqlen, seed)
+    return document_windows(source, tokenize, nsamples, seqlen, seed)
+
+
+def text_windows(
+    tokens: Sequence[int], origin: str, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Windows of one text; starts are `randint(0, len(tokens) - seqlen - 1)`, drawn in order."""
+    import torch
+
+    if len(tokens) <= seqlen:
+        raise RequestError(
+            f"{origin} has {len(tokens)} tokens; samples of {seqlen} tokens need at least "
+            f"{seqlen + 1}. Give a longer text, or a smaller --seqlen"
+        )
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+    return torch.tensor([list(tokens[start : start + seqlen]) for start in starts])
+
+
+def document_windows(
+    source: Documents, tokenize: Tokenize, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Windows of documents, each drawn until one is longer than `seqlen` tokens."""
+    import torch
+
+    draw = random.Random(seed)
+    samples = []
+    for _ in range(nsamples):
+        tokens = _draw_document(source, tokenize, seqlen, draw)
+        start = draw.randint(0, len(tokens) - seqlen - 1)
+        samples.append(list(tokens[start : start + seqlen]))
+    return torch.tensor(samples)
+
+
+def _draw_document(
+    source: Documents, tokenize: Tokenize, seqlen: int, draw: random.Random
+) -> Sequence[int]:
+    lengths: dict[int, int] = {}
+    while len(lengths) < len(source.rows):
+        index = draw.randint(0, len(source.rows) - 1)
+        if index in lengths:
+            continue
+        tokens = tokenize(source.rows[index])
+        if len(tokens) > seqlen:
+            return tokens
+        lengths[index] = len(tokens)
+    raise RequestError(
+        f"none of the {len(source.rows)} documents of {source.origin} is longer than {seqlen} "
+        f"tokens; the longest has {max(lengths.values(), default=0)}. Give longer ones, or a "
+        f"smaller --seqlen"
+    )
+
+
+def evaluation_windows(
+    source: Text | Documents, tokenize: Tokenize, *, seqlen: int, windows: int | None
+) -> Tensor:
+    """Cut a text into windows that do not overlap; the tail is dropped.
+
+    Returns:
+        int64 [windows, T].
+
+    Raises:
+        RequestError: The text is shorter than one window.
+    """
+    import torch
+
+    text = source.text if isinstance(source, Text) else "\n\n".join(source.rows)
+    tokens = tokenize(text)
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise RequestError(
+            f"{source.origin} has {len(tokens)} tokens, fewer than one window of {seqlen}. Give a "
+            f"longer text, or a smaller --seqlen"
+        )
+    count = min(count, windows or count)
+    return torch.tensor(list(tokens[: count * seqlen])).view(count, seqlen)
+
+
+def open_source(name: str, split: Split, column: str = "text") -> Text | Documents:
+    """Open a text by name.
+
+    Args:
+        name: "c4", "wikitext2", "demo", or the path of a .txt, .jsonl, .json.gz or .parquet file.
+        split: Calibration and evaluation read different parts of the named data sets.
+        column: Of the text, in files of documents.
+
+    Raises:
+        RequestError: No such text, an empty one, or no such column.
+    """
+    if name == "demo":
+        file = resources.files("lowmem_gblm") / "demo" / f"{split}.txt"
+        return Text(file.read_text(encoding="utf-8"), f"the embedded {split} text")
+    if name == "c4":
+        return _c4(split)
+    if name == "wikitext2":
+        return _wikitext2(split)
+    path = Path(name)
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder: give a .txt, .jsonl, .json.gz or .parquet file")
+    if not path.is_file():
+        raise RequestError(
+            f"there is no text {name!r}: give {', '.join(NAMED)}, or the path of a .txt, .jsonl, "
+            f".json.gz or .parquet file"
+        )
+    if path.stat().st_size == 0:
+        raise RequestError(f"{path} is empty")
+    return _open_file(path, column)
+
+
+def _open_file(path: Path, column: str) -> Text | Documents:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    loader = _DOCUMENT_LOADERS.get(suffixes[-1] if suffixes else "")
+    if loader is not None:
+        return _documents(_load(loader, data_files=str(path)), column, str(path))
+    if path.suffix != ".txt":
+        raise RequestError(
+            f"{path} is of no known kind: .txt for a text; .jsonl, .json.gz or .parquet for "
+            f"documents"
+        )
+    try:
+        return Text(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8: {error}") from None
+
+
+def _documents(dataset: Any, column: str, origin: str) -> Documents:
+    if column not in dataset.column_names:
+        raise RequestError(
+            f"{origin} has no column {column!r}, but {', '.join(dataset.column_names)}: name it "
+            f"with --text-column"
+        )
+    if len(dataset) == 0:
+        raise RequestError(f"{origin} has no documents")
+    if not isinstance(dataset[0][column], str):
+        raise RequestError(f"column {column!r} of {origin} holds no text")
+    return Documents(_Column(dataset, column, origin), origin)
+
+
+class _Column(Sequence[str]):
+    """One column of a data set, read row by row from its memory-mapped table."""
+
+    def __init__(self, dataset: Any, column: str, origin: str) -> None:
+        self._origin = origin
+        self._dataset = dataset
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        text = self._dataset[index][self._column]
+        if not isinstance(text, str):
+            raise RequestError(
+                f"row {index} of {self._origin} holds no text in column {self._column!r}"
+            )
+        return text
+
+
+def _c4(split: Split) -> Documents | Text:
+    part = "train.00000-of-01024" if split == "calibration" else "validation.00000-of-00008"
+    dataset = _load("allenai/c4", data_files={"train": f"en/c4-{part}.json.gz"})
+    if split == "calibration":
+        return _documents(dataset, "text", "C4")
+    return Text(" ".join(dataset[:_C4_EVALUATION_DOCUMENTS]["text"]), "C4")
+
+
+def _wikitext2(split: Split) -> Text:
+    """Calibration joins the rows of `train` by a space, as the authors do."""
+    part = "train" if split == "calibration" else "test"
+    dataset = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+    joint = " " if split == "calibration" else "\n\n"
+    return Text(joint.join(dataset["text"]), "WikiText-2")
+
+
+def _load(*args: Any, split: str = "train", **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return datasets.load_dataset(*args, split=split, **kwargs)
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        if args[0] in _DOCUMENT_LOADERS.values():
+            raise RequestError(f"{kwargs['data_files']} cannot be read: {reason}") from None
+        raise RequestError(
+            f"{args[0]} cannot be loaded from the Hub: {reason}. Without a network give a local "
+            f"text file instead of its name"
+        ) from None

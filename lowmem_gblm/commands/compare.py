@@ -1,0 +1,94 @@
+"""Several methods on one model: prune with each, measure each, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm.commands.evaluate import evaluate
+from lowmem_gblm.commands.prune.pipeline import prune
+from lowmem_gblm.commands.prune.resume import find_finished
+from lowmem_gblm.commands.request import EvalRequest, PruneRequest
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.runtime.progress import Listener
+from lowmem_gblm.storage.checkpoint.writer import check_absent
+
+Announce = Callable[[str], None]
+
+
+def compare(
+    request: PruneRequest,
+    methods: Sequence[str],
+    evaluation: EvalRequest,
+    folder: Path,
+    listener: Listener | None = None,
+    announce: Announce | None = None,
+) -> list[dict[str, Any]]:
+    """Prune with several methods and measure the perplexity of each result.
+
+    Called again after an interruption it goes on: what is pruned already is only measured.
+
+    Args:
+        request: What they have in common; its method and output are replaced.
+        methods: Their names.
+        evaluation: How perplexity is measured; its model is replaced.
+        folder: Gets one checkpoint per method, `folder/METHOD`.
+        listener: Told of every step.
+        announce: Told what begins.
+
+    Returns:
+        A row each for the dense model and every method: `method`, `perplexity`, `sparsity`,
+        `seconds` (pruning alone), `host_peak_bytes`, `gpu_peak_bytes`, `output`.
+
+    Raises:
+        JobError: One of the outputs exists already and is something else; nothing has been done
+            then.
+        LowmemGblmError: See `lowmem_gblm.errors`.
+    """
+    say = announce or (lambda text: None)
+    twice = [name for name in methods if list(methods).count(name) > 1]
+    if twice:
+        raise RequestError(f"--methods names the method {twice[0]} twice")
+    requests = [replace(request, method=name, output=folder / name) for name in methods]
+    finished = {one.method: find_finished(one) for one in requests}
+    for one in requests:
+        if finished[one.method] is None:
+            check_absent(folder / one.method)
+    say("dense: measuring perplexity")
+    dense = evaluate(replace(evaluation, model=request.model), listener)
+    # The embedded text of the dense model is what the pruned ones are measured on, too.
+    evaluation = replace(evaluation, text=dense["text"], seqlen=dense["seqlen"])
+    rows = [_row("dense", dense["perplexity"], 0.0, {}, None)]
+    for one in requests:
+        record = finished[one.method]
+        if record is None:
+            say(f"{one.method}: pruning")
+            record = prune(one, listener)
+        else:
+            say(f"{one.method}: is pruned already")
+        say(f"{one.method}: measuring perplexity")
+        result = evaluate(replace(evaluation, model=str(one.output)), listener)
+        sparsity = record["sparsity_measured"]
+        rows.append(_row(one.method, result["perplexity"], sparsity, record, one.output))
+    return rows
+
+
+def _row(
+    method: str,
+    perplexity: float,
+    sparsity: float,
+    record: dict[str, Any],
+    output: Path | None,
+) -> dict[str, Any]:
+    used = record.get("memory", {})
+    return {
+        "method": method,
+        "perplexity": perplexity,
+        "sparsity": sparsity,
+        "seconds": record.get("seconds", {}).get("total"),
+        "host_peak_bytes": used.get("host_peak_bytes"),
+        "gpu_peak_bytes": used.get("gpu_peak_bytes"),
+        "output": None if output is None else str(output),
+    }

@@ -1,0 +1,258 @@
+"""From an opened model and what is asked to a plan: sizes, work, budget, speeds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lowmem_gblm.errors import BudgetError
+from lowmem_gblm.methods import AT_ONCE, Method
+from lowmem_gblm.model.open_model import OpenModel
+from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.model.streamed_model import HEAD_LOGITS
+from lowmem_gblm.planning import Budget, ModelSizes, Plan, Speeds, Workload, gibibytes
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.planning.schedule import Schedule
+from lowmem_gblm.runtime import machine
+from lowmem_gblm.runtime.benchmark import measure_machine
+from lowmem_gblm.storage.checkpoint.file_access import side_files
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+from lowmem_gblm.storage.checkpoint.writer import partial_folder
+from lowmem_gblm.storage.locking import size_on_disk
+from lowmem_gblm.sweeps.statistics.gradient import TILE
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_OUTPUT_PROJECTION = re.compile(r"(^|\.)(o|out|down|c|w2|fc2|wo|dense\w*h)(_?proj|_lin)?$|dense$")
+_MEASURED_S = 2.0
+_TOLD_PER_TENSOR = 1000
+_RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
+
+
+def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:
+    """The sizes that memory and work follow from."""
+    checkpoint, streamed = opened.checkpoint, opened.streamed
+    every = [weight for block in weights for weight in block]
+    fraction = _active_fraction(opened, every)
+    largest = max(range(len(weights)), key=lambda index: _numel(weights[index]))
+    slots = list(dict.fromkeys(weight.slot for weight in weights[largest]))
+    return ModelSizes(
+        block_bytes=tuple(checkpoint.nbytes(names) for names in streamed.block_tensors),
+        rest_bytes=checkpoint.nbytes(streamed.rest_tensors),
+        rest_weights=sum(
+            math.prod(checkpoint.tensors[name].shape) for name in streamed.rest_tensors
+        ),
+        total_bytes=checkpoint.nbytes(),
+        side_bytes=_side_bytes(checkpoint),
+        prunable=tuple(_numel(block) for block in weights),
+        slots=tuple(slot.stored(streamed.block(largest)).numel() for slot in slots),
+        gram_entries=_gram_entries(weights[largest]),
+        columns=sum(weight.in_features for weight in weights[largest]),
+        active_fraction=fraction,
+        largest_matrix=max(weight.numel for weight in every),
+        widest_input=max(weight.in_features for weight in every),
+        feature_widths=int(sum(weight.out_features for weight in weights[largest]) * fraction),
+        hidden_size=streamed.config.hidden_size,
+        heads=getattr(streamed.config, "num_attention_heads", 1),
+        attention_matrices=streamed.attention_matrices,
+        vocab_size=streamed.config.vocab_size,
+    )
+
+
+def work_of(
+    opened: OpenModel,
+    weights: Sequence[list[PrunableWeight]],
+    schedule: Schedule,
+    method: Method | None,
+    resources: Resources,
+    *,
+    nsamples: int,
+    seqlen: int,
+) -> Workload:
+    """What is to be done; without a method nothing is pruned."""
+    streamed = opened.streamed
+    on_gpu = streamed.device.type == "cuda"
+    dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
+    converted = any(
+        weight.slot.expert is not None and weight.disk_index is None
+        for block in weights
+        for weight in block
+    )
+    return Workload(
+        schedule=schedule,
+        needs=() if method is None else method.needs,
+        deciding=(
+            (0, 0) if method is None else (method.bytes_per_weight, method.bytes_per_gram_entry)
+        ),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        itemsize=streamed.dtype.itemsize,
+        on_gpu=on_gpu,
+        shares_memory=not (on_gpu or converted) and dtypes == {streamed.dtype},
+        resident_bits=_RESIDENT_BITS[resources.compute_weights],
+        logits_chunk=HEAD_LOGITS,
+        tile=TILE[streamed.device.type],
+        slab=AT_ONCE[streamed.device.type],
+        writes=method is not None,
+    )
+
+
+def budget_of(resources: Resources, device: torch.device, folders: Collection[Path]) -> Budget:
+    """What a run may take: as asked, else what is free.
+
+    Args:
+        folders: Where it writes; they need not exist.
+    """
+    disks: list[Path] = []
+    for folder in folders:
+        if not any(machine.same_disk(folder, other) for other in disks):
+            disks.append(folder)
+    gpu = resources.gpu_memory
+    if gpu is None and device.type == "cuda" and torch.cuda.is_available():
+        gpu = machine.free_gpu_bytes(device)
+    host, disk = resources.cpu_memory, resources.disk
+    return Budget(
+        host_bytes=machine.free_host_bytes() if host is None else host,
+        gpu_bytes=gpu,
+        disk_bytes=sum(map(machine.free_disk_bytes, disks)) if disk is None else disk,
+    )
+
+
+def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
+    """Compare a plan with what is free, where output and work folder are on different disks.
+
+    Raises:
+        BudgetError: One of them is too small.
+    """
+    if machine.same_disk(output, work_folder):
+        return
+    # What an earlier attempt has written is no longer free, and counts in the plan.
+    for what, needed, folder, taken, way_out in (
+        ("the output", made.output_bytes, output, size_on_disk(partial_folder(output)), "OUTPUT"),
+        (
+            "what waits between passes",
+            made.spill_bytes,
+            work_folder,
+            size_on_disk(work_folder),
+            "--work-dir",
+        ),
+    ):
+        free = machine.free_disk_bytes(folder) + taken
+        if needed > free:
+            raise BudgetError(
+                f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "
+                f"{gibibytes(free)} are free: make room, or choose another {way_out}"
+            )
+
+
+def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> str:
+    """How much of a plan is not yet on the disk, and how much is free there; empty for nothing.
+
+    Args:
+        failed: What could not be written, which tells the disk where there are two.
+    """
+    partial = partial_folder(output)
+    if machine.same_disk(output, work_folder):
+        folder, needed = work_folder, made.predicted.disk_bytes
+        taken = size_on_disk(work_folder) + size_on_disk(partial)
+    elif failed.is_relative_to(work_folder):
+        folder, needed, taken = work_folder, made.spill_bytes, size_on_disk(work_folder)
+    else:
+        folder, needed, taken = partial, made.output_bytes, size_on_disk(partial)
+    if needed <= taken:
+        return ""
+    free = machine.free_disk_bytes(folder)
+    return (
+        f"{gibibytes(needed - taken)} more are needed in {folder.parent} and {gibibytes(free)} are "
+        f"free"
+    )
+
+
+def speeds_of(
+    opened: OpenModel,
+    weights: Sequence[list[PrunableWeight]],
+    seqlen: int,
+    write_to: Path,
+    seconds: float = _MEASURED_S,
+) -> Speeds | None:
+    """What this machine does, measured for about two seconds; None for a GPU that is not here."""
+    streamed = opened.streamed
+    if streamed.device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    largest = max(weights, key=_numel)
+    shapes = [(weight.out_features, weight.in_features) for weight in largest]
+    file = next(iter(opened.checkpoint.tensors.values())).file
+    speed = measure_machine(
+        streamed.device,
+        streamed.dtype,
+        shapes,
+        seqlen,
+        file if file.is_file() else None,
+        write_to,
+        seconds=seconds,
+    )
+    return Speeds(
+        products=speed.products,
+        memory=speed.memory_bytes_s,
+        read=speed.read_bytes_s,
+        write=speed.write_bytes_s,
+    )
+
+
+def smaller_work(work: Workload) -> list[tuple[str, Workload]]:
+    """What a person could ask for instead where something does not fit, by what they would type."""
+    options: list[tuple[str, Workload]] = []
+    seqlen = work.seqlen // 2
+    while work.schedule.needs_samples and seqlen >= 128:
+        options.append((f"--seqlen {seqlen}", replace(work, seqlen=seqlen)))
+        seqlen //= 2
+    nsamples = work.nsamples // 2
+    while work.schedule.needs_samples and nsamples >= 8:
+        options.append((f"--nsamples {nsamples}", replace(work, nsamples=nsamples)))
+        nsamples //= 2
+    if work.on_gpu and work.resident_bits is None:
+        options.append(("--compute-weights nf4", replace(work, resident_bits=4)))
+    return options
+
+
+def _side_bytes(checkpoint: Checkpoint) -> int:
+    """Side files as they are, and about so much per tensor for headers, record and journal."""
+    paths = side_files(checkpoint.folder)
+    files = sum(path.stat().st_size for path in paths if path.is_file())
+    return files + _TOLD_PER_TENSOR * len(checkpoint.tensors)
+
+
+def _numel(weights: Sequence[PrunableWeight]) -> int:
+    return sum(weight.numel for weight in weights)
+
+
+def _gram_entries(weights: Sequence[PrunableWeight]) -> int:
+    """Entries of the gram matrices of a block; matrices with one and the same input share one."""
+    inputs: dict[tuple[str, int | None, bool, int], int] = {}
+    for weight in weights:
+        path = weight.slot.parameter.removesuffix(".weight")
+        owner, _, leaf = path.rpartition(".")
+        last = bool(_OUTPUT_PROJECTION.search(leaf))
+        inputs[owner, weight.slot.expert, last, weight.in_features] = weight.in_features**2
+    return sum(inputs.values())
+
+
+def _active_fraction(opened: OpenModel, weights: Sequence[PrunableWeight]) -> float:
+    """Share of the prunable weights that a token meets: all of them unless experts are routed."""
+    experts = _first(opened, _EXPERTS)
+    per_token = _first(opened, _EXPERTS_PER_TOKEN)
+    total = sum(weight.numel for weight in weights)
+    routed = sum(weight.numel for weight in weights if "experts" in weight.name)
+    if not experts or not per_token:
+        return 1.0
+    return (total - routed + routed * min(1.0, per_token / experts)) / total
+
+
+def _first(opened: OpenModel, names: Sequence[str]) -> int | None:
+    values = (getattr(opened.streamed.config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -1,0 +1,208 @@
+"""Perplexity of a model, one decoder block resident at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_gblm.commands.calibration import evaluation_windows, open_source
+from lowmem_gblm.commands.estimate import budget_of
+from lowmem_gblm.commands.prune.setup import plan_evaluation
+from lowmem_gblm.commands.request import EvalRequest, resolve_seqlen
+from lowmem_gblm.errors import JobError, NonFiniteError
+from lowmem_gblm.model.block_loader import BlockLoader
+from lowmem_gblm.model.open_model import OpenModel, check_tokens, open_model
+from lowmem_gblm.model.prunable import prunable_weights
+from lowmem_gblm.model.tokenizer import load_tokenizer
+from lowmem_gblm.planning import Plan, gibibytes
+from lowmem_gblm.runtime import machine, memory
+from lowmem_gblm.runtime.progress import Listener, Progress, Stage
+from lowmem_gblm.runtime.watchdog import HostWatch
+from lowmem_gblm.storage.disk_errors import explained, is_trouble
+from lowmem_gblm.storage.in_place_marker import check_whole
+from lowmem_gblm.storage.locking import OwnedFolder, in_use, owner_of
+from lowmem_gblm.storage.tensor_store import TensorStore
+from lowmem_gblm.sweeps.dense import dense_sweep, embed, losses_of
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet
+
+_ON_DISK = Path("/var/tmp")
+_PREFIX = "lowmem-gblm-"
+_OWNER = "eval"
+
+
+def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str, Any]:
+    """Measure perplexity: `exp` of the mean over windows of the mean next-token cross-entropy.
+
+    The text is tokenized once and cut into windows of `seqlen` that do not overlap; the tail is
+    dropped. The window is part of the number: perplexities of different windows do not compare.
+
+    Returns:
+        `model`, `text`, `seqlen`, `windows`, `perplexity`, `seconds`, `memory`.
+
+    Raises:
+        NonFiniteError: The perplexity is NaN or infinite.
+        DiskFull: Where windows wait, the disk has become full.
+        LowmemGblmError: See `lowmem_gblm.errors`.
+    """
+    memory.reset_host_peak()
+    memory.settle_allocator()
+    opened = open_model(request.model, request)
+    with in_use(opened.checkpoint.folder, alone=False):
+        check_whole(opened.checkpoint.folder)
+        return _evaluated(request, opened, listener)
+
+
+def _evaluated(
+    request: EvalRequest, opened: OpenModel, listener: Listener | None
+) -> dict[str, Any]:
+    """The result, while the model stays what it is."""
+    memory.reset_gpu_peak(opened.streamed.device)
+    checkpoint, streamed = opened.checkpoint, opened.streamed
+    seqlen = resolve_seqlen(request.seqlen, opened.positions)
+    memory.settle_allocator(opened.boundary_bytes(seqlen))
+    samples_NT = evaluation_windows(
+        open_source(request.evaluation_text, "evaluation", request.text_column),
+        load_tokenizer(checkpoint.folder, trust_remote_code=request.trust_remote_code),
+        seqlen=seqlen,
+        windows=request.windows,
+    )
+    check_tokens(opened, samples_NT)
+    count = len(samples_NT)
+    progress = Progress(
+        [
+            Stage(name="embed", steps=count, cost=0),
+            Stage(name="forward", steps=streamed.depth, cost=1),
+            Stage(name="loss", steps=count, cost=1 / streamed.depth),
+        ],
+        listener,
+    )
+    folder = _work_folder(request)
+    _remove_left_behind(folder)
+    made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
+    with (
+        _told_of_its_disk(made, folder),
+        _watched(opened, request, made, folder),
+        _folder(folder) as own,
+    ):
+        losses = _losses(opened, request, made, samples_NT, own, progress)
+    mean = sum(losses) / count
+    if not math.isfinite(mean):
+        sick = next(n for n, loss in enumerate(losses) if not math.isfinite(loss))
+        raise NonFiniteError(
+            f"window {sick} of {request.evaluation_text} has the loss {losses[sick]}"
+        )
+    return {
+        "model": request.model,
+        "text": request.evaluation_text,
+        "seqlen": seqlen,
+        "windows": count,
+        "perplexity": math.exp(mean),
+        "seconds": {**progress.seconds, "total": progress.total_seconds()},
+        "memory": {
+            "host_peak_bytes": memory.host_peak_bytes(),
+            "gpu_peak_bytes": memory.gpu_peak_bytes(streamed.device),
+        },
+    }
+
+
+def _losses(
+    opened: OpenModel,
+    request: EvalRequest,
+    made: Plan,
+    samples_NT: Tensor,
+    folder: Path,
+    progress: Progress,
+) -> list[float]:
+    """The loss of every window."""
+    checkpoint, streamed, choices = opened.checkpoint, opened.streamed, made.choices
+    weights = prunable_weights(checkpoint, streamed) if request.resident_kind else None
+    blocks = BlockLoader(
+        checkpoint,
+        streamed,
+        progress,
+        weights,
+        read_ahead=choices.read_ahead,
+        copy_ahead=choices.copy_ahead,
+        compute_weights=request.resident_kind,
+    )
+    with (
+        TensorStore(folder, made.host_spill_bytes) as spill,
+        Offload(spill, streamed.device, progress, choices.behind_bytes) as offload,
+    ):
+        with progress.stage("embed"), streamed.filled(checkpoint):
+            embed(streamed, samples_NT, offload, progress)
+        with progress.stage("forward"):
+            windows = SampleSet(len(samples_NT), tolerated=0, what="window")
+            dense_sweep(
+                blocks,
+                streamed,
+                offload,
+                windows,
+                progress,
+                boundary_interval=None,
+                commit=offload.forget,
+                prunes_later=False,
+            )
+        with progress.stage("loss"), streamed.filled(checkpoint):
+            return losses_of(streamed, samples_NT, offload, progress)
+
+
+def _watched(opened: OpenModel, request: EvalRequest, made: Plan, folder: Path) -> HostWatch:
+    """Holds the run to its budget."""
+    device = opened.streamed.device
+    budget = budget_of(request, device, [folder])
+    if budget.gpu_bytes is not None:
+        memory.limit_gpu(device, budget.gpu_bytes)
+    return HostWatch(budget.host_bytes, planned_bytes=made.predicted.host_bytes)
+
+
+def _work_folder(request: EvalRequest) -> Path:
+    """Where boundaries wait: as asked, else where temporary files outlive memory.
+
+    The usual folder for temporary files is often held in memory.
+    """
+    if request.work_dir is not None:
+        return request.work_dir
+    return _ON_DISK if os.access(_ON_DISK, os.W_OK) else Path(tempfile.gettempdir())
+
+
+@contextmanager
+def _told_of_its_disk(made: Plan, folder: Path) -> Iterator[None]:
+    """Within, a disk that is full or failing becomes a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if not is_trouble(error):
+            raise
+        free = gibibytes(machine.free_disk_bytes(folder))
+        needs = f"{gibibytes(made.spill_bytes)} are needed in {folder} and {free} are free"
+        way_out = "give the same command again, or give another --work-dir"
+        raise explained(error, needs, way_out) from error
+
+
+@contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    """A new folder's name; what is put there goes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    own = OwnedFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)), _OWNER)
+    try:
+        yield own.path
+    finally:
+        own.remove()
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove folders of this user whose process was killed: they may hold gigabytes."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # Not those of a job, which may be called alike, and not one that is about to be marked.
+        with suppress(OSError, JobError):
+            if folder.lstat().st_uid == os.getuid() and owner_of(folder) == _OWNER:
+                OwnedFolder(folder, _OWNER).remove()

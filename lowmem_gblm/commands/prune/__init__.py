@@ -1,0 +1,1 @@
+"""Pruning a model: `pipeline` is the run on one page."""

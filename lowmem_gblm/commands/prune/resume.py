@@ -1,0 +1,73 @@
+"""What earlier runs have left: a job to go on with, or the whole result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from lowmem_gblm.commands.prune.identity import recorded_identity
+from lowmem_gblm.commands.prune.setup import open_setup
+from lowmem_gblm.commands.request import PruneRequest, output_folder, request_from_json, work_folder
+from lowmem_gblm.errors import JobError
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
+from lowmem_gblm.storage.checkpoint.reader import read_json
+from lowmem_gblm.storage.job import differences, forget_finished, read_description
+
+
+def find_job(folder: Path, **changes: Any) -> PruneRequest:
+    """What to ask `prune` for to go on with an interrupted job.
+
+    Args:
+        folder: The OUTPUT.work folder that it left.
+        changes: Fields of `Resources` that shall be others than when the job was begun.
+
+    Raises:
+        JobError: There is no job, the folder was renamed, or the model is not there any more.
+    """
+    found = read_description(folder)
+    if found is None:
+        raise JobError(f"{folder} holds no job: give the OUTPUT.work folder of an interrupted run")
+    request = replace(request_from_json(found["request"]), **changes)
+    place, name = folder.absolute().parent, work_folder(request).name
+    if folder.absolute().name != name:
+        raise JobError(f"{folder} was renamed: call it {name} again, as the job in it does")
+    if request.work_dir is None:
+        # Who moves a work folder moves what lies beside it, too.
+        beside = place / output_folder(request).name
+        moved = {"model": str(beside)} if request.in_place else {"output": beside}
+        request = replace(request, **cast(Any, moved))
+    model = Path(request.model)
+    if model.is_absolute() and not model.exists():
+        how = "move it back" if request.in_place else "give the prune command with its new place"
+        raise JobError(f"the model {model} of the job in {folder} is not there any more: {how}")
+    return request if request.work_dir is None else replace(request, work_dir=place)
+
+
+def find_finished(request: PruneRequest) -> dict[str, Any] | None:
+    """The content of OUTPUT/pruning.json, if `prune` has made that OUTPUT already.
+
+    Args:
+        request: What is asked.
+
+    Raises:
+        JobError: Something else is there: every difference is named.
+        LowmemGblmError: The request is bad, or the model cannot be used.
+    """
+    output = output_folder(request)
+    if not (output / RECORD).is_file():
+        return None
+    forget_finished(output, work_folder(request))
+    made: dict[str, Any] = read_json(output / RECORD)
+    asked = dict(open_setup(request).identity)
+    # Texts are known by their tokens and models by their bytes, wherever they lie.
+    del asked["calibration"], asked["source_pruned"]
+    if request.accept_other_rounding:
+        del asked["device"]
+    found = differences(recorded_identity(made, asked), asked)
+    if found:
+        raise JobError(
+            f"{output} was made otherwise ({'; '.join(found.values())}): move it away, or choose "
+            f"another place"
+        )
+    return made

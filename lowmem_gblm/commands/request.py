@@ -1,0 +1,290 @@
+"""What a person can ask for: every option once, with its help, its default and its meaning.
+
+The command line, the Python API and the record of a run are all made from these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm.commands.calibration import NAMED
+from lowmem_gblm.errors import JobError, RequestError, shown
+from lowmem_gblm.methods import check_method_name
+from lowmem_gblm.methods.masks import Pattern, parse_pattern
+from lowmem_gblm.planning.globs import as_globs
+from lowmem_gblm.planning.resources import Resources, check_choices, option
+
+DEMO = "demo"
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest(Resources):
+    """A job for `prune`.
+
+    Attributes:
+        model: Folder, Hub id, or "demo".
+        output: Folder to create; None in place, and for a plan without one.
+
+    Raises:
+        RequestError: A value is out of range, or two contradict each other.
+    """
+
+    model: str
+    output: Path | None = None
+    method: str = option("gblm", "how weights are ranked", metavar="METHOD")
+    sparsity: str | float | Decimal | None = option(
+        None, "fraction of zeros, between 0 and 1 [0.5]", metavar="FRACTION"
+    )
+    pattern: str | None = option(
+        None, "N:M keeps N of every M along the inputs, as 2:4", metavar="N:M"
+    )
+    on_ragged: str = option(
+        "error",
+        "what to do with a width that M does not divide: refuse, or keep the tail dense",
+        choices=("error", "keep"),
+    )
+    gradient_norm: str = option("l1", "how gradients add up over samples", choices=("l1", "l2"))
+    alpha: float = option(100.0, "weight of the gradient term of gblm", parse=float, metavar="A")
+    calibration: str | None = option(
+        None, "c4, wikitext2, demo, or a .txt .jsonl .json.gz .parquet file [c4]",
+        metavar="TEXT",
+    )  # fmt: skip
+    text_column: str = option(
+        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+    )
+    nsamples: int = option(128, "calibration samples", parse=int, metavar="N")
+    seqlen: int | None = option(
+        None, "tokens per sample [2048, or the model's positions if fewer]", parse=int,
+        metavar="T",
+    )  # fmt: skip
+    seed: int = option(0, "of the draw of calibration samples", parse=int, metavar="SEED")
+    activations: str = option(
+        "pruned",
+        "what a block's input norms come from: the model pruned so far, or the dense one",
+        choices=("pruned", "dense"),
+    )
+    accept_other_rounding: bool = option(
+        False, "go on with an interrupted job on another device than it was begun on",
+        identity=False, parse=bool,
+    )  # fmt: skip
+    in_place: bool = option(
+        False, "overwrite the weights of MODEL itself, which must be a folder; no OUTPUT",
+        parse=bool,
+    )  # fmt: skip
+    overwrite_my_only_copy: bool = option(
+        False, "say to --in-place that the dense model may go", identity=False, parse=bool
+    )
+    in_place_shared: bool = option(
+        False, "say to --in-place that the files may be those of others, too: links, a Hub cache",
+        identity=False, parse=bool,
+    )  # fmt: skip
+    include: tuple[str, ...] = option(
+        (), "prune only tensors whose name matches (repeatable)", metavar="GLOB", repeat=True
+    )
+    exclude: tuple[str, ...] = option(
+        (), "leave tensors dense whose name matches (repeatable)", metavar="GLOB", repeat=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_method_name(self.method)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, as_globs(name, getattr(self, name)))
+        if self.nsamples < 1:
+            raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+        if not 0 <= self.alpha < float("inf"):
+            raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
+        self._check_place()
+        self._check_names()
+        _ = self.target
+
+    def _check_place(self) -> None:
+        if not self.in_place:
+            for name in ("overwrite_my_only_copy", "in_place_shared"):
+                if getattr(self, name):
+                    raise RequestError(f"--{name.replace('_', '-')} needs --in-place")
+        elif self.output is not None:
+            raise RequestError(
+                f"--in-place overwrites {self.model} itself: give that, or the OUTPUT "
+                f"{self.output}, not both"
+            )
+        elif self.model == DEMO:
+            raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
+
+    def _check_names(self) -> None:
+        """What is asked goes into JSON, which is UTF-8."""
+        for name, value in to_json(self).items():
+            try:
+                "".join(value if isinstance(value, tuple) else str(value)).encode()
+            except UnicodeEncodeError:
+                raise RequestError(
+                    f"the {name} is not UTF-8: {value!r}. Give it another name, or use a link"
+                ) from None
+
+    @cached_property
+    def target(self) -> Pattern:
+        """The pattern that `sparsity`, `pattern` and `on_ragged` mean together."""
+        return parse_pattern(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
+
+    @property
+    def calibration_text(self) -> str:
+        """Where the samples come from: as asked, else C4, or the embedded text for "demo".
+
+        A file has its full name: the same one, from wherever it is asked for.
+        """
+        asked = self.calibration or (DEMO if self.model == DEMO else "c4")
+        is_file = asked not in NAMED and Path(asked).exists()
+        return str(Path(asked).resolve()) if is_file else asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(Resources):
+    """A job for `eval`."""
+
+    model: str
+    text: str | None = option(
+        None, "wikitext2, c4, demo, or a .txt .jsonl .json.gz .parquet file [wikitext2]",
+        metavar="TEXT",
+    )  # fmt: skip
+    text_column: str = option(
+        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+    )
+    seqlen: int | None = option(
+        None, "tokens per window [2048, or the model's positions if fewer]", parse=int,
+        metavar="T",
+    )  # fmt: skip
+    windows: int | None = option(
+        None, "use only the first so many windows [all]", parse=int, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.windows is not None and self.windows < 1:
+            raise RequestError(f"--windows must be at least 1; got {self.windows}")
+        if self.seqlen is not None and self.seqlen < 2:
+            raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+
+    @property
+    def evaluation_text(self) -> str:
+        """What perplexity is measured on: as asked, else WikiText-2, or the embedded text."""
+        return self.text or (DEMO if self.model == DEMO else "wikitext2")
+
+
+def output_folder(request: PruneRequest) -> Path:
+    """Where the pruned model will be; for a plan without one, beside this folder's content.
+
+    In place every name of the folder leads to the same one. The path ends with a name, as others
+    are made from it.
+    """
+    folder = Path(request.model) if request.in_place else request.output or Path("pruned")
+    return folder.resolve() if request.in_place or folder.name in ("", "..") else folder
+
+
+def work_folder(request: PruneRequest) -> Path:
+    """Where boundaries and gradients wait: as asked, else beside the output."""
+    return work_folder_of(output_folder(request), request.work_dir)
+
+
+def work_folder_of(output: Path, work_dir: Path | None) -> Path:
+    """The same, from the two options that tell it."""
+    return (work_dir or output.parent) / f"{output.name}.work"
+
+
+def check_places(request: PruneRequest) -> None:
+    """Raise `RequestError` if the run would remove what it is to read or to make.
+
+    The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
+    """
+    output, work = output_folder(request), work_folder(request)
+    partial = output.with_name(f"{output.name}.partial") if output.name else output
+    needed = {"MODEL": request.model, "the calibration text": request.calibration_text}
+    # A name that is nowhere here is that of the Hub, or of a text.
+    places = {what: Path(name) for what, name in needed.items() if Path(name).exists()}
+    inside = [(what, place, work) for what, place in {**places, "OUTPUT": output}.items()]
+    if not request.in_place:
+        inside += [(what, place, partial) for what, place in places.items()]
+        inside += [("the work folder", work, one) for one in (output, partial)]
+    for what, place, folder in inside:
+        if _resolved(place).is_relative_to(_resolved(folder)):
+            raise RequestError(
+                f"{what} is {place}, which must not lie in {folder}: that is made and removed by "
+                f"the run. Choose another OUTPUT or --work-dir"
+            )
+
+
+def _resolved(path: Path) -> Path:
+    """The path, links followed; as it is where they lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        return path.absolute()
+
+
+def to_json(request: PruneRequest) -> dict[str, Any]:
+    """Everything that was asked, paths in full, so that it can be asked again from anywhere."""
+    asked = {one.name: getattr(request, one.name) for one in fields(request)}
+    if Path(request.model).exists():
+        asked["model"] = str(Path(request.model).absolute())
+    for name in ("output", "work_dir"):
+        if asked[name] is not None:
+            asked[name] = str(asked[name].absolute())
+    # As it was understood: a model called "demo" has the embedded text, its full name has not.
+    asked["calibration"] = request.calibration_text
+    if request.sparsity is not None:
+        asked["sparsity"] = str(request.sparsity)
+    return asked
+
+
+def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
+    """What `to_json` was made from.
+
+    Raises:
+        JobError: It was made by another version, which has other options.
+    """
+    values = dict(asked)
+    differing = sorted({one.name for one in fields(PruneRequest)} ^ values.keys())
+    if differing:
+        raise JobError(
+            f"the job was begun by another version of lowmem-gblm, whose options are not those of "
+            f"this one ({shown(', '.join(differing))}): go on with it with that version"
+        )
+    for name in ("output", "work_dir"):
+        if values[name] is not None:
+            values[name] = Path(values[name])
+    for name in ("include", "exclude"):
+        values[name] = tuple(values[name])
+    return PruneRequest(**values)
+
+
+def evaluation_of(
+    request: PruneRequest, *, text: str | None = None, windows: int | None = None
+) -> EvalRequest:
+    """How the outcome of a prune request is measured: its model, windows and resources."""
+    shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
+    values = {name: getattr(request, name) for name in shared}
+    return EvalRequest(**values, text=text, windows=windows)
+
+
+def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
+    """Tokens per sample: as asked, else 2048 or what the model's positions allow.
+
+    Args:
+        seqlen: As asked.
+        positions: How many positions the model was made for; None if it does not say.
+
+    Raises:
+        RequestError: More was asked than the model has.
+    """
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)
+    if positions is not None and seqlen > positions:
+        raise RequestError(f"--seqlen {seqlen} is beyond the {positions} positions of the model")
+    return seqlen

@@ -1,0 +1,292 @@
+"""Proof that an output keeps its promises, from its files alone and against its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import CheckpointError, RequestError, VerificationError
+from lowmem_gblm.methods.masks import NofM, Pattern, parse_pattern
+from lowmem_gblm.methods.sparsegpt import block_columns
+from lowmem_gblm.storage.checkpoint.checksums import (
+    check_hashes,
+    hash_violations,
+    side_file_violations,
+)
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
+from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint, read_json
+from lowmem_gblm.storage.hub import locate
+
+NAMED = 10
+_CONFIG = "config.json"
+
+_UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
+
+
+def verify(output: str, against: str | None = None) -> dict[str, Any]:
+    """Check an output checkpoint.
+
+    Always: every shard with the SHA-256 that `pruning.json` has for it, an index that fits, the
+    zeros that `pruning.json` counts, the pattern in every comparison group. Against the source:
+    unpruned tensors byte-identical, kept weights bit-identical (unless the method updates them), no
+    negative zero, no group with more zeros than asked beyond those that the source had, every side
+    file as it was.
+
+    Args:
+        output: The folder.
+        against: The source model: folder, Hub id, or "demo".
+
+    Returns:
+        `output`, `against`, `tensors`, `pruned_tensors`, `hashed_shards`, `sparsity_measured`,
+        `notes`.
+
+    Raises:
+        VerificationError: Names the first violations.
+        CheckpointError: A folder is not a readable checkpoint.
+    """
+    folder = locate(output)
+    if not (folder / RECORD).exists():
+        raise CheckpointError(
+            f"{folder} has no {RECORD}: it was not made by lowmem-gblm prune, and there is nothing "
+            f"to verify it against"
+        )
+    record = read_json(folder / RECORD)
+    _check_record(record)
+    hashes = record.get("shards", {})
+    changed = list(hash_violations(folder, hashes))
+    checkpoint = _readable(folder, changed)
+    source = Checkpoint(locate(against)) if against is not None else None
+    violations: list[str] = []
+    violations += _strangers(checkpoint, hashes)
+    violations += _index_violations(folder, checkpoint, record)
+    if not (folder / _CONFIG).is_file():
+        violations.append(f"{_CONFIG} is missing")
+    violations += _record_violations(record, checkpoint)
+    if source is not None:
+        violations += _source_violations(checkpoint, source)
+        violations += side_file_violations(folder, source.folder)
+    zeros = numel = 0
+    if not violations:
+        rule = _Rule(record)
+        for name in checkpoint.tensors:
+            tensor = checkpoint.read(name)
+            original = source.read(name) if source is not None else None
+            described = record["tensors"].get(name)
+            if described is not None:
+                zeros += int((tensor == 0).sum())
+                numel += tensor.numel()
+            violations += rule.violations(name, tensor, described, original)
+    if changed or violations:
+        raise _broken(folder, [*changed, *violations])
+    return {
+        "output": output,
+        "against": against,
+        "tensors": len(checkpoint.tensors),
+        "pruned_tensors": len(record["tensors"]),
+        "hashed_shards": len(hashes),
+        "sparsity_measured": zeros / numel,
+        "notes": [] if hashes else [_UNHASHED],
+    }
+
+
+def _readable(folder: Path, changed: list[str]) -> Checkpoint:
+    """The checkpoint; where shards that have changed make it unreadable, that is the violation."""
+    try:
+        return Checkpoint(folder)
+    except CheckpointError as error:
+        if not changed:
+            raise
+        raise _broken(folder, [*changed, str(error)]) from None
+
+
+def _broken(folder: Path, violations: list[str]) -> VerificationError:
+    more = f"\n… and {len(violations) - NAMED} more" if len(violations) > NAMED else ""
+    return VerificationError(
+        f"{folder} does not keep its promises:\n" + "\n".join(violations[:NAMED]) + more
+    )
+
+
+def _strangers(checkpoint: Checkpoint, hashes: dict[str, Any]) -> Iterator[str]:
+    """Shards that the model is loaded from and that the run has not written."""
+    if hashes:
+        used = {entry.file.name for entry in checkpoint.tensors.values()}
+        yield from (f"{name} has no hash in {RECORD}" for name in sorted(used - hashes.keys()))
+
+
+class _Rule:
+    """The promises that `pruning.json` makes about single tensors."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        ragged = record["on_ragged"] == "keep"
+        pattern = None if record["pattern"] == "unstructured" else record["pattern"]
+        self._pattern: Pattern = parse_pattern(record["sparsity"], pattern, keep_ragged_tail=ragged)
+        self._group = record["group"]
+        self._updates_weights = record["updates_weights"]
+
+    def violations(
+        self,
+        name: str,
+        tensor: Tensor,
+        described: dict[str, Any] | None,
+        original: Tensor | None,
+    ) -> Iterator[str]:
+        """Broken promises about one tensor; `described` is its entry in the record, if pruned."""
+        if described is None:
+            if original is not None and not _same_bits(tensor, original):
+                yield f"{name} was not to be pruned, and differs from the source"
+            return
+        zeros = int((tensor == 0).sum())
+        if zeros != described["zeros"]:
+            yield f"{name} has {zeros} zeros, {RECORD} says {described['zeros']}"
+        yield from self._counts(name, tensor, described, original)
+        if original is None:
+            return
+        if bool((tensor.signbit() & (tensor == 0) & (original != 0)).any()):
+            yield f"{name} has a negative zero"
+        if not self._updates_weights:
+            changed = int(((_bits(tensor) != _bits(original)) & (tensor != 0)).sum())
+            if changed:
+                yield f"{name} has {changed} kept weights that differ from the source"
+
+    def _counts(
+        self, name: str, tensor: Tensor, described: dict[str, Any], original: Tensor | None
+    ) -> Iterator[str]:
+        """Zeros per comparison group: at least as asked; beyond that only the source's own."""
+        in_first = described["layout"] == "in,out"
+        for label, groups, removed in self._groups(_rows(tensor, in_first)):
+            found = (groups == 0).sum(dim=1)
+            few = (found < removed).nonzero().flatten()
+            if len(few):
+                yield (
+                    f"{name}: {len(few)} {label} with too few zeros; the first, {int(few[0])}, has "
+                    f"{int(found[few[0]])} instead of {removed}"
+                )
+        if original is None or self._updates_weights:
+            return
+        for (label, groups, removed), (_, before, _) in zip(
+            self._groups(_rows(tensor, in_first)),
+            self._groups(_rows(original, in_first)),
+            strict=True,
+        ):
+            found, own = (groups == 0).sum(dim=1), (before == 0).sum(dim=1)
+            many = (found > removed + own).nonzero().flatten()
+            if len(many):
+                yield (
+                    f"{name}: {len(many)} {label} with too many zeros; the first, {int(many[0])}, "
+                    f"has {int(found[many[0]])} instead of {removed}"
+                )
+
+    def _groups(self, weight_RI: Tensor) -> Iterator[tuple[str, Tensor, int]]:
+        """What is compared with what: a label, the groups [groups, size], zeros in each."""
+        width = weight_RI.shape[-1]
+        if isinstance(self._pattern, NofM):
+            whole = width - width % self._pattern.m
+            groups = weight_RI[..., :whole].reshape(-1, self._pattern.m)
+            yield f"groups of {self._pattern.m}", groups, self._pattern.m - self._pattern.n
+        elif self._group == "row":
+            rows = weight_RI.reshape(-1, width)
+            yield "rows", rows, self._pattern.removed(width)
+        else:
+            columns = width if self._group == "matrix" else block_columns(self._pattern)
+            matrices = weight_RI if weight_RI.ndim == 3 else weight_RI[None]
+            for part in torch.split(matrices, columns, dim=-1):
+                groups = part.reshape(len(matrices), -1)
+                yield "matrices or column blocks", groups, self._pattern.removed(groups.shape[1])
+
+
+def _rows(tensor: Tensor, in_first: bool) -> Tensor:
+    return tensor.mT if in_first else tensor
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.dtype.itemsize])
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    if (folder / INDEX).exists():
+        return read_json(folder / INDEX)
+    return {"weight_map": dict.fromkeys(checkpoint.tensors, SINGLE)}
+
+
+def _index_violations(
+    folder: Path, checkpoint: Checkpoint, record: dict[str, Any]
+) -> Iterator[str]:
+    """The index and the shards must name the same tensors; no shard may lie beside it.
+
+    What was pruned in place may be one file without an index, and the model may have had other
+    files of weights, which it is not loaded from and which the run has not touched.
+    """
+    index = _index(folder, checkpoint)
+    surplus = sorted(checkpoint.tensors.keys() - index["weight_map"].keys())
+    if surplus:
+        yield f"{surplus[0]} is in a shard, but not in {INDEX}"
+    strays = {path.name for path in folder.glob("*.safetensors")}
+    strays -= set(index["weight_map"].values())
+    if record.get("in_place") is True:
+        strays &= record.get("shards", {}).keys()
+    yield from (f"{stray} is not named in {INDEX}" for stray in sorted(strays))
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if pruning.json is not what this tool writes."""
+    missing = [key for key in _KEYS if key not in record]
+    if missing:
+        raise CheckpointError(f"{RECORD} lacks {', '.join(missing)}")
+    try:
+        _Rule(record)
+        for one in record["tensors"].values():
+            valid = (
+                type(one["zeros"]) is int
+                and one["layout"] in ("in,out", "out,in")
+                and all(type(length) is int and length > 0 for length in one["shape"])
+            )
+            if not valid:
+                raise ValueError(f"not a description of a tensor: {one}")
+        if not record["tensors"]:
+            raise ValueError("no tensors")
+        if "shards" in record:
+            check_hashes(record["shards"])
+    except (RequestError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
+
+
+def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    for name, described in record["tensors"].items():
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            yield f"{name} is in {RECORD}, but not in the checkpoint"
+        elif list(entry.shape) != described["shape"]:
+            yield f"{name} has the shape {list(entry.shape)}, {RECORD} says {described['shape']}"
+    numel = sum(math.prod(one["shape"]) for one in record["tensors"].values())
+    counted = sum(one["zeros"] for one in record["tensors"].values()) / numel
+    if not math.isclose(counted, record["sparsity_measured"]):
+        yield f"sparsity_measured is {record['sparsity_measured']}, the tensors give {counted}"
+
+
+_KEYS = (
+    "tensors", "sparsity", "sparsity_measured", "pattern", "on_ragged", "group", "updates_weights",
+)  # fmt: skip
+
+
+def _source_violations(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+    for name, entry in source.tensors.items():
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            yield f"{name} of the source is missing"
+        elif (found.dtype, found.shape) != (entry.dtype, entry.shape):
+            yield (
+                f"{name} is {found.dtype} {list(found.shape)}, in the source {entry.dtype} "
+                f"{list(entry.shape)}"
+            )
+    for name in sorted(checkpoint.tensors.keys() - source.tensors.keys()):
+        yield f"{name} is not in the source"

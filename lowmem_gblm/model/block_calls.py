@@ -1,0 +1,127 @@
+"""What stands where the decoder blocks were while the model's own forward runs.
+
+A recorder writes down how every block is called; a replayer hands given hidden states to whatever
+follows the last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_gblm.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one block is called besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockHandler(Protocol):
+    """Where the calls of stubs arrive."""
+
+    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
+        """What the stub of block `index` returns for these hidden states."""
+
+
+@contextmanager
+def stubs_in(layers: nn.ModuleList, handler: BlockHandler) -> Iterator[None]:
+    """Within, a stub stands for every block of the list."""
+    blocks = list(layers)
+    for index, block in enumerate(blocks):
+        layers[index] = _Stub(block, index, handler)
+    try:
+        yield
+    finally:
+        for index, block in enumerate(blocks):
+            layers[index] = block
+
+
+class _Stub(nn.Module):
+    """Stands where a block was: attributes pass through, calls go to the handler."""
+
+    def __init__(self, block: nn.Module, index: int, handler: BlockHandler) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self._index = index
+        self._handler = handler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._handler.visit(self._index, hidden, Call(args, kwargs))
+
+
+class Recorder:
+    """Writes down what enters block 0 and how each block is called.
+
+    Every stub returns the hidden states that entered block 0, whole: a model that takes the first
+    element of what a block returns thereby gives itself away by the lost dimension.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.calls: list[Call] = []
+        self._depth = depth
+
+    def visit(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        if index == 0:
+            self.entering = hidden
+        elif hidden.data_ptr() != self.entering.data_ptr():
+            raise UnsupportedModel(
+                f"the hidden states are changed between decoder blocks {index - 1} and {index}"
+            )
+        self.calls.append(call)
+        return self.entering
+
+    def returns_tuple(self, last_hidden: Tensor) -> bool:
+        """Whether the model expects a tuple of its blocks."""
+        if len(self.calls) != self._depth:
+            raise UnsupportedModel(
+                f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks: such a "
+                f"model cannot be streamed block by block"
+            )
+        return last_hidden.ndim < self.entering.ndim
+
+
+class Replayer:
+    """Lets the last block return given hidden states, so that the final norm sees them."""
+
+    def __init__(self, hidden: Tensor, depth: int, as_tuple: bool) -> None:
+        self._hidden = hidden
+        self._depth = depth
+        self._as_tuple = as_tuple
+
+    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
+        out = self._hidden if index == self._depth - 1 else hidden
+        return (out,) if self._as_tuple else out
+
+
+def check_same(first: list[Call], second: list[Call]) -> None:
+    """Raise `UnsupportedModel` unless every block is called alike in two forward passes."""
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        if not _equal((one.args, one.kwargs), (other.args, other.kwargs)):
+            raise UnsupportedModel(
+                f"decoder block {index} is called with arguments that depend on the sample"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality through tuples, lists and dicts, with tensors compared by value."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and (
+        one == other if isinstance(one, (int, float, str, bool, type(None))) else True
+    )

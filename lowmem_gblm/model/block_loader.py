@@ -1,0 +1,244 @@
+"""One decoder block resident at a time, the next one being read beside the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_gblm.model.bnb import QuantizedKind
+from lowmem_gblm.model.matmul_tap import MatmulWeight
+from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.model.quantized_block import PackedWeights
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.runtime.background import worker
+from lowmem_gblm.runtime.memory import give_back_freed
+from lowmem_gblm.runtime.progress import Progress
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A decoder block whose parameters are resident.
+
+    Attributes:
+        index: Its position, from 0.
+        module: The module.
+        raw: Its tensors as they lie on disk, by name; on a CPU the module may share their memory.
+        weights: What can be pruned in it.
+        packed: Its matrices, where they are held in 4 or 8 bits.
+        pending: Work of other threads that still reads `raw`; its memory is used anew after that.
+    """
+
+    index: int
+    module: nn.Module
+    raw: dict[str, Tensor]
+    weights: list[PrunableWeight]
+    packed: PackedWeights | None = None
+    pending: list[Future[Any]] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[MatmulWeight]:
+        """The matrices that the block multiplies with, each once."""
+        return list(dict.fromkeys(weight.slot for weight in self.weights))
+
+    def go_on_with(self, weight: PrunableWeight, on_disk_OI: Tensor) -> None:
+        """Compute from now on with what a matrix has become, rounding to its dtype included."""
+        if self.packed is not None:
+            stored = self.packed.stored(weight.slot)
+            weight.in_slot(stored).copy_(on_disk_OI)
+            self.packed.set(weight.slot, stored)
+            return
+        resident_OI = weight.in_slot(weight.slot.stored(self.module))
+        if resident_OI.data_ptr() != on_disk_OI.data_ptr():
+            resident_OI.copy_(on_disk_OI)
+
+
+class BlockLoader:
+    """Makes decoder blocks resident in a given order.
+
+    Args:
+        checkpoint: Where the tensors are.
+        streamed: The model they are loaded into.
+        progress: Told how long the computation waits for a block.
+        weights: What can be pruned in every block; None where nobody asks.
+        read_ahead: Whether the next block is read while one is resident: two blocks in host
+            memory instead of one.
+        copy_ahead: Whether the next block is copied to a GPU, too: two blocks there.
+        compute_weights: In how many bits the matrices of the resident block are held; None for the
+            dtype of the computation.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        streamed: StreamedModel,
+        progress: Progress,
+        weights: Sequence[list[PrunableWeight]] | None = None,
+        *,
+        read_ahead: bool = True,
+        copy_ahead: bool = False,
+        compute_weights: QuantizedKind | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._streamed = streamed
+        self._progress = progress
+        self._weights = weights or [[] for _ in range(streamed.depth)]
+        self._kind = compute_weights
+        on_gpu = streamed.device.type == "cuda"
+        self._side = torch.cuda.Stream(streamed.device) if copy_ahead and on_gpu else None
+        self._buffers = _Buffers(
+            1 + read_ahead,
+            max(self._room(names) for names in streamed.block_tensors),
+            pinned=on_gpu,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return self._streamed.depth
+
+    def stream(self, order: Sequence[int]) -> Iterator[Block]:
+        """Make the blocks resident one after the other; a block is freed when the next is asked.
+
+        Args:
+            order: Which blocks, in which order.
+        """
+        if not order:
+            return
+        with worker("read-ahead") as reader:
+            try:
+                pending = [reader.submit(self._read, index) for index in order[:1]]
+                for index, following in zip(order, [*order[1:], None], strict=True):
+                    with self._progress.waiting():
+                        arrived = pending.pop().result()
+                    if following is not None:
+                        pending.append(reader.submit(self._read, following))
+                    users: list[Future[Any]] = []
+                    yield self._resident(index, arrived, users)
+                    self._free(index, arrived, users)
+            except BaseException:
+                # Wherever that was: the reader must not wait for a buffer that never comes back.
+                self._buffers.stop()
+                raise
+
+    def _free(self, index: int, arrived: _Arrived, users: Sequence[Future[Any]]) -> None:
+        self._streamed.free_block(index)
+        # The consumer may still hold the Block: its tensors go all the same.
+        arrived.raw.clear()
+        self._buffers.give_back(arrived.buffer, users)
+        give_back_freed()
+
+    def _resident(self, index: int, arrived: _Arrived, pending: list[Future[Any]]) -> Block:
+        with self._progress.waiting():
+            tensors, on_host = arrived.to_load(), self._kind is not None
+            self._streamed.load_block(index, tensors, on_host=on_host)
+        block = Block(
+            index=index,
+            module=self._streamed.block(index),
+            raw=arrived.raw,
+            weights=self._weights[index],
+            pending=pending,
+        )
+        if self._kind is None:
+            return block
+        packed = self._streamed.pack_block(index, block.slots, self._kind)
+        return replace(block, packed=packed)
+
+    def _read(self, index: int) -> _Arrived:
+        """In the reading thread: the tensors of a block."""
+        buffer = self._buffers.take()
+        raw: dict[str, Tensor] = {}
+        position = 0
+        for name in self._streamed.block_tensors[index]:
+            size = self._checkpoint.tensors[name].nbytes
+            part = buffer[position : position + size]
+            raw[name] = self._checkpoint.read_finite(name, part)
+            position += _aligned(size)
+        return _Arrived(raw, buffer, self._copied(raw))
+
+    def _copied(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the GPU, made beside the computation; empty where none are wanted."""
+        if self._side is None:
+            return {}
+        with torch.cuda.stream(self._side):
+            copies = {
+                name: tensor.to(self._streamed.device, non_blocking=True)
+                for name, tensor in raw.items()
+            }
+        self._side.synchronize()
+        return copies
+
+    def _room(self, names: Sequence[str]) -> int:
+        return sum(_aligned(self._checkpoint.tensors[name].nbytes) for name in names)
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """A block that has been read: its tensors, the buffer they lie in, copies on a GPU."""
+
+    raw: dict[str, Tensor]
+    buffer: Tensor
+    copies: dict[str, Tensor]
+
+    def to_load(self) -> dict[str, Tensor]:
+        """The tensors to fill the module with; they are given away."""
+        if not self.copies:
+            return self.raw
+        for tensor in self.copies.values():
+            # They came by another stream: not to be used anew before this one is done with them.
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        copies = dict(self.copies)
+        self.copies.clear()
+        return copies
+
+
+class _Buffers:
+    """Pieces of host memory that take turns to hold a block, so that there are never more."""
+
+    def __init__(self, count: int, size_bytes: int, *, pinned: bool) -> None:
+        self._free: SimpleQueue[Tensor | None] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+        self._size_bytes = size_bytes
+        self._pinned = pinned
+        self._stopped = False
+
+    def take(self) -> Tensor:
+        """The next one that is free; waits for it."""
+        buffer = self._free.get()
+        if self._stopped:
+            raise InterruptedError("no block is wanted any more")
+        if buffer is not None:
+            return buffer
+        return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def stop(self) -> None:
+        """Let whoever waits for a buffer give up."""
+        self._stopped = True
+        self._free.put(None)
+
+    def give_back(self, buffer: Tensor, after: Sequence[Future[Any]]) -> None:
+        """Let a buffer be used anew once all of `after` is done."""
+        waiting = [one for one in after if not one.done()]
+        if not waiting:
+            self._free.put(buffer)
+            return
+        rest = partial(self._given_back, buffer, waiting[1:])
+        waiting[0].add_done_callback(rest)
+
+    def _given_back(self, buffer: Tensor, after: Sequence[Future[Any]], _: Future[Any]) -> None:
+        self.give_back(buffer, after)
+
+
+def _aligned(size_bytes: int) -> int:
+    """Up to the next multiple of a cache line, where the next tensor may begin."""
+    return size_bytes + -size_bytes % _ALIGNMENT_BYTES

@@ -1,0 +1,151 @@
+"""What a configuration claims, held against the headers before anything of that size is built.
+
+A config.json of a few hundred bytes can ask for a thousand million blocks, or for tables of sines
+as large as the machine. The headers have been checked against the files, so they tell how large
+the model is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
+from lowmem_gblm.model.conversion import NameConversion
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint, TensorEntry
+
+# What names of config.json end in, and the most there may be: far beyond every model there is,
+# as the largest have 130 blocks, 512 experts, 22000 labels and ten million positions.
+_MOST = (
+    (re.compile(r"(layers?|blocks?|depth)$"), 2000),
+    (re.compile(r"(experts|labels|types|heads|stages|levels|codebooks)$"), 100_000),
+    (re.compile(r"(positions|position_embeddings|seq_len|seq_length|ctx)$"), 1 << 27),
+)
+# What a model computes for itself may take this much, or as much as its weights.
+MAX_BUFFER_BYTES = 1 << 30
+_SIZES = ("hidden_size", "vocab_size")
+
+
+def check_counts(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse numbers of which something is made for every one, before transformers sees them.
+
+    Args:
+        path: config.json, for the message.
+        raw: Its content.
+
+    Raises:
+        CheckpointError: More blocks, experts or labels than any model has.
+    """
+    for name, count in _numbers("", raw):
+        most = next((most for ending, most in _MOST if ending.search(name)), count)
+        if count > most:
+            raise CheckpointError(
+                f"{path} says {shown(name)} is {shown(count)}, expected at most {most}"
+            )
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Every integer of a JSON value, with the nearest name above it."""
+    pending = [(name, value)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(value.items())
+        elif isinstance(value, list):
+            pending.extend((name, one) for one in value)
+        elif isinstance(value, int):
+            yield name, value
+
+
+def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Hold the depth of a model against the number of tensors; its sizes must be numbers.
+
+    Raises:
+        UnsupportedModel: The configuration does not say how large the model is.
+        CheckpointError: It has more blocks than there are tensors.
+    """
+    text = config.get_text_config()
+    for name in _SIZES:
+        size = getattr(text, name, None)
+        if type(size) is not int or size < 1:
+            raise UnsupportedModel(
+                f"{path} gives the model the {name} {shown_value(size)}, expected a number from 1"
+            )
+    depth = getattr(text, "num_hidden_layers", None)
+    if type(depth) is not int:
+        raise UnsupportedModel(
+            f"{path} gives the model the num_hidden_layers {shown_value(depth)}, expected a number"
+        )
+    tensors = len(checkpoint.tensors)
+    if checkpoint.on_disk and depth > tensors:
+        raise CheckpointError(
+            f"{path} says there are {depth} decoder blocks, more than there are tensors: {tensors}"
+        )
+
+
+def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -> None:
+    """Hold every parameter against the headers.
+
+    Args:
+        model: All of it on `meta`, buffers too.
+        prefix: Name of the list of its decoder blocks.
+        checkpoint: What it is to be filled from; where it is only described, nothing is compared.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or holds no floating-point
+            numbers; or what the model computes for itself is larger than itself.
+    """
+    if checkpoint.on_disk:
+        conversion = NameConversion(model)
+        taken_over = conversion.taken_over(checkpoint.tensors)
+        state = model.state_dict()
+        for name, target in taken_over.items():
+            _check_tensor(checkpoint.tensors[name], target, state[target])
+        found = set(filter(None, conversion.in_module(checkpoint.tensors).values()))
+        _check_complete(model, prefix, conversion, found, checkpoint.folder)
+    own = sum(buffer.nbytes for buffer in model.buffers())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if own > max(weights, MAX_BUFFER_BYTES):
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json asks for tables of {own} bytes beside weights of "
+            f"{weights} bytes"
+        )
+
+
+def _check_tensor(entry: TensorEntry, target: str, expected: Tensor) -> None:
+    where = f"tensor {shown(entry.name)} in {entry.file}"
+    if entry.shape != expected.shape:
+        raise CheckpointError(
+            f"{where} has the shape {list(entry.shape)}, the architecture expects "
+            f"{list(expected.shape)}"
+        )
+    if expected.is_floating_point() and not entry.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{where} holds {entry.dtype}, expected floating-point numbers: if it is quantized, "
+            f"prune the original checkpoint, then quantize the result"
+        )
+    if expected.numel() == 0:
+        raise CheckpointError(f"{where} holds no numbers: its shape is {list(entry.shape)}")
+
+
+def _check_complete(
+    model: PreTrainedModel, prefix: str, conversion: NameConversion, found: set[str], folder: Path
+) -> None:
+    """Every parameter needs a tensor, or is tied to or split off one that is there."""
+    tied = model.all_tied_weights_keys
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in found and tied.get(name) not in found and not conversion.is_split_off(name)
+    ]
+    for name in missing:
+        block = re.match(rf"{re.escape(prefix)}\.\d+\.", name)
+        if block and not any(one.startswith(block.group()) for one in found):
+            index = block.group().split(".")[-2]
+            raise CheckpointError(f"{folder} has no tensor of decoder block {index}")
+        raise CheckpointError(f"{folder} lacks the tensor for {name} ({len(missing)} such tensors)")

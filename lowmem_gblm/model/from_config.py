@@ -1,0 +1,114 @@
+"""The tensors that a checkpoint would hold, from its config.json alone: to plan before a download.
+
+The meta model knows every parameter and buffer, and transformers knows how it would store them:
+names, shapes and dtypes are those that `save_pretrained` writes, so a plan made from them is the
+plan made from the headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.model.conversion import as_stored
+from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, load_config, reason
+from lowmem_gblm.storage.checkpoint.reader import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    Checkpoint,
+    TensorEntry,
+    read_json,
+)
+
+
+def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint as its headers say; as config.json says, where a shard is not there.
+
+    A folder that holds its weights in a form that is refused is refused here, too.
+
+    Raises:
+        CheckpointError: The model cannot be used.
+    """
+    if _lacks_weights(folder):
+        return describe(folder, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder)
+
+
+def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """What the headers would say, if the weights were there; tied weights are stored once.
+
+    Args:
+        folder: Has a config.json; nothing else is looked at, but for code that is trusted.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        A checkpoint to plan with. A config.json that names no dtype is taken to mean float32:
+        the larger one, and what transformers would build from it.
+
+    Raises:
+        CheckpointError: There is no valid config.json, or the weights are quantized.
+        UnsupportedModel: Not a decoder-only language model that transformers knows.
+    """
+    nothing = Checkpoint.described(folder, ())
+    config = load_config(nothing, trust_remote_code=trust_remote_code)
+    model = build_meta_model(nothing, _stored_dtype(config), trust_remote_code=trust_remote_code)
+    return Checkpoint.described(folder, _entries(folder, _as_stored(model)))
+
+
+def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """In what the weights are stored, as far as config.json tells."""
+    for one in (config, config.get_text_config()):
+        if isinstance(one.dtype, torch.dtype):
+            return one.dtype
+    return torch.float32
+
+
+def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save_pretrained` would store, on `meta`."""
+    tied = model.all_tied_weights_keys.keys()
+    kept = {name: value for name, value in model.state_dict().items() if name not in tied}
+    try:
+        return as_stored(model, kept)
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: transformers cannot tell from config.json how its weights "
+            f"are stored ({reason(error)}). Download them, then plan with that folder"
+        ) from error
+
+
+def _entries(folder: Path, stored: dict[str, Tensor]) -> Iterator[TensorEntry]:
+    for name, value in stored.items():
+        yield TensorEntry(
+            name=name,
+            dtype=value.dtype,
+            shape=tuple(value.shape),
+            file=folder / SINGLE,
+            offset=0,
+            nbytes=value.nbytes,
+        )
+
+
+def _lacks_weights(folder: Path) -> bool:
+    """Whether nothing is there to be read, or not all of it: an interrupted download."""
+    if (folder / INDEX).is_file():
+        return any(not os.path.lexists(folder / shard) for shard in _plain_shards(folder))
+    held = (*PICKLES, "*.safetensors")
+    return not any(path for pattern in held for path in folder.glob(pattern))
+
+
+def _plain_shards(folder: Path) -> set[str]:
+    """Shards that the index names; what is no file name is left for `Checkpoint` to refuse."""
+    named = read_json(folder / INDEX).get("weight_map")
+    shards = named.values() if isinstance(named, dict) else ()
+    return {shard for shard in shards if _is_plain(shard)}
+
+
+def _is_plain(shard: object) -> bool:
+    return isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard

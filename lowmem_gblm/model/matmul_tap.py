@@ -1,0 +1,220 @@
+"""The tap: sees every multiplication of activations with a weight of the resident block.
+
+Inside `with Tap(...)`, each `F.linear`, `addmm` and `matmul` is matched by the address of its
+second operand. `nn.Linear`, GPT-2's `Conv1D` (stored `[in, out]`), Falcon's `x @ W.T` and an
+expert's slice of a fused parameter are thereby one case, and input norms, gram matrices and
+per-sample gradients all hang on this one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowmem_gblm.errors import UnsupportedModel
+
+# The number of a module with modules of its own, as in experts.3.up_proj.weight.
+_EXPERT = re.compile(r"\.\d+\.(?=.+\.)")
+_LISTED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulWeight:
+    """One matrix that a block multiplies activations with.
+
+    Attributes:
+        parameter: Name of the parameter inside the block.
+        expert: Index into the first dimension of a fused 3-D parameter, or None.
+        in_first: True where the matrix is stored `[in, out]`, False for `[out, in]`.
+    """
+
+    parameter: str
+    expert: int | None
+    in_first: bool
+
+    def stored(self, block: nn.Module) -> Tensor:
+        """The matrix inside the block's parameter, 2-D, as stored."""
+        parameter = block.get_parameter(self.parameter).data
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def __str__(self) -> str:
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """One multiplication: `out_TO` is `input_TI` times the slot's matrix, plus perhaps a bias.
+
+    Attributes:
+        slot: The matrix.
+        input: The activations as the module passed them, [..., in].
+        input_TI: The same, flattened to 2-D and detached from the graph.
+        out: The result, [..., out], still in the graph.
+    """
+
+    slot: MatmulWeight
+    input: Tensor
+    input_TI: Tensor
+    out: Tensor
+
+
+class Observer(Protocol):
+    """What may hang on a tap."""
+
+    def observe(self, product: Matmul) -> None:
+        """Called at every multiplication, in the order of the forward pass."""
+
+
+class Tap(TorchFunctionMode):
+    """Reports the multiplications of one resident block to its observers.
+
+    Args:
+        block: The resident block: its parameters hold data.
+        slots: The matrices to look for.
+        observers: Who is told.
+    """
+
+    def __init__(
+        self, block: nn.Module, slots: Iterable[MatmulWeight], observers: Sequence[Observer]
+    ) -> None:
+        super().__init__()
+        self._observers = observers
+        self._unseen = set(slots)
+        stored = {slot: slot.stored(block) for slot in self._unseen}
+        self._slots = {matrix.data_ptr(): slot for slot, matrix in stored.items()}
+        self._sizes = {slot: matrix.numel() for slot, matrix in stored.items()}
+        self._met: list[MatmulWeight] = []
+        self._skipped: MatmulWeight | None = None
+
+    def __enter__(self) -> Self:
+        self._met.clear()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        pair = operands(func, args, kwargs or {})
+        slot = None if pair is None else self._slots.get(pair[1].data_ptr())
+        if pair is None or slot is None:
+            return func(*args, **(kwargs or {}))
+        out = self._product(slot, pair, func, args, kwargs or {})
+        self._match(slot, *pair, out)
+        return out
+
+    @property
+    def last(self) -> MatmulWeight | None:
+        """The slot of the last product of the last forward, if it is the same for all samples.
+
+        That is taken for granted where every matrix, slices for experts aside, was met once.
+        """
+        met = [slot for slot in self._met if slot.expert is None]
+        alone = {slot for slot in self._sizes if slot.expert is None}
+        if not met or met[-1] != self._met[-1] or len(met) != len(alone) or set(met) != alone:
+            return None
+        return met[-1]
+
+    def skip(self, slot: MatmulWeight | None) -> None:
+        """From now on, do not compute the product with this slot: NaN stands for it.
+
+        Its gradient still flows. Only for the last product of a block, and where nobody needs its
+        value.
+        """
+        self._skipped = slot
+
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether every matrix was met; of alike experts, one."""
+        return not self._never_met()
+
+    def check_all_seen(self) -> None:
+        """Raise `UnsupportedModel` if a matrix was never met, nor that of another expert."""
+        unseen = self._never_met()
+        if unseen:
+            listed = ", ".join(unseen[:_LISTED]) + (", …" if len(unseen) > _LISTED else "")
+            raise UnsupportedModel(
+                f"the block never multiplied activations with {listed}: its forward pass uses an "
+                f"operation that is not followed here"
+            )
+
+    def _never_met(self) -> list[str]:
+        met = {_kind(slot) for slot in self._slots.values() if slot not in self._unseen}
+        return sorted({slot.parameter for slot in self._unseen if _kind(slot) not in met})
+
+    def _product(
+        self,
+        slot: MatmulWeight,
+        pair: tuple[Tensor, Tensor],
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if slot == self._skipped:
+            return _Skipped.apply(*pair)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+    def _match(self, slot: MatmulWeight, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
+        if self._met and self._met[-1] == self._skipped:
+            raise UnsupportedModel(
+                f"{slot} does not come in the same order in every sample: such a model is not "
+                f"followed here"
+            )
+        if weight_IO.numel() != self._sizes[slot]:
+            raise UnsupportedModel(f"{slot} is multiplied in parts")
+        in_first = weight_IO.stride(-1) == 1 and weight_IO.shape[-1] > 1
+        if in_first != slot.in_first and min(weight_IO.shape) > 1:
+            raise UnsupportedModel(f"{slot} is multiplied the other way round than expected")
+        self._unseen.discard(slot)
+        self._met.append(slot)
+        input_TI = input.detach().reshape(-1, input.shape[-1])
+        product = Matmul(slot=slot, input=input, input_TI=input_TI, out=out)
+        for observer in self._observers:
+            observer.observe(product)
+
+
+def _kind(slot: MatmulWeight) -> str:
+    """What alike experts have in common: one that gets no token is no sign of anything."""
+    return _EXPERT.sub(".*.", slot.parameter)
+
+
+class _Skipped(torch.autograd.Function):
+    """A product that is not computed, for those who need its gradient only."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight_IO: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_IO)
+        return input.new_full((*input.shape[:-1], weight_IO.shape[1]), torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight_IO,) = ctx.saved_tensors
+        return gradients[0] @ weight_IO.mT, None
+
+
+def operands(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Activations and the matrix `[in, out]` they are multiplied with, if `func` does that."""
+    if func is nn.functional.linear:
+        given = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)]
+        return given[0], given[1].mT
+    if func in _ADDMM:
+        given = [*args, *(kwargs[name] for name in ("mat1", "mat2") if name in kwargs)]
+        return given[1], given[2]
+    if func in _MATMUL and isinstance(args[1], Tensor) and args[1].ndim == 2:
+        return args[0], args[1]
+    return None
+
+
+_ADDMM = {torch.addmm, Tensor.addmm}
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}

@@ -1,0 +1,188 @@
+"""A model on `meta` from the configuration of a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
+
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
+from lowmem_gblm.model.config_checks import check_counts, check_headers, check_sizes
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint, read_json
+from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
+
+MAX_CONFIG_BYTES = 4 << 20
+_OWN_CLASS = AutoModelForCausalLM.__name__
+
+# What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
+# A device error may be any of these: ask `is_device_error` first.
+FOREIGN_ERRORS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    SyntaxError,
+)
+
+
+def build_meta_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint with every parameter on `meta`, in eval mode.
+
+    It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
+    configuration asks for, and only if that fits the headers as it is returned.
+
+    Args:
+        checkpoint: The model.
+        dtype: Of its parameters.
+        trust_remote_code: Whether Python code that comes with it may run.
+
+    Raises:
+        UnsupportedModel: Not a decoder-only language model that transformers knows.
+        CheckpointError: See `load_config` and `lowmem_gblm.model.config_checks`.
+    """
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        twin = _build(config, dtype, trust_remote_code)
+    layers = find_layers(twin, _decoder(twin))
+    check_headers(twin, module_name(twin, layers), checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = _build(config, dtype, trust_remote_code)
+    model.set_experts_implementation("eager")
+    # Router logits would be gathered from blocks that are not there.
+    model.config.output_router_logits = False
+    # Mixtral's router adds noise in train mode.
+    model.eval()
+    return model
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UnsupportedModel: The architecture is unknown, or needs code from the checkpoint that is
+            not trusted.
+        CheckpointError: There is no valid config.json, the weights are quantized, or it asks for
+            more than the checkpoint can hold.
+    """
+    path = checkpoint.folder / "config.json"
+    raw = read_json(path, MAX_CONFIG_BYTES)
+    check_remote_code(path, raw, trusted=trust_remote_code)
+    _check_quantized(checkpoint.folder, raw)
+    check_counts(path, raw)
+    try:
+        with _silence():
+            config = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code
+            )
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"transformers can make nothing of {path} "
+            f"(model_type {shown_value(raw.get('model_type'))}): {reason(error)}"
+        ) from None
+    check_sizes(path, config, checkpoint)
+    return config
+
+
+def _check_quantized(folder: Path, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{folder} is quantized ({shown(kind) if isinstance(kind, str) else 'unknown kind'}): "
+            f"prune the original checkpoint, then quantize the result"
+        )
+
+
+def _build(
+    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Attention and experts as transformers chooses: config.json may name code on the Hub."""
+    try:
+        with _silence():
+            build = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+            if trust_remote_code and _OWN_CLASS in getattr(config, "auto_map", {}):
+                # `from_config` would take the code that it has met first in this process.
+                own = get_class_from_dynamic_module(
+                    config.auto_map[_OWN_CLASS], config.name_or_path
+                )
+                build = own._from_config
+            return build(config, dtype=dtype, attn_implementation=None, experts_implementation=None)
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"{config.model_type!r} is not a decoder-only language model that transformers can "
+            f"build from this config.json: {reason(error)}"
+        ) from None
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    try:
+        decoder: nn.Module = model.get_decoder()
+        return decoder
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(f"{type(model).__name__} has no decoder: {reason(error)}") from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what transformers prints about a configuration; what it raises says it, too."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks.
+
+    Raises:
+        UnsupportedModel: There is none of the length that the configuration says.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if depth < 1:
+        raise UnsupportedModel(f"{type(model).__name__} is said to have {depth} decoder blocks")
+    for module in decoder.children():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise UnsupportedModel(
+        f"{type(model).__name__} is not built like a decoder-only language model: its decoder has "
+        f"no list of {depth} blocks among its children"
+    )
+
+
+def module_name(model: nn.Module, wanted: nn.Module) -> str:
+    """Full name of a module inside a model."""
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[wanted]
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of somebody else's error."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    # Some begin with a heading.
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return shown(first.split(". ")[0], 400)

@@ -1,0 +1,126 @@
+"""Opening a model: headers, configuration, and where and in what it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import CheckpointError, RequestError
+from lowmem_gblm.model.from_config import read_or_describe
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+from lowmem_gblm.storage.hub import is_on_hub, locate
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint and the meta model that fits it."""
+
+    checkpoint: Checkpoint
+    streamed: StreamedModel
+
+    def boundary_bytes(self, seqlen: int) -> int:
+        """Size of the hidden states of one sample."""
+        return seqlen * int(self.streamed.config.hidden_size) * self.streamed.dtype.itemsize
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for; None if its configuration does not say."""
+        found = getattr(self.streamed.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+
+def open_model(
+    model: str, resources: Resources, *, to_plan: bool = False, unfinished: bool = False
+) -> OpenModel:
+    """Read headers and configuration; no weight is loaded.
+
+    Args:
+        to_plan: The weights need not be there, nor the device.
+        unfinished: It may be one that is being pruned in place.
+
+    Raises:
+        CheckpointError: The model cannot be used.
+        RequestError: The device is not there.
+        JobError: It is being pruned in place, and that has not been finished.
+    """
+    trusted = resources.trust_remote_code
+    if to_plan or is_on_hub(model):
+        # What cannot be used is refused before its weights are downloaded.
+        folder = locate(model, weights=False, code=trusted)
+        checkpoint = read_or_describe(folder, trust_remote_code=trusted)
+    if not to_plan:
+        checkpoint = Checkpoint(locate(model, code=trusted, unfinished=unfinished))
+    device = choose_device(resources.device, must_be_here=not to_plan)
+    dtype = choose_dtype(resources.dtype, checkpoint, device)
+    streamed = StreamedModel(checkpoint, device, dtype, trust_remote_code=trusted)
+    return OpenModel(checkpoint, streamed)
+
+
+def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
+    """Raise `CheckpointError` if a token id is beyond the vocabulary of the model."""
+    largest, known = int(samples_NT.max()), int(opened.streamed.config.vocab_size)
+    if largest >= known:
+        raise CheckpointError(
+            f"the tokenizer of {opened.checkpoint.folder} gives the token id {largest}, the model "
+            f"has {known} tokens: they do not belong together"
+        )
+
+
+def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
+    """The device meant by "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        RequestError: No such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RequestError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if must_be_here and (device.index or 0) >= count:
+        raise RequestError(
+            f"there is no device {name!r} here (CUDA devices: {torch.cuda.device_count()})"
+        )
+    return _ready(device) if must_be_here and device.type == "cuda" else device
+
+
+def _ready(device: torch.device) -> torch.device:
+    """A GPU by its number, as the current one and at work: what it takes of the host counts."""
+    torch.cuda.init()
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    square = torch.ones(64, 64, device=device)
+    torch.mm(square, square)
+    torch.cuda.synchronize(device)
+    return device
+
+
+def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """In what to compute: as asked, else in the dtype that most of the checkpoint is in.
+
+    CPUs multiply float16 some hundred times slower than float32, so there it becomes float32.
+
+    Raises:
+        RequestError: float16 was asked for on a CPU.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype == torch.float16 and device.type == "cpu":
+            raise RequestError("a CPU multiplies float16 too slowly: use --dtype float32")
+        return dtype
+    totals: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point:
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
+    most = max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
+    if most == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return most if most in (torch.float16, torch.bfloat16) else torch.float32

@@ -1,0 +1,235 @@
+"""A decoder block whose matrices are held in 4 or 8 bits, for a device too small for one block.
+
+Every parameter that activations are multiplied with becomes a *stand-in*: its shape, dtype, device
+and the direction of its strides, without its memory. Inside `with PackedWeights`, a product with
+a stand-in is done with the matrix, dequantized for that product only, and once more where the
+backward pass needs it. QLoRA (arXiv 2305.14314) does so for its frozen weights; there the layers
+are replaced, here the model's own forward runs on, and the tap sees what it always sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.model.bnb import Quantized, QuantizedKind, quantize
+from lowmem_gblm.model.matmul_tap import MatmulWeight, operands
+
+
+def pack_block(
+    block: nn.Module, slots: Sequence[MatmulWeight], kind: QuantizedKind, device: torch.device
+) -> PackedWeights:
+    """Bring a block to the device with the matrices of its slots packed.
+
+    They go there one at a time: the device never holds the block in full. Of a fused parameter
+    every expert is packed, whichever of them are named.
+
+    Args:
+        block: Its parameters are on the CPU in the dtype that is computed in. Modified: those of
+            the slots become stand-ins, all else moves to the device.
+        slots: The matrices that the block multiplies with.
+        kind: In which precision.
+        device: Where it computes.
+
+    Returns:
+        What must be entered around the block's forward.
+    """
+    in_first = {slot.parameter: slot.in_first for slot in slots}
+    stand_ins = {name: _stand_in(block.get_parameter(name).data, device) for name in in_first}
+    packed = PackedWeights(
+        kind,
+        {
+            MatmulWeight(parameter=name, expert=expert, in_first=in_first[name]): matrix
+            for name, stand_in in stand_ins.items()
+            for expert, matrix in _matrices(stand_in)
+        },
+    )
+    for slot in packed.slots:
+        packed.set(slot, slot.stored(block))
+    for name, stand_in in stand_ins.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(stand_in, requires_grad=False))
+    block.to(device)
+    return packed
+
+
+class PackedWeights(TorchFunctionMode):
+    """The packed matrices of one block; within its `with`, what is multiplied with stand-ins.
+
+    To be entered before a `Tap`, which then finds the stand-ins where it looks for parameters.
+    What is saved for the backward pass is no dequantized matrix but where to find it; the backward
+    pass may run outside of the `with`. The weights get no gradients.
+
+    Args:
+        kind: In which precision they are held.
+        stand_ins: For every slot its stand-in, 2-D, as stored.
+    """
+
+    def __init__(self, kind: QuantizedKind, stand_ins: Mapping[MatmulWeight, Tensor]) -> None:
+        super().__init__()
+        self._kind = kind
+        self._stand_ins = dict(stand_ins)
+        self._matrices: dict[MatmulWeight, Quantized] = {}
+        self._addresses = {tensor.data_ptr(): slot for slot, tensor in stand_ins.items()}
+        self._storages = {_storage(tensor): slot for slot, tensor in stand_ins.items()}
+
+    def __enter__(self) -> Self:
+        self._hooks = saved_tensors_hooks(self._fold, self._unfold)
+        self._hooks.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.__exit__(*error)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        pair = operands(func, args, kwargs)
+        slot = None if pair is None else self._addresses.get(pair[1].data_ptr())
+        if slot is not None:
+            return self._multiply(slot, func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._refuse_numbers_of_stand_ins(func, [*args, *kwargs.values()], out)
+        return out
+
+    @property
+    def slots(self) -> list[MatmulWeight]:
+        """The slots whose matrices are packed."""
+        return list(self._stand_ins)
+
+    @property
+    def nbytes(self) -> int:
+        """What the packed matrices take on the device."""
+        return sum(matrix.nbytes for matrix in self._matrices.values())
+
+    def set(self, slot: MatmulWeight, matrix: Tensor) -> None:
+        """Pack a matrix, any device, 2-D, as stored, in the place of the slot's. Not modified."""
+        stand_in = self._stand_ins[slot]
+        assert matrix.shape == stand_in.shape, f"{slot} has another shape"
+        self._matrices.pop(slot, None)
+        self._matrices[slot] = quantize(matrix.to(stand_in.device, stand_in.dtype), self._kind)
+
+    def stored(self, slot: MatmulWeight) -> Tensor:
+        """What the block multiplies with: the slot's matrix, 2-D, as stored, on the device."""
+        return self._matrices[slot].dequantized()
+
+    def _multiply(
+        self, slot: MatmulWeight, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The very same operation with the matrix in the place of its stand-in."""
+        matrix = self.stored(slot)
+
+        def real(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.data_ptr() not in self._addresses:
+                return value
+            if not _is_whole(value, matrix.shape):
+                raise UnsupportedModel(f"{slot} is multiplied in parts")
+            return matrix.mT if _is_turned(value, matrix.shape) else matrix
+
+        given = [real(value) for value in args]
+        named = {name: real(value) for name, value in kwargs.items()}
+        self._addresses[matrix.data_ptr()] = slot
+        try:
+            return func(*given, **named)
+        finally:
+            del self._addresses[matrix.data_ptr()]
+
+    def _fold(self, saved: Tensor) -> _Folded | _Kept:
+        """What to keep for the backward pass of what autograd wants to keep."""
+        slot = self._addresses.get(saved.data_ptr())
+        if slot is None or not _is_whole(saved, self._stand_ins[slot].shape):
+            return _Kept(saved, saved._version)
+        return _Folded(slot, _is_turned(saved, self._stand_ins[slot].shape))
+
+    def _unfold(self, kept: _Folded | _Kept) -> Tensor:
+        if isinstance(kept, _Folded):
+            matrix = self.stored(kept.slot)
+            return matrix.mT if kept.turned else matrix
+        # Whoever hooks in where tensors are saved takes this check away from autograd.
+        if kept.tensor._version != kept.version:
+            raise UnsupportedModel("the block changes a tensor that its backward pass needs")
+        return kept.tensor
+
+    def _refuse_numbers_of_stand_ins(self, func: Any, given: list[Any], out: Any) -> None:
+        """Raise if something was computed from a stand-in: views of it are all that is allowed."""
+        used = [slot for tensor in _tensors(given) if (slot := self._slot_of(tensor)) is not None]
+        if used and any(self._slot_of(tensor) is None for tensor in _tensors([out])):
+            name = getattr(func, "__name__", func)
+            raise UnsupportedModel(
+                f"the block uses {used[0].parameter} in {name}, which cannot be followed with "
+                f"packed weights: compute with full weights instead"
+            )
+
+    def _slot_of(self, tensor: Tensor) -> MatmulWeight | None:
+        return self._storages.get(_storage(tensor))
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """Stands in the graph for a matrix: which one, and whether transposed."""
+
+    slot: MatmulWeight
+    turned: bool
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Any other tensor that was saved, as it was at the time."""
+
+    tensor: Tensor
+    version: int
+
+
+def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:
+    """A tensor like a parameter, on the device, of little more than one row of memory.
+
+    All rows are one, and every expert begins one number later, so that it has its own address.
+    That strides run along the rows tells which way round it is used. What is computed from it by
+    mistake is NaN.
+    """
+    experts = len(parameter) if parameter.ndim == 3 else 1
+    numbers = parameter.new_full(
+        (experts + parameter.shape[-1] - 1,), torch.nan, device=device, requires_grad=False
+    )
+    return numbers.as_strided(parameter.shape, (1, 0, 1)[-parameter.ndim :])
+
+
+def _matrices(stand_in: Tensor) -> list[tuple[int | None, Tensor]]:
+    """The matrices of a parameter, each with its expert."""
+    return [(None, stand_in)] if stand_in.ndim == 2 else list(enumerate(stand_in))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_whole(view: Tensor, shape: torch.Size) -> bool:
+    """Whether a view has all of a matrix of that shape, either way round."""
+    return view.shape in (shape, shape[::-1])
+
+
+def _is_turned(view: Tensor, shape: torch.Size) -> bool:
+    """Whether a view of all of a matrix of that shape is its transpose."""
+    return view.shape != shape or view.stride(-1) != 1
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -1,0 +1,330 @@
+"""The streamed model: a Hugging Face model on `meta` whose decoder blocks are filled one at a time.
+
+The model's *own* forward tells how each block is called (rotary embeddings, masks per layer type,
+anything else): stubs stand where the blocks were and write down their arguments. Embeddings, final
+norm, head and loss are the model's own code too. There is no table of architectures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel
+from lowmem_gblm.model.block_calls import Call, Recorder, Replayer, check_same, stubs_in
+from lowmem_gblm.model.bnb import QuantizedKind
+from lowmem_gblm.model.conversion import NameConversion
+from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
+from lowmem_gblm.model.meta_model import (
+    FOREIGN_ERRORS,
+    build_meta_model,
+    find_layers,
+    module_name,
+    reason,
+)
+from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
+from lowmem_gblm.runtime.machine import is_device_error
+from lowmem_gblm.runtime.memory import give_back_freed
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+
+HEAD_LOGITS = 1 << 24
+_IGNORED = -100
+
+
+class StreamedModel:
+    """Everything of the model but the weights of its decoder blocks.
+
+    Args:
+        checkpoint: Where the tensors are.
+        device: Where it computes.
+        dtype: In what it computes.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+
+    Attributes:
+        block_tensors: For every block, the names on disk of its tensors.
+        rest_tensors: The names on disk of everything else the model uses.
+        conversion: Renaming and conversion between disk and module.
+
+    Raises:
+        UnsupportedModel: The architecture is unknown or does not fit the contract.
+        CheckpointError: Tensors that the model needs are missing.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._model = build_meta_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self._decoder = self._model.get_decoder()
+        self._layers = find_layers(self._model, self._decoder)
+        self._prefix = module_name(self._model, self._layers)
+        self._calls: dict[int, list[Call]] = {}
+        self._first: dict[int, Tensor] = {}
+        self._packed: dict[int, PackedWeights] = {}
+        self._returns_tuple = False
+        self.conversion = NameConversion(self._model)
+        self.block_tensors, self.rest_tensors = self._group(checkpoint)
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._layers)
+
+    @property
+    def attention_matrices(self) -> bool:
+        """Whether attention makes its [heads, T, T] probabilities, or never holds them whole."""
+        return bool(self._model.config._attn_implementation == "eager")
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Configuration of the text model."""
+        return self._model.config.get_text_config()
+
+    def block(self, index: int) -> nn.Module:
+        """The module of one block; its parameters are on `meta` unless it is resident."""
+        block: nn.Module = self._layers[index]
+        return block
+
+    def block_prefix(self, index: int) -> str:
+        """What the names of the block's parameters begin with."""
+        return f"{self._prefix}.{index}."
+
+    @contextmanager
+    def filled(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Within, everything outside the blocks is there: embeddings, norms, head.
+
+        Raises:
+            CheckpointError: A tensor that the model needs is missing.
+        """
+        self.fill(checkpoint)
+        try:
+            yield
+        finally:
+            for module in self._outside_blocks():
+                _free(module)
+            give_back_freed()
+
+    def _outside_blocks(self) -> Iterator[nn.Module]:
+        inside = {module for block in self._layers for module in block.modules()}
+        return (module for module in self._model.modules() if module not in inside)
+
+    def fill(self, checkpoint: Checkpoint) -> None:
+        self.conversion.load(
+            {name: checkpoint.read_finite(name) for name in self.rest_tensors}, self.device
+        )
+        self._model.tie_weights()
+        self._model.requires_grad_(False)
+        for name, buffer in list(self._model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        missing = [
+            name
+            for name, value in self._model.named_parameters()
+            if value.is_meta and not name.startswith(f"{self._prefix}.")
+        ]
+        if missing:
+            raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {missing[0]}")
+
+    def load_block(self, index: int, tensors: dict[str, Tensor], *, on_host: bool = False) -> None:
+        """Fill a block from tensors named as on disk.
+
+        Args:
+            on_host: Leave it in host memory, where it cannot be run, for `pack_block`.
+        """
+        self.conversion.load(tensors, torch.device("cpu") if on_host else self.device)
+        block = self.block(index)
+        block.requires_grad_(False)
+        empty = [name for name, value in block.named_parameters() if value.is_meta]
+        if empty:
+            raise CheckpointError(
+                f"decoder block {index} lacks {self.block_prefix(index)}{empty[0]} "
+                f"({len(empty)} such tensors)"
+            )
+
+    def pack_block(
+        self, index: int, slots: Sequence[MatmulWeight], kind: QuantizedKind
+    ) -> PackedWeights:
+        """Bring a block from host memory to the device with its matrices in 4 or 8 bits."""
+        self._packed[index] = pack_block(self.block(index), slots, kind, self.device)
+        return self._packed[index]
+
+    def free_block(self, index: int) -> None:
+        """Give the memory of a block's parameters back. Buffers stay: they are not on disk."""
+        self._packed.pop(index, None)
+        for module in self.block(index).modules():
+            _free(module)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """The hidden states [1, T, hidden] that enter block 0 for one sample of token ids [T].
+
+        The first sample of a length also records how each block is called; the second one must
+        be called with equal arguments.
+
+        Raises:
+            UnsupportedModel: The arguments of a block depend on the sample.
+        """
+        recorder = Recorder(self.depth)
+        try:
+            with torch.no_grad(), stubs_in(self._layers, recorder):
+                output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
+        except FOREIGN_ERRORS as error:
+            if is_device_error(error):
+                raise
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} cannot be run around stand-ins for its decoder "
+                f"blocks: {reason(error)}"
+            ) from error
+        self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
+        self._remember(tokens_T, recorder.calls)
+        return recorder.entering
+
+    def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
+        """Run one resident block on hidden states [1, T, hidden]; returns the same shape.
+
+        Args:
+            tap: Sees the multiplications.
+
+        Raises:
+            UnsupportedModel: Code that comes with the checkpoint fails.
+        """
+        call = self._calls[hidden.shape[1]][index]
+        with ExitStack() as within:
+            within.enter_context(self._own_code_errors(index))
+            for mode in (self._packed.get(index), tap):
+                if mode is not None:
+                    within.enter_context(mode)
+            out = self.block(index)(hidden, *call.args, **call.kwargs)
+        result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        return result
+
+    @contextmanager
+    def _own_code_errors(self, index: int) -> Iterator[None]:
+        """What the code of a stranger raises as a sentence; what ours does stays what it is."""
+        try:
+            yield
+        except FOREIGN_ERRORS as error:
+            if is_device_error(error) or type(self._model).__module__.startswith("transformers."):
+                raise
+            raise UnsupportedModel(
+                f"the code that comes with the checkpoint cannot run decoder block {index}: "
+                f"{reason(error)}"
+            ) from error
+
+    def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of one sample from the hidden states after the last block.
+
+        Args:
+            hidden: [1, T, hidden].
+            tokens_T: Token ids.
+
+        Returns:
+            float32 scalar.
+        """
+        with torch.no_grad():
+            return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
+
+    def loss_and_gradient(
+        self, hidden: Tensor, tokens_T: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The loss as in `loss`, and its gradient [1, T, hidden] by `hidden`, times `scale`."""
+        hidden = hidden.detach().requires_grad_()
+        pieces: list[Tensor] = []
+
+        def backward(loss: Tensor, chunk: Tensor) -> None:
+            pieces.append(torch.autograd.grad(loss * scale, chunk)[0])
+
+        with torch.enable_grad():
+            loss, normed = self._head(hidden, tokens_T, backward)
+        (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
+        return loss, gradient
+
+    def _remember(self, tokens_T: Tensor, calls: list[Call]) -> None:
+        """Keep the calls of the first sample of a length; compare those of the next other one."""
+        length = len(tokens_T)
+        if length not in self._calls:
+            self._calls[length] = calls
+            self._first[length] = tokens_T
+        elif length in self._first and not torch.equal(self._first[length], tokens_T):
+            check_same(self._calls[length], calls)
+            del self._first[length]
+
+    def _head(
+        self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Final norm, head and loss, in chunks of tokens so that the logits stay small.
+
+        Args:
+            visit: Called for every chunk with its part of the loss and its normed hidden states,
+                while their graph is alive.
+
+        Returns:
+            The loss, and the normed hidden states [1, T, hidden] with their graph.
+        """
+        tokens_T = tokens_T.to(self.device)
+        with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):
+            output = self._decoder(input_ids=tokens_T[None], use_cache=False)
+        normed = output.last_hidden_state
+        labels_T = nn.functional.pad(tokens_T[1:], (0, 1), value=_IGNORED)
+        size = max(1, HEAD_LOGITS // self.config.vocab_size)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for start in range(0, len(tokens_T), size):
+            part = slice(start, start + size)
+            chunk = normed[:, part].detach().requires_grad_(normed.requires_grad)
+            logits = self._logits(output, chunk, tokens_T[None, part])
+            summed = nn.functional.cross_entropy(
+                logits[0].float(), labels_T[part], ignore_index=_IGNORED, reduction="sum"
+            )
+            loss = summed / (len(tokens_T) - 1)
+            visit(loss, chunk)
+            total += loss.detach()
+        return total, normed
+
+    def _logits(self, output: Any, chunk: Tensor, tokens: Tensor) -> Tensor:
+        """What the model's own forward makes of a decoder that returns `chunk`."""
+        output = copy.copy(output)
+        output.last_hidden_state = chunk
+
+        def fixed(*args: Any, **kwargs: Any) -> Any:
+            return output
+
+        self._decoder.forward = fixed
+        try:
+            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+        finally:
+            del self._decoder.forward
+        return logits
+
+    def _group(self, checkpoint: Checkpoint) -> tuple[list[list[str]], list[str]]:
+        """Names on disk of the tensors of each block, and of the others the model uses."""
+        blocks: list[list[str]] = [[] for _ in range(self.depth)]
+        rest: list[str] = []
+        for name, target in self.conversion.in_module(checkpoint.tensors).items():
+            if target is None:
+                continue
+            if target.startswith(f"{self._prefix}."):
+                blocks[int(target[len(self._prefix) + 1 :].split(".")[0])].append(name)
+            else:
+                rest.append(name)
+        for index, names in enumerate(blocks):
+            if not names:
+                raise CheckpointError(f"{checkpoint.folder} has no tensor of decoder block {index}")
+        return blocks, rest
+
+
+def _free(module: nn.Module) -> None:
+    """Give the memory of a module's own parameters back. Buffers stay: they are not on disk."""
+    for name, value in module.named_parameters(recurse=False):
+        on_meta = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        setattr(module, name, on_meta)

@@ -1,0 +1,244 @@
+"""How much memory every pass takes, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
+
+# What Python and the libraries load on the way, and what the allocator keeps for itself.
+_PROCESS_BYTES = 24 << 20
+# What the allocator keeps between the blocks where it takes only very large pieces from the system:
+# from this size of a boundary on (`memory.settle_allocator`).
+_HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
+# What CUDA takes of a GPU for itself.
+_CUDA_BYTES = 512 << 20
+# Tokenizer, text, and the code that reads them.
+_TEXT_BYTES = 40 << 20
+# Copied at once from checkpoint to checkpoint.
+_PIECE_BYTES = 1 << 24
+# float32 tensors of the numbers that are decided at once.
+_DECIDING = 6
+# What the allocator holds beyond what is in use, as a factor of what comes and goes.
+_ALLOCATOR_SLACK = 1.1
+# Hidden-sized and feature-sized tensors of one sample that are alive at once.
+_FORWARD_HIDDEN, _FORWARD_FEATURES = 6, 1.0
+_GRAPH_HIDDEN, _GRAPH_FEATURES = 14, 2.5
+# Tensors of one chunk of logits alive at once in the loss: logits, log-softmax, gradients.
+_LOGITS_ALIVE = 4
+# Tensors [heads, T, T] alive at once where attention makes them: forward, and in a graph.
+_ATTENTION_FORWARD, _ATTENTION_GRAPH = 2, 4
+# Bytes of a weight in 4 and 8 bits, with a float32 scale for every 64 or 256 of them.
+_PACKED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 4 / 256}
+# Samples on their way to the device: the one that is computed with and the next.
+_ARRIVING = 2
+
+Parts = dict[str, int]
+
+
+@dataclass
+class Footprint:
+    """What one pass takes at its fullest moment.
+
+    Attributes:
+        name: Of the pass.
+        host, gpu: Bytes by what they are for.
+    """
+
+    name: str
+    host: Parts = field(default_factory=dict)
+    gpu: Parts = field(default_factory=dict)
+
+    @property
+    def host_bytes(self) -> int:
+        """All of the host memory."""
+        return sum(self.host.values())
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All of the GPU's memory."""
+        return sum(self.gpu.values())
+
+
+def footprints(
+    sizes: ModelSizes, work: Workload, choices: Choices, base_bytes: int
+) -> list[Footprint]:
+    """Of all passes, in order.
+
+    Args:
+        base_bytes: Resident memory of the process before any tensor is loaded.
+    """
+    passes = (*work.schedule.passes, "finish")
+    made = {
+        "embed": _outside,
+        "dry_run": _dense,
+        "dense": _dense,
+        "head": _outside,
+        "reverse": _reverse,
+        "prune": _prune,
+        "finish": _finish,
+    }
+    found = []
+    for name in passes:
+        footprint = Footprint(name)
+        process = base_bytes + _PROCESS_BYTES + _TEXT_BYTES * work.schedule.needs_samples
+        if work.schedule.needs_samples and boundary_bytes(sizes, work) >= _HOLES_FROM_BYTES:
+            process += _HOLES_BYTES
+        footprint.host["the process itself"] = process
+        if work.on_gpu:
+            footprint.gpu["CUDA itself"] = _CUDA_BYTES
+        made[name](footprint, sizes, work, choices)
+        found.append(footprint)
+    return found
+
+
+def _outside(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    """Embeddings and head: the model without its blocks."""
+    converted = sizes.rest_weights * work.itemsize
+    at.host["embeddings and head"] = sizes.rest_bytes
+    if work.on_gpu:
+        at.gpu["embeddings and head"] = converted
+    elif not work.shares_memory:
+        at.host["embeddings and head"] += converted
+    hidden = work.seqlen * sizes.hidden_size * max(work.itemsize, FLOAT32_BYTES)
+    needed = 8 * hidden
+    if at.name == "head":
+        logits = min(work.seqlen * sizes.vocab_size, max(work.logits_chunk, sizes.vocab_size))
+        needed += _LOGITS_ALIVE * logits * FLOAT32_BYTES
+    _computing(at, work)["one sample"] = _slack(needed)
+    _carried(at, sizes, work, choices)
+
+
+def _dense(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    _blocks(at, sizes, work, choices)
+    if work.schedule.needs_samples:
+        _computing(at, work)["one sample"] = _forward(sizes, work)
+        _carried(at, sizes, work, choices)
+
+
+def _reverse(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    _blocks(at, sizes, work, choices)
+    accumulators = accumulator_bytes(sizes, choices)
+    computing = _computing(at, work)
+    computing["gradient accumulators"] = accumulators
+    computing["one sample"] = _slack(_graph(sizes, work))
+    if work.on_gpu:
+        at.host["gradient magnitudes on their way"] = 2 * accumulators
+    elif work.stores_gradients:
+        at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
+    _carried(at, sizes, work, choices)
+    if work.schedule.prune_in == "reverse":
+        _activations(at, sizes, work)
+
+
+def _prune(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    _blocks(at, sizes, work, choices)
+    _activations(at, sizes, work)
+    running = _forward(sizes, work) if work.schedule.prune_forwards else 0
+    deciding = _deciding(sizes, work)
+    computing = _computing(at, work)
+    if running > deciding:
+        computing["one sample"] = running
+    else:
+        computing["one decision"] = deciding
+    if work.schedule.needs_samples:
+        _carried(at, sizes, work, choices)
+
+
+def _finish(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    at.host["copying"] = min(_PIECE_BYTES, sizes.total_bytes - sum(sizes.block_bytes))
+
+
+def _blocks(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    block, weights = max(sizes.block_bytes), max(sizes.prunable)
+    read = _pinned(block) if work.on_gpu else block
+    at.host["blocks as read"] = read * (1 + (choices.read_ahead and sizes.depth > 1))
+    if work.resident_bits is not None:
+        # The rest of the block stays as it is, and one matrix is unpacked at a time.
+        packed = int(weights * _PACKED_BYTES[work.resident_bits]) + max(0, block - 2 * weights)
+        _computing(at, work)["packed block"] = packed + 2 * sizes.largest_matrix * work.itemsize
+        if not work.shares_memory:
+            at.host["block to be packed"] = weights * work.itemsize
+        return
+    if work.on_gpu:
+        copies = 1 + (choices.copy_ahead and sizes.depth > 1)
+        converted = 0 if block <= weights * work.itemsize * 1.1 else weights * work.itemsize
+        at.gpu["resident block"] = block * copies + converted
+    elif not work.shares_memory:
+        at.host["resident block"] = weights * work.itemsize
+
+
+def _pinned(size_bytes: int) -> int:
+    """What torch takes for pinned memory: the next power of two."""
+    return 1 << max(0, size_bytes - 1).bit_length()
+
+
+def accumulator_bytes(sizes: ModelSizes, choices: Choices) -> int:
+    """float32 sums of the largest part of a block that is accumulated at once."""
+    numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+    parts = slices_within(numbers, choices.accumulator_bytes)
+    return max(sum(numbers[item] for item in part) for part in parts)
+
+
+def _activations(at: Footprint, sizes: ModelSizes, work: Workload) -> None:
+    if "gram" in work.needs:
+        largest = sizes.widest_input**2
+        grams = (sizes.gram_entries + largest) * FLOAT32_BYTES
+        _computing(at, work)["gram matrices"] = grams
+
+
+def _deciding(sizes: ModelSizes, work: Workload) -> int:
+    """One matrix: its statistics, what the method takes, and a copy on a GPU."""
+    per_weight, per_gram = work.deciding
+    needed = per_weight * sizes.largest_matrix + per_gram * sizes.widest_input**2
+    needed += _DECIDING * min(work.slab, sizes.largest_matrix) * FLOAT32_BYTES
+    if "gradient" in work.needs and work.schedule.prune_in == "prune":
+        needed += sizes.largest_matrix * FLOAT32_BYTES
+    if work.on_gpu:
+        stored = max(sizes.block_bytes) / max(sizes.prunable)
+        needed += sizes.largest_matrix * min(stored, FLOAT32_BYTES)
+    return int(needed)
+
+
+def _forward(sizes: ModelSizes, work: Workload) -> int:
+    """One sample without a graph."""
+    numbers = _FORWARD_HIDDEN * sizes.hidden_size + _FORWARD_FEATURES * sizes.feature_widths
+    return _slack(work.seqlen * numbers * work.itemsize + _attention(sizes, work, graph=False))
+
+
+def _graph(sizes: ModelSizes, work: Workload) -> int:
+    """One sample with its graph, and the gradient that is worked on."""
+    numbers = _GRAPH_HIDDEN * sizes.hidden_size + _GRAPH_FEATURES * sizes.feature_widths
+    tile = min(sizes.largest_matrix, work.tile)
+    needed = work.seqlen * numbers * work.itemsize + 2 * tile * FLOAT32_BYTES
+    return int(needed) + _attention(sizes, work, graph=True)
+
+
+def _attention(sizes: ModelSizes, work: Workload, *, graph: bool) -> int:
+    if not sizes.attention_matrices:
+        return 0
+    alive = _ATTENTION_GRAPH if graph else _ATTENTION_FORWARD
+    return alive * sizes.heads * work.seqlen**2 * FLOAT32_BYTES
+
+
+def _carried(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+    """Hidden states on their way between the device and the work folder."""
+    one = boundary_bytes(sizes, work)
+    streams = 2 if at.name == "reverse" else 1
+    carried = streams * one * _ARRIVING + min(choices.behind_bytes, 2 * one) + one
+    at.host["hidden states on their way"] = carried
+    if work.on_gpu:
+        at.gpu["hidden states on their way"] = carried
+
+
+def boundary_bytes(sizes: ModelSizes, work: Workload) -> int:
+    """Hidden states of one sample."""
+    return work.seqlen * sizes.hidden_size * work.itemsize
+
+
+def _computing(at: Footprint, work: Workload) -> Parts:
+    return at.gpu if work.on_gpu else at.host
+
+
+def _slack(numbers: float) -> int:
+    return int(numbers * _ALLOCATOR_SLACK)

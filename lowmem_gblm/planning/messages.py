@@ -1,0 +1,111 @@
+"""What a plan has to say to a person: why it is so, and what is missing where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lowmem_gblm.planning.disk_use import DiskUse
+from lowmem_gblm.planning.memory_use import Footprint, accumulator_bytes
+from lowmem_gblm.planning.plan import Budget, Requirements
+from lowmem_gblm.planning.sizes import (
+    FLOAT32_BYTES,
+    Choices,
+    ModelSizes,
+    Workload,
+    slices_within,
+    stores,
+)
+
+_SHOWN_PARTS = 4
+
+
+def gibibytes(count: int) -> str:
+    """A number of bytes as a person reads it: "41.2 GiB", "3.5 MiB"."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def reasons(
+    sizes: ModelSizes, work: Workload, choices: Choices, waits: DiskUse, room: int
+) -> Iterator[str]:
+    """Sentences about everything that is not as one would do it with room for all."""
+    if room:
+        place = "all" if room >= waits.together else gibibytes(room)
+        yield (
+            f"between passes {place} of {gibibytes(waits.together)} waits in host memory, for lack "
+            f"of disk space: if this run is interrupted it begins anew"
+        )
+    if work.keeps_boundaries and choices.boundary_interval > 1:
+        yield (
+            f"of the boundaries every {_ordinal(choices.boundary_interval)} is kept and the others "
+            f"are computed again, for lack of disk space"
+        )
+    if stores(work, choices) and choices.gradient_precision != "float32":
+        bits = {"bfloat16": "bfloat16", "int8": "8 bit"}[choices.gradient_precision]
+        yield (
+            f"gradient magnitudes wait in {bits}, for lack of disk space: "
+            f"some decisions will be others than in float32"
+        )
+    if "gradient" in work.needs and choices.accumulator_bytes is not None:
+        numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+        parts = len(slices_within(numbers, choices.accumulator_bytes))
+        yield (
+            f"the gradients of a block are accumulated in {parts} parts of at most "
+            f"{gibibytes(accumulator_bytes(sizes, choices))}, for lack of memory: each after the "
+            f"first takes a forward and a backward pass more"
+        )
+    if not choices.read_ahead and sizes.depth > 1:
+        yield "no block is read ahead, for lack of host memory: the computation waits for the disk"
+    elif work.on_gpu and work.resident_bits is None and not choices.copy_ahead and sizes.depth > 1:
+        yield "the next block waits in host memory, for lack of GPU memory"
+
+
+def refusal(
+    work: Workload,
+    minimum: Requirements,
+    leanest: Sequence[Footprint],
+    budget: Budget,
+    sizes: ModelSizes,
+    fits: Sequence[str],
+) -> str:
+    """What is missing, of what it is made up, and what would fit instead."""
+    most = max(leanest, key=lambda at: at.host_bytes)
+    most_gpu = max(leanest, key=lambda at: at.gpu_bytes)
+    disk = {
+        "output": sizes.total_bytes * work.writes,
+        "waiting between passes": max(0, minimum.disk_bytes - sizes.total_bytes * work.writes),
+    }
+    needs = (
+        ("host memory", minimum.host_bytes, budget.host_bytes, most.host, f" in {most.name}"),
+        ("GPU memory", minimum.gpu_bytes, budget.gpu_bytes, most_gpu.gpu, f" in {most_gpu.name}"),
+        ("disk space", minimum.disk_bytes, budget.disk_bytes, disk, ""),
+    )
+    missing = [
+        f"this run needs at least {gibibytes(needed)} of {what}{where}, {gibibytes(allowed)} may "
+        f"be used: {_listed(parts)}"
+        for what, needed, allowed, parts, where in needs
+        if allowed is not None and needed > allowed
+    ]
+    if not missing:
+        missing = [
+            "neither host memory nor disk space alone is too small, but both together are: the "
+            f"least is {gibibytes(minimum.host_bytes)} and {gibibytes(minimum.disk_bytes)}"
+        ]
+    way_out = f"It would fit with {' or '.join(fits)}" if fits else "Nothing else would fit, either"
+    return ". ".join([*missing, f"{way_out}."])
+
+
+def _listed(parts: dict[str, int]) -> str:
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    shown = [f"{gibibytes(size)} {name}" for name, size in largest[:_SHOWN_PARTS] if size]
+    rest = sum(size for _, size in largest[_SHOWN_PARTS:])
+    return ", ".join([*shown, *([f"{gibibytes(rest)} other things"] if rest else [])])
+
+
+def _ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10 if number % 100 not in (11, 12, 13) else 0)
+    return f"{number}{ending or 'th'}"

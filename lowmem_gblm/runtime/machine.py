@@ -1,0 +1,171 @@
+"""What this machine gives: host memory, GPU memory, disk space."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
+from lowmem_gblm.runtime.quota import quota_left_bytes
+
+# Older versions of torch raise a plain RuntimeError.
+_ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+# How the drivers of accelerators begin what torch raises as a plain RuntimeError.
+_DEVICE_ERROR = re.compile(
+    r"(CUDA|HIP|XPU|MPS|NCCL|cu(BLAS|DNN|SOLVER|SPARSE|RAND)|roc(BLAS|SOLVER)|MIOpen|Triton)\b.*"
+    r"(error|failed|failure|out of memory|STATUS)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_V2_LIMITS, _V2_USED = ("memory.max", "memory.high"), "memory.current"
+_V1_LIMITS, _V1_USED = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+_FILE_CACHE = ("inactive_file", "active_file")
+
+_HOST_MARGIN = 0.05
+_HOST_MARGIN_BYTES = 512 << 20
+_HOST_MARGIN_AT_MOST = 0.25
+_GPU_MARGIN = 0.02
+_DISK_MARGIN = 0.01
+_DISK_MARGIN_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """What the system and the limits of this process's cgroups leave, taken together.
+
+    Attributes:
+        total_bytes: The smallest of the machine's memory and the limits.
+        available_bytes: What can be taken now without swapping or being killed; file cache that
+            can be dropped is free.
+    """
+
+    total_bytes: int
+    available_bytes: int
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether `error` comes from a GPU or its driver, out of memory included."""
+    if isinstance(error, (torch.OutOfMemoryError, _ACCELERATOR_ERROR)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error)))
+
+
+def host_memory() -> HostMemory:
+    """What there is now: of the whole machine, or of the container around this process."""
+    system = psutil.virtual_memory()
+    total, available = float(system.total), float(system.available)
+    for folder, limits, used in _own_cgroups():
+        limit = min(_number(folder / name, math.inf) for name in limits)
+        left = limit - _number(folder / used, 0) + _file_cache(folder)
+        total, available = min(total, limit), min(available, left)
+    return HostMemory(total_bytes=int(total), available_bytes=int(max(0, min(total, available))))
+
+
+def free_host_bytes() -> int:
+    """Most resident memory that this process can grow to without swapping, less a margin.
+
+    What it has already counts as free, because a budget counts the whole process; but only its
+    private part: the files it maps are in the cache that counts as free anyway.
+
+    The margin of 5 % of the memory, at least 512 MiB, is for everybody else (programs that grow,
+    buffers of the kernel) and for the file cache, which reading ahead and writing behind live on.
+    It is never more than a quarter of what could be had, or a small container would be left with
+    nothing.
+    """
+    memory = host_memory()
+    free = memory.available_bytes + _private_bytes()
+    margin = max(_HOST_MARGIN * memory.total_bytes, _HOST_MARGIN_BYTES)
+    return int(free - min(margin, _HOST_MARGIN_AT_MOST * free))
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """Most GPU memory that this process can grow to, its CUDA context included; 0 for a CPU.
+
+    The margin of 2 % is for what others on the GPU may still take, and for kernels, which are
+    loaded when they are first used.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
+    return int(max(0, min(total, free + own) - _GPU_MARGIN * total))
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What the file system of a folder, which need not exist yet, and quotas give this user.
+
+    The margin of 1 %, at most 1 GiB, is for the file system's own books.
+    """
+    nearest = nearest_folder(folder)
+    free = shutil.disk_usage(nearest).free
+    left = quota_left_bytes(nearest)
+    free = free if left is None else min(free, left)
+    return int(free - min(_DISK_MARGIN_BYTES, _DISK_MARGIN * free))
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether two folders, which need not exist yet, share a file system."""
+    return nearest_folder(one).stat().st_dev == nearest_folder(other).stat().st_dev
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, if it is a folder; else the nearest one above it that is there."""
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
+
+
+def _own_cgroups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
+    """The cgroups that limit this process, each with the files of its limits and of its use.
+
+    Inside a container the path may be one of the host, of which only the root is to be seen. What
+    is not there limits nothing.
+    """
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:
+            yield from ((one, _V2_LIMITS, _V2_USED) for one in _upwards(_CGROUPS, path))
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+            yield from ((one, _V1_LIMITS, _V1_USED) for one in _upwards(root, path))
+
+
+def _upwards(root: Path, path: str) -> Iterator[Path]:
+    own = root / path.lstrip("/")
+    yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _number(path: Path, otherwise: float) -> float:
+    """The number in a file; `otherwise` where it says "max", or is not there."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return otherwise
+
+
+def _file_cache(folder: Path) -> int:
+    """Bytes of files that a cgroup keeps in memory; it can drop them."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = {key: int(value) for key, value in (line.split() for line in lines)}
+    # Version 1 says "total_…" for a cgroup with its children, version 2 always means that.
+    return sum(values.get(f"total_{key}", values.get(key, 0)) for key in _FILE_CACHE)
+
+
+def _private_bytes() -> int:
+    """Resident memory of this process; without mapped files, where the system tells."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))

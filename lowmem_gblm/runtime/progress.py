@@ -1,0 +1,136 @@
+"""How far a run is, and how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lowmem_gblm.runtime.memory import host_peak_bytes
+from lowmem_gblm.runtime.signals import check_interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run: so many steps, together so much of the cost of the whole run."""
+
+    name: str
+    steps: int
+    cost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """News: a step of a stage has been taken.
+
+    Attributes:
+        stage: Name of the stage.
+        step, steps: Steps taken of it, and in all.
+        stage_s: Seconds since the stage began.
+        left_s: Estimated seconds to the end of the run; None before anything can be said.
+        peak_bytes: Largest resident memory so far.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    stage_s: float
+    left_s: float | None
+    peak_bytes: int
+
+
+Listener = Callable[[Tick], None]
+
+
+class Progress:
+    """Counts the steps of a run's stages and tells a listener.
+
+    Args:
+        stages: What will be done, in order.
+        listener: Told after every step; None for nobody.
+
+    Attributes:
+        seconds: Seconds each stage has taken.
+        waited_seconds: How many of them the computation stood still for data to arrive or leave.
+    """
+
+    def __init__(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.waited_seconds: dict[str, float] = {}
+        self._stages = {stage.name: stage for stage in stages}
+        self._listener = listener
+        self._total_cost = sum(stage.cost for stage in stages)
+        self._finished_cost = 0.0
+        self._skipped_cost = 0.0
+        self._earlier: dict[str, float] = {}
+        self._start = time.monotonic()
+        # Spent on what costs nothing: it says nothing of how fast the rest will be.
+        self._free_s = 0.0
+        self._stage: Stage | None = None
+        self._waited = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Everything within belongs to the named stage."""
+        self._stage = self._stages[name]
+        self._step = 0
+        self._waited = 0.0
+        self._stage_start = time.monotonic()
+        yield
+        spent = time.monotonic() - self._stage_start
+        if not self._stage.cost:
+            self._free_s += spent
+        self.seconds[name] = round(spent + self._earlier.get(name, 0.0), 3)
+        self.waited_seconds[name] = round(self._waited, 3)
+        self._finished_cost += self._stage.cost
+        self._stage = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, the computation stands still for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def skip(self, count: int, *, whole: bool = False) -> None:
+        """So many steps of the current stage were done by an earlier attempt; or all, if any."""
+        assert self._stage is not None, "a step belongs to a stage"
+        count = self._stage.steps if whole and count else count
+        self._step += count
+        self._skipped_cost += self._stage.cost * count / self._stage.steps
+
+    def restore(self, name: str, seconds: float) -> None:
+        """An earlier attempt has spent this time on a stage."""
+        self._earlier[name] = self._earlier.get(name, 0.0) + seconds
+
+    def step(self) -> None:
+        """One step of the current stage is done.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came, and nobody has taken notice.
+        """
+        assert self._stage is not None, "a step belongs to a stage"
+        check_interrupted()
+        self._step += 1
+        if self._listener is None:
+            return
+        now = time.monotonic()
+        done = self._finished_cost + self._stage.cost * self._step / self._stage.steps
+        own = done - self._skipped_cost
+        spent = now - self._start - self._free_s
+        left_s = spent * (self._total_cost - done) / own if own > 0 else None
+        self._listener(
+            Tick(
+                stage=self._stage.name,
+                step=self._step,
+                steps=self._stage.steps,
+                stage_s=now - self._stage_start,
+                left_s=left_s,
+                peak_bytes=host_peak_bytes(),
+            )
+        )
+
+    def total_seconds(self) -> float:
+        """Seconds since the run began, with those of earlier attempts."""
+        return round(time.monotonic() - self._start + sum(self._earlier.values()), 3)

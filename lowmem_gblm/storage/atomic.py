@@ -1,0 +1,180 @@
+"""The only file that renames.
+
+A file or folder appears under its final name whole or not at all: it is written beside it under a
+temporary name, flushed to the disk, renamed, and the folder is flushed too.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lowmem_gblm.errors import JobError
+from lowmem_gblm.storage.disk_errors import blamed
+
+TEMPORARY = ".tmp"
+
+
+class Writable(Protocol):
+    """What can be written to at its end."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Take all of it."""
+
+
+def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
+    """Create `path` with what `write` puts into the open file.
+
+    Raises:
+        FileExistsError: `path` exists; nothing is ever overwritten.
+        OSError: The disk is full or failing; the temporary file is removed.
+    """
+    _publish(PendingFile(path), write)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in the place of another, or where there is none: one of the two is always there.
+
+    Raises:
+        OSError: The disk is full or failing; the temporary file is removed.
+    """
+    _publish(PendingFile(path, replaces=True), lambda file: file.write(data))
+
+
+def _publish(growing: PendingFile, write: Callable[[Writable], object]) -> None:
+    try:
+        write(growing)
+        growing.publish()
+    except BaseException:
+        growing.discard()
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+class PendingFile:
+    """A file that is written little by little, and has its name only when it is whole.
+
+    Args:
+        path: The name it will have.
+        replaces: Whether a file of that name may be there: one of ours that has become untrue.
+
+    Raises:
+        FileExistsError: `path` exists, and is not to be replaced.
+    """
+
+    def __init__(self, path: Path, *, replaces: bool = False) -> None:
+        if path.exists() and not replaces:
+            raise FileExistsError(f"{path} exists already")
+        self.path = path
+        self.size_bytes = 0
+        self._temporary = temporary_name(path)
+        self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def append(self, data: memoryview) -> int:
+        """Write at the end; returns where that was.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        start = self.size_bytes
+        with blamed(self.path):
+            while data:
+                count = os.pwrite(self.descriptor, data, self.size_bytes)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                self.size_bytes += count
+                data = data[count:]
+        return start
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Likewise; returns how much that was, as other files do."""
+        self.append(memoryview(data))
+        return len(data)
+
+    def publish(self) -> None:
+        """Give it its name. Nothing can be written any more.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        with blamed(self.path):
+            os.fsync(self.descriptor)
+            os.rename(self._temporary, self.path)
+            flush_folder(self.path.parent)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove it, unless it has been published."""
+        if self.descriptor >= 0:
+            self._temporary.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Create `path` as readable JSON, in the key order of `value`."""
+    publish_file(path, lambda file: file.write(_as_json(value)))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """The same in the place of another file, or where there is none."""
+    replace_file(path, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def publish_folder(partial: Path, final: Path) -> None:
+    """Give a finished folder its final name.
+
+    Raises:
+        JobError: `final` exists by now; the folder has its former name.
+        OSError: The disk is failing; likewise.
+    """
+    _check_still_absent(final)
+    flush_folder(partial)
+    try:
+        with blamed(final):
+            os.rename(partial, final)
+    except OSError:
+        _check_still_absent(final)
+        raise
+    try:
+        flush_folder(final.parent)
+    except OSError:
+        os.rename(final, partial)
+        raise
+
+
+def _check_still_absent(final: Path) -> None:
+    if os.path.lexists(final):
+        raise JobError(
+            f"{final} exists by now: it was made by somebody else during the run. Move it away, "
+            f"then give the same command again; what is done is kept"
+        )
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        OSError: The disk is failing.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with blamed(folder):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

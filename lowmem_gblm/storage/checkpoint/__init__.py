@@ -1,0 +1,1 @@
+"""A folder of safetensors: reading it, writing the pruned one, checking both."""

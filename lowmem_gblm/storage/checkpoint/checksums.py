@@ -1,0 +1,73 @@
+"""Whole files: shards against the record of a run, side files against those of the source."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm.errors import shown, shown_value
+from lowmem_gblm.storage.checkpoint.file_access import ordinary_file, side_files
+from lowmem_gblm.storage.disk_errors import blamed
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_EDITABLE = ".md"
+
+
+def check_hashes(shards: Any) -> None:
+    """Raise `ValueError` unless these are names of files in one folder, each with size and hash."""
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"not shards with their hashes: {shown_value(shards)}")
+    for name, described in shards.items():
+        valid = (
+            Path(name).name == name
+            and isinstance(described, dict)
+            and type(described.get("bytes")) is int
+            and isinstance(described.get("sha256"), str)
+            and _SHA256.fullmatch(described["sha256"])
+        )
+        if not valid:
+            raise ValueError(f"not a shard with its hash: {shown_value({name: described})}")
+
+
+def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
+    """Shards that are gone or have other bytes; every file is read once, a piece at a time.
+
+    Raises:
+        CheckpointError: One is not an ordinary file of the folder.
+    """
+    for name, described in shards.items():
+        path = folder / name
+        if not path.exists():
+            yield f"{name} is missing"
+            continue
+        size = ordinary_file(folder, path)
+        if size != described["bytes"]:
+            yield f"{name} has {size} bytes, the record says {described['bytes']}"
+        elif (found := _sha256(path)) != described["sha256"]:
+            yield f"{name} has the SHA-256 {found}, the record says {described['sha256']}"
+
+
+def side_file_violations(folder: Path, source: Path) -> Iterator[str]:
+    """Side files of the source that an output lacks or has otherwise; a model card may be edited.
+
+    Raises:
+        CheckpointError: One is not an ordinary file of its folder.
+    """
+    for path in side_files(source):
+        name = path.relative_to(source)
+        copy = folder / name
+        if not copy.exists():
+            yield f"{shown(name)} of the source is missing"
+            continue
+        for home, file in ((source, path), (folder, copy)):
+            ordinary_file(home, file)
+        if name.suffix != _EDITABLE and _sha256(path) != _sha256(copy):
+            yield f"{shown(name)} is not that of the source"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file, blamed(path):
+        return hashlib.file_digest(file, "sha256").hexdigest()

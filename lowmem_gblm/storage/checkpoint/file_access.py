@@ -1,0 +1,117 @@
+"""Which files may be read: ordinary ones that lie in the model folder.
+
+A checkpoint comes from strangers, and a link in it can point at anything on this machine: what it
+names would be read, and copied into the output. So a file is read only if, links followed, it lies
+
+    in the model folder, wherever that is: the person named it, so it may be a link itself;
+    in the `blobs` of the Hub cache that the model folder is a snapshot of
+        (…/snapshots/REVISION/x.safetensors -> ../../blobs/HASH);
+    in a folder that the person has allowed with the environment variable LOWMEM_GBLM_LINKS
+        (several are joined by a colon, as in PATH).
+
+A pipe or a device may block for ever, or never end: it is refused before it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from lowmem_gblm.errors import CheckpointError, shown
+from lowmem_gblm.storage.locking import MARK
+
+ALLOWED = "LOWMEM_GBLM_LINKS"
+RECORD = "pruning.json"
+MARKER_FILE = "PRUNING-IN-PLACE"
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",
+}  # fmt: skip
+_SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def ordinary_file(folder: Path, path: Path) -> int:
+    """The size in bytes of a file that may be read.
+
+    Args:
+        folder: The model folder that it belongs to.
+        path: The file.
+
+    Raises:
+        CheckpointError: It is missing, no ordinary file, or lies elsewhere.
+    """
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+        found = os.stat(real)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{_named(path)} {_why(path, error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise CheckpointError(f"{_named(path)} is {kind}, expected a file")
+    if not os.access(real, os.R_OK):
+        raise CheckpointError(f"{_named(path)} may not be read by this user")
+    if not any(real.is_relative_to(place) for place in _places(folder)):
+        raise CheckpointError(
+            f"{_named(path)} is a link to {shown(real)}, outside the model folder: put a copy in "
+            f"its place or, if you trust the link, set {ALLOWED}={shown(real.parent)}"
+        )
+    return found.st_size
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Everything but weights: config, tokenizer, generation config, licence, README, …
+
+    Caches, version control, what is being written or was pruned into a folder in it are left out,
+    and so are linked folders and the record of the model's own pruning.
+
+    Raises:
+        OSError: A folder is gone or cannot be listed: what is in it would be missed silently.
+    """
+    for place, folders, files in os.walk(folder, onerror=_not_listed):
+        folders[:] = sorted(
+            name for name in set(folders) - _SKIPPED_FOLDERS if not _is_ours(Path(place, name))
+        )
+        yield from (Path(place, name) for name in sorted(files) if not _is_no_side_file(name))
+
+
+def _not_listed(error: OSError) -> NoReturn:
+    raise error
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MARK, RECORD))
+
+
+def _is_no_side_file(name: str) -> bool:
+    made = name.endswith(".index.json") or name in (MARK, MARKER_FILE, RECORD)
+    return made or Path(name).suffix in WEIGHT_SUFFIXES
+
+
+def _named(path: Path) -> str:
+    return f"{path.parent}/{shown(path.name)}"
+
+
+def _why(path: Path, error: OSError | ValueError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if path.is_symlink():
+        return f"is a link to {shown(os.readlink(path))}, which is missing"
+    return "is missing"
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders that files may lie in."""
+    home = Path(os.path.realpath(folder))
+    places = [home]
+    places += [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    allowed = os.environ.get(ALLOWED, "").split(os.pathsep)
+    return places + [Path(os.path.realpath(one)) for one in allowed if one]

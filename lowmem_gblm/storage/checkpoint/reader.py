@@ -1,0 +1,233 @@
+"""Reading a safetensors checkpoint: headers first, then single tensors by `pread`.
+
+A checkpoint comes from strangers, so every header is checked against the file it is in before a
+byte of data is believed. Tensors are read into buffers of their own: a mapped file would count as
+resident memory for as long as it stays mapped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from lowmem_gblm.errors import CheckpointError, NonFiniteError, shown, shown_value
+from lowmem_gblm.storage.checkpoint.file_access import ordinary_file, side_files
+from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, DTYPES, TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
+from lowmem_gblm.storage.disk_errors import blamed
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "TensorEntry",
+    "raw_bytes",
+    "read_header",
+    "read_json",
+]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PIECE_BYTES = 1 << 24
+_PIECE_NUMBERS = 1 << 15
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """A folder of safetensors shards whose headers have been read and checked.
+
+    Attributes:
+        folder: The model folder.
+        tensors: Every tensor by name, in the order of the files.
+        bytes_read: Tensor data read so far.
+        on_disk: Whether the tensors are there to be read; False for `described` ones.
+
+    Raises:
+        CheckpointError: The folder is missing, holds only pickles, a file in it is not one that
+            may be read, or a header, index or size is not what the format demands.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self.on_disk = True
+        self.tensors: dict[str, TensorEntry] = {}
+        for shard, expected in _shards(folder).items():
+            entries = read_header(folder / shard)
+            if expected is not None:
+                _check_index(shard, expected, entries)
+            for name, entry in entries.items():
+                if name in self.tensors:
+                    first = self.tensors[name].file.name
+                    raise CheckpointError(
+                        f"tensor {shown(name)} is in two files: {shown(first)} and {shown(shard)}"
+                    )
+                self.tensors[name] = entry
+        for path in side_files(folder):
+            ordinary_file(folder, path)
+
+    @classmethod
+    def described(cls, folder: Path, entries: Iterable[TensorEntry]) -> Checkpoint:
+        """A checkpoint whose tensors are only said to exist: enough for a plan, never to be read.
+
+        Args:
+            folder: The model folder; of its files, none is opened.
+            entries: What its headers would say.
+        """
+        made = cls.__new__(cls)
+        made.folder, made.bytes_read, made.on_disk = folder, 0, False
+        made.tensors = {entry.name: entry for entry in entries}
+        return made
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}, {len(self.tensors)} tensors)"
+
+    def nbytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of data of the named tensors; of all, without names."""
+        chosen = self.tensors if names is None else names
+        return sum(self.tensors[name].nbytes for name in chosen)
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor as it lies on disk: its own dtype and shape, on the CPU.
+
+        Args:
+            name: Which one.
+            into: uint8 CPU memory of just its size; without it, new memory is taken.
+
+        Raises:
+            CheckpointError: The file has become shorter since its header was read.
+        """
+        entry = self.tensors[name]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
+        _read_fully(entry, buffer)
+        self.bytes_read += entry.nbytes
+        return buffer.view(entry.dtype).view(entry.shape)
+
+    def read_finite(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The same; for a tensor that is computed with.
+
+        Raises:
+            NonFiniteError: A NaN or an infinity is in it.
+        """
+        tensor = self.read(name, into)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            return tensor
+        # In pieces too small for torch to call in threads, which would disturb the computation.
+        for piece in tensor.view(-1).split(_PIECE_NUMBERS):
+            # Unlike `isfinite().all()` this takes no memory; a NaN is its own minimum and maximum.
+            extremes = torch.stack(piece.aminmax())
+            if not bool(extremes.isfinite().all()):
+                raise NonFiniteError(
+                    f"{shown(name)} holds NaN or infinite weights in {self.tensors[name].file}: "
+                    f"{extremes.tolist()}"
+                )
+        return tensor
+
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The first bytes of a tensor, to tell it from others.
+
+        Raises:
+            CheckpointError: The file has become shorter since its header was read.
+        """
+        buffer = torch.empty(min(count, self.tensors[name].nbytes), dtype=torch.uint8)
+        _read_fully(self.tensors[name], buffer)
+        return raw_bytes(buffer).tobytes()
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, a few at a time; a piece is valid until the next is asked for.
+
+        Raises:
+            CheckpointError: The file has become shorter since its header was read.
+        """
+        entry = self.tensors[name]
+        buffer = torch.empty(min(entry.nbytes, _PIECE_BYTES), dtype=torch.uint8)
+        for start in range(0, entry.nbytes, _PIECE_BYTES):
+            part = buffer[: entry.nbytes - start]
+            _read_fully(entry, part, start)
+            self.bytes_read += len(part)
+            yield raw_bytes(part)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, as bytes that can be read and written."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> None:
+    """Fill a buffer with the bytes of a tensor from `start` on."""
+    view = raw_bytes(buffer)
+    descriptor = os.open(entry.file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(view):
+            with blamed(entry.file):
+                count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{entry.file} ends inside tensor {shown(entry.name)}: {start + done} of "
+                    f"{entry.nbytes} bytes"
+                )
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """Shard file names, each with the tensors the index promises in it (None: no index)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}")
+    if os.path.lexists(folder / INDEX):
+        return dict(_read_index(folder / INDEX))
+    if os.path.lexists(folder / SINGLE):
+        return {SINGLE: None}
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles ({shown(pickles[0])}), which can run code when "
+            f"they are loaded and are not read here. Convert it once where you trust it: "
+            f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    shards = shards_of_index(path, read_json(path))
+    for shard in shards:
+        if shard in ("", "..") or not os.path.lexists(path.parent / shard):
+            raise CheckpointError(f"{path} names the shard {shown(shard)}, which is missing")
+    return shards
+
+
+def shards_of_index(path: Path, index: dict[str, Any]) -> dict[str, set[str]]:
+    """Tensor names by shard, from the content of `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: There are none, or a shard is not the name of a file in the folder.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
+            raise CheckpointError(
+                f"{path} places tensor {shown(tensor)} in {shown_value(shard)}, which is not a "
+                f"file of the folder"
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    return shards
+
+
+def _check_index(shard: str, expected: set[str], entries: dict[str, TensorEntry]) -> None:
+    missing = sorted(expected - entries.keys())
+    if missing:
+        raise CheckpointError(
+            f"the index promises {shown(missing[0])} in {shown(shard)}, whose header does not have "
+            f"it ({len(missing)} such tensors)"
+        )

@@ -1,0 +1,70 @@
+"""Where a model is: a folder, the embedded one, or the Hub."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from lowmem_gblm.errors import CheckpointError
+from lowmem_gblm.storage.checkpoint.remote_code import PATTERN
+from lowmem_gblm.storage.in_place_marker import check_whole
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_UNWANTED = ["consolidated*", "original/*"]
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+_DESCRIPTION = ["config.json"]
+_EMBEDDED = "demo"
+
+
+def locate(
+    model: str, *, weights: bool = True, code: bool = False, unfinished: bool = False
+) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: A folder; "demo" for the embedded model; or a Hub id, which is downloaded into the
+            Hub's own cache (safetensors and side files only).
+        weights: Whether they are wanted; without them, of a Hub id only config.json is
+            downloaded. What the cache has already is in the folder all the same.
+        code: Whether Python code that comes with it is wanted, too.
+        unfinished: Whether it may be one that is being pruned in place.
+
+    Raises:
+        CheckpointError: None of these.
+        JobError: It is being pruned in place, and that has not been finished.
+    """
+    wanted = [*(_WANTED if weights else _DESCRIPTION), *([PATTERN] if code else [])]
+    found = _found(model, wanted)
+    if not unfinished:
+        check_whole(found)
+    return found
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model is neither here nor the embedded one, and may be the id of one on the Hub."""
+    return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
+
+
+def _found(model: str, wanted: list[str]) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if model == _EMBEDDED:
+        return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
+    if not is_on_hub(model):
+        raise CheckpointError(f"there is no model folder {model}")
+    return _download(model, wanted)
+
+
+def _download(model: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"there is no model folder {model}, and the Hub does not give it: {reason[0]}"
+        ) from None

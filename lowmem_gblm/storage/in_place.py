@@ -1,0 +1,337 @@
+"""Writing pruned blocks over the dense ones, where there is no room for a second checkpoint.
+
+    MODEL/PRUNING-IN-PLACE                     there until all is done (`in_place_marker`)
+    MODEL/*.safetensors                        names, headers and sizes stay as they are
+    MODEL.work/overwrites-00003.safetensors    what the pruned tensors of block 3 are to become
+
+A block takes four steps, each on the disk before the next one begins:
+
+    1. its new tensors are published in the work folder
+    2. the journal says that the step which has pruned it is done
+    3. they are written over the old ones in the shards
+    4. their file is removed
+
+Killed before 2, a run finds the dense block as it was, and prunes it again. From 2 on that step is
+done and never repeated, and it is the last one that reads the block: nobody needs the old tensors
+any more, so that 3 can be done as often as needed, and is done again by the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_gblm.errors import JobError, RequestError, shown
+from lowmem_gblm.runtime.background import SerialWorker
+from lowmem_gblm.storage.atomic import publish_json
+from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint, TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.writer import (
+    CheckpointWriter,
+    publish_shard,
+    summary_of,
+    write_tensors,
+)
+from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.in_place_marker import InPlaceMarker
+from lowmem_gblm.storage.job import Job, read_journal
+
+_PIECE_BYTES = 1 << 20
+_HUB_MODEL = "models--"
+
+
+class InPlaceWriter:
+    """A checkpoint that becomes the pruned one; to a run it is what `CheckpointWriter` is.
+
+    Args:
+        source: The checkpoint.
+        pruned: Names on disk of the tensors of every decoder block that are to be pruned.
+        job: Its work folder, which nobody else uses, and its number.
+        keep: Files of the work folder that the journal has; what is left of them is written over
+            the old tensors now, and any other such file is removed.
+
+    Attributes:
+        shards: All shards, each with its `bytes` and its `sha256`; empty before `write_rest`.
+        bytes_written: Into the shards.
+
+    Raises:
+        JobError: A file in `keep` is damaged, or the model was replaced in the meantime.
+        OSError: The disk is full or failing.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        pruned: Sequence[Sequence[str]],
+        job: Job,
+        keep: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.shards: dict[str, dict[str, Any]] = {}
+        self.bytes_written = 0
+        self._source = source
+        self._pruned = pruned
+        self._work_folder = job.folder
+        self._published: dict[str, dict[str, Any]] = {}
+        self._marker = InPlaceMarker(source.folder, job.folder, job.id)
+        self._check_overwritten(keep)
+        self._marker.tell(overwritten=bool(keep))
+        self._repair(keep)
+        self._writer = SerialWorker("write-block")
+
+    def close(self, *, keep: bool) -> None:
+        """Leave everything for another attempt to `keep`; or nothing was or is left to be done."""
+        self._writer.close()
+        if not keep:
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        """The model is whole, or as it was: the marker goes."""
+        self._marker.remove()
+
+    def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
+        """Publish the pruned tensors of decoder block `index` in a thread of its own.
+
+        Args:
+            tensors: On the CPU, dtypes as in the source; not to be modified before it is done.
+
+        Returns:
+            What tells when it is done.
+
+        Raises:
+            OSError: An earlier block could not be written.
+        """
+        return self._writer.begin(self._publish, index, dict(tensors))
+
+    def settle(self) -> None:
+        """Wait until the last block has been published.
+
+        Raises:
+            OSError: It could not be.
+        """
+        self._writer.settle()
+
+    def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
+        """The files of these blocks, which have been published, for the journal."""
+        return {name: self._published[name] for name in map(_file_name, blocks)}
+
+    def committed(self, blocks: Sequence[int]) -> None:
+        """The journal has these blocks: write them over the old ones.
+
+        Raises:
+            OSError: The disk is full or failing; the next run will do it.
+        """
+        for name in map(_file_name, blocks):
+            self._marker.tell(overwritten=True)
+            self._overwrite(self._work_folder / name)
+
+    def write_rest(self) -> None:
+        """Read all shards as they are now: nothing is left to be written."""
+        files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
+        self.shards = {name: _summary(file) for name, file in sorted(files.items())}
+        self._source.bytes_read += self._source.nbytes()
+
+    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write `record` as pruning.json: the model is whole.
+
+        Returns:
+            `record`.
+        """
+        publish_json(self._source.folder / RECORD, record)
+        self.withdraw()
+        return record
+
+    def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """In a thread of its own."""
+        entries = self._entries(index)
+        path = self._work_folder / _file_name(index)
+        write = partial(write_tensors, tensors=tensors)
+        self._published[path.name] = publish_shard(path, entries, write)
+
+    def _entries(self, index: int) -> list[TensorEntry]:
+        return [self._source.tensors[name] for name in self._pruned[index]]
+
+    def _check_overwritten(self, keep: Mapping[str, dict[str, Any]]) -> None:
+        """Raise `JobError` unless blocks that were overwritten hold what was written."""
+        for index in range(len(self._pruned)):
+            name = _file_name(index)
+            if name not in keep or (self._work_folder / name).exists():
+                continue
+            if summary_of(self._source, self._entries(index)) != keep[name]:
+                raise JobError(
+                    f"{self._source.folder} is not the model that was being pruned: block {index} "
+                    f"does not hold what was written over it. If the model was put back or fetched "
+                    f"anew, remove {self._source.folder / MARKER_FILE} and {self._work_folder} to "
+                    f"begin anew"
+                )
+
+    def _repair(self, keep: Mapping[str, dict[str, Any]]) -> None:
+        """Finish what an earlier run has begun to write over the old tensors."""
+        for path in sorted(self._work_folder.glob(_file_name("*"))):
+            if path.name not in keep:
+                path.unlink()
+                continue
+            if _summary(path) != keep[path.name]:
+                why = "its checksum is not the one in the journal"
+                raise _damaged(path, why, self._source.folder)
+            self._overwrite(path)
+
+    def _overwrite(self, path: Path) -> None:
+        """Write all tensors of a file over those of their names, then remove it."""
+        with ExitStack() as opened:
+            new = opened.enter_context(_opened(path, os.O_RDONLY))
+            shards: dict[Path, int] = {}
+            for name, entry in read_header(path).items():
+                target = self._source.tensors[name]
+                if target.file not in shards:
+                    shard = opened.enter_context(_opened(target.file, os.O_WRONLY))
+                    shards[target.file] = shard
+                _copy(new, entry, shards[target.file], target)
+                self.bytes_written += entry.nbytes
+            for file, shard in shards.items():
+                with blamed(file):
+                    os.fsync(shard)
+        path.unlink()
+
+
+# What a run writes to.
+BlockWriter = CheckpointWriter | InPlaceWriter
+
+
+def check_confirmed(model: str, *, confirmed: bool) -> None:
+    """Raise `RequestError` unless MODEL is a folder and the person knows what will become of it.
+
+    Args:
+        model: As it was asked for.
+        confirmed: Whether the person has said that the dense model may go.
+    """
+    if not Path(model).is_dir():
+        raise RequestError(
+            f"--in-place overwrites a model folder, and {model} is none: download the "
+            f"model into a folder of yours (hf download MODEL --local-dir FOLDER), and give that"
+        )
+    if not confirmed:
+        raise RequestError(
+            f"--in-place overwrites the weights in {model}, block by block: the dense "
+            f"model is gone then, and a run that is interrupted leaves a folder that is good for "
+            f"nothing until the run has been gone on with. If that is what you want, type "
+            f"--in-place --overwrite-my-only-copy"
+        )
+
+
+def check_unpruned(folder: Path) -> None:
+    """Raise `JobError` if a model has been pruned already."""
+    if os.path.lexists(folder / RECORD):
+        raise JobError(
+            f"{folder} was pruned already: it has a {RECORD}. To prune once more what is there "
+            f"now, move that file away"
+        )
+
+
+def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool) -> None:
+    """Raise `RequestError` if the shards of these tensors should not or cannot be overwritten.
+
+    Args:
+        shared: Whether they may be those of somebody else, too.
+    """
+    for file in sorted({source.tensors[name].file for name in names}):
+        also = _elsewhere(file)
+        if also and not shared:
+            raise RequestError(
+                f"{_named(file)} {also}: --in-place would prune it for whoever else uses it, too. "
+                f"Give a copy of the model; or add --in-place-shared, if nobody else needs it"
+            )
+        _check_writable(file)
+    _check_writable(source.folder)
+
+
+def overwritten_blocks(work_folder: Path) -> list[int]:
+    """Blocks of which the journal of a job has the new tensors."""
+    entries = read_journal(work_folder, in_place=True)
+    return sorted(_block_of(name) for entry in entries for name in entry["shards"])
+
+
+def _check_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK):
+        raise RequestError(
+            f"{_named(path)} may not be written to by this user, and --in-place has to: change its "
+            f"permissions, or give an OUTPUT folder instead"
+        )
+
+
+def _elsewhere(file: Path) -> str | None:
+    """Where else a file is in use, as far as it can be seen from here."""
+    real = Path(os.path.realpath(file))
+    if file.is_symlink():
+        return f"is a symbolic link to {shown(real)}"
+    if any(part.startswith(_HUB_MODEL) for part in real.parts):
+        return "lies in a cache of the Hub"
+    names = real.stat().st_nlink
+    return f"has {names} names (hard links)" if names > 1 else None
+
+
+def _named(path: Path) -> str:
+    return f"{path.parent}/{shown(path.name)}"
+
+
+def _file_name(block: int | str) -> str:
+    number = f"{block:05}" if isinstance(block, int) else block
+    return f"overwrites-{number}.safetensors"
+
+
+def _block_of(file_name: str) -> int:
+    return int(Path(file_name).stem.removeprefix("overwrites-"))
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    """Its `bytes` and its `sha256`."""
+    with open(file, "rb") as opened, blamed(file):
+        digest = file_digest(opened, "sha256").hexdigest()
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}
+
+
+def _damaged(file: Path, why: str, model: Path) -> JobError:
+    return JobError(
+        f"{file} is damaged: {why}. It holds what was being written over weights in {model}, which "
+        f"cannot be finished without it: look at the disk, and fetch the model anew"
+    )
+
+
+@contextmanager
+def _opened(file: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(file, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> None:
+    """Write the bytes of a tensor over those of another one that is as large."""
+    assert entry.nbytes == place.nbytes, entry.name
+    done = 0
+    while done < entry.nbytes:
+        with blamed(entry.file):
+            piece = os.pread(source, min(_PIECE_BYTES, entry.nbytes - done), entry.offset + done)
+        if not piece:
+            raise _damaged(entry.file, "it has become shorter", place.file.parent)
+        _write(target, memoryview(piece), place.offset + done, place.file)
+        done += len(piece)
+
+
+def _write(target: int, data: memoryview, offset: int, file: Path) -> None:
+    with blamed(file):
+        while data:
+            count = os.pwrite(target, data, offset)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing was written")
+            offset += count
+            data = data[count:]

@@ -1,0 +1,136 @@
+"""Folders that belong to one job: marked as ours, locked while the process lives.
+
+And model folders, which many may read, and only one that nobody reads may overwrite.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lowmem_gblm.errors import JobError
+from lowmem_gblm.storage.atomic import TEMPORARY, flush_folder
+from lowmem_gblm.storage.disk_errors import blamed
+
+MARK = ".lowmem-gblm"
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 for one that is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class OwnedFolder:
+    """A folder for this process alone; made if it is not there.
+
+    The mark tells it from a folder of somebody else's. The lock on the mark is the kernel's, so a
+    dead process does not keep it.
+
+    Args:
+        path: Where.
+        owner: What the mark says, for `owner_of`.
+
+    Raises:
+        JobError: The folder exists without the mark, or another process is using it.
+    """
+
+    def __init__(self, path: Path, owner: str = "") -> None:
+        self.path = path
+        # An empty one may be our own, left by an attempt that was killed between two operations.
+        if path.exists() and not (path / MARK).is_file() and not _is_empty(path):
+            raise JobError(
+                f"{path} exists and was not made by lowmem-gblm: move it away, or choose another "
+                f"place"
+            )
+        _make(path)
+        # Held until release or remove.
+        self._lock = open(path / MARK, "ab", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise JobError(f"another process is using {path}: wait for it, or end it") from None
+        try:
+            with blamed(path / MARK):
+                self._lock.truncate(0)
+                self._lock.write(os.fsencode(owner))
+        except OSError:
+            self._lock.close()
+            raise
+
+    def empty(self, but: Collection[str] = ()) -> None:
+        """Remove what an earlier process left there, but for files of these names."""
+        for child in self.path.iterdir():
+            if child.name in but:
+                continue
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            elif child.name != MARK:
+                child.unlink()
+
+    def remove_temporary(self) -> None:
+        """Remove what an earlier process had not finished writing."""
+        for child in self.path.rglob(f"*{TEMPORARY}"):
+            child.unlink()
+
+    def close(self) -> None:
+        """Let others use the folder; it stays as it is."""
+        self._lock.close()
+
+    def release(self, path: Path) -> None:
+        """Give up the folder, by now called `path`, and keep its content."""
+        (path / MARK).unlink(missing_ok=True)
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it, as far as the disk lets us; the mark goes last."""
+        with suppress(OSError):
+            self.empty()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def owner_of(path: Path) -> str:
+    """What the mark of a folder of ours says; empty where there is none."""
+    mark = path / MARK
+    return os.fsdecode(mark.read_bytes()) if mark.is_file() else ""
+
+
+@contextmanager
+def in_use(model: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a model folder: together with all who read it, or alone, to overwrite it.
+
+    The lock is the kernel's; file systems without locks hold nobody off.
+
+    Raises:
+        JobError: Another process overwrites it; or reads it, for who wants to be alone.
+    """
+    descriptor = os.open(model, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "is using" if alone else "is overwriting"
+            raise JobError(f"another process {what} {model}: wait for it, or end it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(path: Path) -> None:
+    """Create a folder, and those above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with suppress(PermissionError):
+            flush_folder(folder.parent)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,195 @@
+"""Tensors that wait outside the device: hidden states between blocks, gradient magnitudes.
+
+A spill holds as much as it may in host memory and the rest in files of the work folder, one file a
+name, so that memory does not depend on how many blocks or samples there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from lowmem_gblm.errors import JobError
+from lowmem_gblm.storage.atomic import PendingFile, temporary_name
+from lowmem_gblm.storage.checkpoint.reader import DTYPE_NAMES, DTYPES, raw_bytes
+from lowmem_gblm.storage.disk_errors import blamed
+
+# Of one name: for every item its place, dtype and shape, as the journal keeps it.
+Table = list[tuple[int, int, str, list[int]]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in its file a tensor lies."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class TensorStore:
+    """Named tensors: written, read any number of times, dropped when no longer needed.
+
+    What is written again before it is published takes the place of what was there.
+
+    Threads may use it at the same time, each for other names or for what has been written.
+
+    Args:
+        folder: Where files go; must exist.
+        host_bytes: How much may stay in host memory.
+        way_out: What to do where a file is damaged, for the message.
+    """
+
+    def __init__(self, folder: Path, host_bytes: int = 0, way_out: str = "") -> None:
+        self._folder = folder
+        self._room_bytes = host_bytes
+        self._way_out = way_out
+        self._held: dict[tuple[str, int], torch.Tensor] = {}
+        self._places: dict[tuple[str, int], _Place] = {}
+        self._growing: dict[str, PendingFile] = {}
+        self._lock = Lock()
+
+    def write(self, name: str, item: int, tensor: torch.Tensor) -> None:
+        """Keep a copy of `tensor` (any device) under a name and an item number."""
+        tensor = tensor.detach()
+        size = tensor.nbytes
+        with self._lock:
+            former = self._held.pop((name, item), None)
+            self._room_bytes += 0 if former is None else former.nbytes
+            room = size <= self._room_bytes
+            self._room_bytes -= size * room
+            if not room and name not in self._growing:
+                self._growing[name] = PendingFile(self._path(name))
+        if room:
+            tensor = tensor.to("cpu", copy=True)
+            with self._lock:
+                self._held[name, item] = tensor
+            return
+        tensor = tensor.to("cpu").contiguous()
+        offset = self._growing[name].append(raw_bytes(tensor))
+        with self._lock:
+            self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
+
+    def holds(self, name: str, item: int) -> bool:
+        """Whether something was written under this name and item."""
+        return (name, item) in self._held or (name, item) in self._places
+
+    def read(self, name: str, item: int) -> torch.Tensor:
+        """The tensor, on the CPU; not to be modified.
+
+        Raises:
+            JobError: Its file is gone, or has become shorter.
+        """
+        if (name, item) in self._held:
+            return self._held[name, item]
+        place = self._places[name, item]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        descriptor = self._opened(name)
+        try:
+            if not _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name)):
+                raise self._damaged(name)
+        finally:
+            os.close(descriptor)
+        return tensor
+
+    def written(self) -> list[str]:
+        """Names that have been written to and are not durable yet."""
+        with self._lock:
+            return list(self._growing)
+
+    def publish(self, names: Iterable[str]) -> dict[str, Table]:
+        """Make what was written under these names durable; nothing can be added to it then.
+
+        Returns:
+            What `adopt` needs to know of it.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        tables = {}
+        for name in names:
+            self._growing[name].publish()
+            with self._lock:
+                del self._growing[name]
+                tables[name] = self._table(name)
+        return tables
+
+    def adopt(self, tables: Mapping[str, Any]) -> None:
+        """Take over files that an earlier run has published.
+
+        Raises:
+            JobError: One is missing or has another size.
+        """
+        for name, table in tables.items():
+            end = 0
+            for item, offset, dtype, shape in table:
+                place = _Place(offset, DTYPES[dtype], tuple(shape))
+                self._places[name, item] = place
+                end = max(end, offset + place.dtype.itemsize * torch.Size(shape).numel())
+            path = self._path(name)
+            if not path.is_file() or path.stat().st_size != end:
+                raise self._damaged(name)
+
+    def drop(self, name: str) -> None:
+        """Forget everything under `name`."""
+        with self._lock:
+            for key in [key for key in self._held if key[0] == name]:
+                self._room_bytes += self._held.pop(key).nbytes
+            for key in [key for key in self._places if key[0] == name]:
+                del self._places[key]
+            growing = self._growing.pop(name, None)
+        if growing is not None:
+            growing.discard()
+        self._path(name).unlink(missing_ok=True)
+
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What was not published goes."""
+        for growing in self._growing.values():
+            growing.discard()
+        self._growing.clear()
+        self._held.clear()
+
+    def _table(self, name: str) -> Table:
+        return [
+            (item, place.offset, DTYPE_NAMES[place.dtype], list(place.shape))
+            for (other, item), place in self._places.items()
+            if other == name
+        ]
+
+    def _opened(self, name: str) -> int:
+        """Its file for reading; another thread may be just about to publish it."""
+        path = self._path(name)
+        for candidate in (path, temporary_name(path), path):
+            try:
+                return os.open(candidate, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+        raise self._damaged(name)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name
+
+    def _damaged(self, name: str) -> JobError:
+        found = f"{self._path(name)} is missing or damaged: look at the disk"
+        return JobError(f"{found}; {self._way_out}" if self._way_out else found)
+
+
+def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> bool:
+    """Read all of a view; whether there was so much."""
+    done = 0
+    while done < len(view):
+        with blamed(path):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True

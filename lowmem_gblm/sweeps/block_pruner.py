@@ -1,0 +1,131 @@
+"""Pruning one resident block: statistics to decisions, decisions to the tensors of the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import NonFiniteError
+from lowmem_gblm.methods import Decision, Method, Statistics
+from lowmem_gblm.methods.masks import Pattern
+from lowmem_gblm.model.block_loader import Block
+from lowmem_gblm.model.matmul_tap import MatmulWeight
+from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+
+GradientOf = Callable[[MatmulWeight], Tensor | None]
+
+
+@dataclass
+class BlockPruner:
+    """Decides over blocks and remembers what it decided.
+
+    Attributes:
+        method: How.
+        pattern: How many.
+        alpha: Weight of the gradient term of `gblm`.
+        device: Where scores are computed.
+        tensors: For the record, by name on disk: shape, zeros, layout.
+        notes: For the record: what a method had to say.
+    """
+
+    method: Method
+    pattern: Pattern
+    alpha: float
+    device: torch.device
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _told: tuple[int, int] = (0, 0)
+
+    def journal_entry(self) -> dict[str, Any]:
+        """What was decided since this was last asked, for the journal."""
+        tensors, notes = self._told
+        self._told = len(self.tensors), len(self.notes)
+        return {
+            "tensors": dict(list(self.tensors.items())[tensors:]),
+            "notes": self.notes[notes:],
+        }
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Take over what an earlier attempt has decided."""
+        self.tensors |= entry["tensors"]
+        self.notes += entry["notes"]
+        self._told = len(self.tensors), len(self.notes)
+
+    def prune(
+        self, block: Block, measured: Sequence[ActivationStatistic], gradient_of: GradientOf
+    ) -> None:
+        """Prune a block in place: `block.raw`, and its parameters alike.
+
+        Raises:
+            NonFiniteError: A score or an updated weight of the named tensor is not finite.
+        """
+        for weight in block.weights:
+            on_disk_OI = weight.on_disk(block.raw[weight.name])
+            statistics = self._statistics(weight, measured, gradient_of)
+            decision = self._decide(weight, on_disk_OI.to(self.device), statistics)
+            _apply(decision, on_disk_OI)
+            block.go_on_with(weight, on_disk_OI)
+            if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
+                raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
+        self._record(block)
+
+    def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
+        try:
+            decision = self.method.decide(values_OI, given, self.pattern, self.alpha)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{weight}: {error}") from None
+        if decision.note is not None:
+            self.notes.append(f"{weight}: {decision.note}")
+        return decision
+
+    def _statistics(
+        self,
+        weight: PrunableWeight,
+        measured: Sequence[ActivationStatistic],
+        gradient_of: GradientOf,
+    ) -> Statistics:
+        """The statistics of the slot, cut to the part of it that this tensor is.
+
+        An expert that saw no token has none: they are zeros.
+        """
+        outputs, inputs = weight.out_features, weight.in_features
+        shapes = {"input_norm": (inputs,), "gram": (inputs, inputs), "gradient": (outputs, inputs)}
+        values: dict[str, Tensor] = {}
+        for statistic in measured:
+            found = statistic.result(weight.slot)
+            if found is not None:
+                part = found[weight.inputs]
+                values[statistic.name] = part if part.ndim == 1 else part[:, weight.inputs]
+        if "gradient" in self.method.needs:
+            stored = gradient_of(weight.slot)
+            if stored is not None:
+                values["gradient"] = weight.in_slot(stored)
+                if not bool(values["gradient"].any()):
+                    self.notes.append(f"{weight}: all of its gradients are zero")
+        for name in self.method.needs:
+            if name not in values:
+                values[name] = torch.zeros(shapes[name])
+            values[name] = values[name].to(self.device)
+        return Statistics(**values)
+
+    def _record(self, block: Block) -> None:
+        for weight in {weight.name: weight for weight in block.weights}.values():
+            tensor = block.raw[weight.name]
+            self.tensors[weight.name] = {
+                "shape": list(tensor.shape),
+                "zeros": tensor.numel() - int(tensor.count_nonzero()),
+                "layout": "in,out" if weight.in_first_on_disk else "out,in",
+            }
+
+
+def _apply(decision: Decision, target_OI: Tensor) -> None:
+    """Write a decision into a matrix. Zeros come from masking: a product could leave `-0.0`."""
+    if decision.weight is not None:
+        target_OI.copy_(decision.weight)
+    removed_OI = decision.keep.to(target_OI.device).logical_not_()
+    target_OI.masked_fill_(removed_OI, 0)

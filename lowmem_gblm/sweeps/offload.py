@@ -1,0 +1,157 @@
+"""Tensors to the device and away from it, beside the computation.
+
+One thread reads the next sample while one is computed, another writes what has been computed. Both
+hold a bounded number of bytes. On a GPU they copy through pinned memory on streams of their own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.runtime.background import worker
+from lowmem_gblm.runtime.progress import Progress
+from lowmem_gblm.storage.tensor_store import TensorStore
+
+
+class Offload:
+    """Between a spill and the device.
+
+    Args:
+        spill: Where tensors wait.
+        device: Where they are computed with.
+        progress: Told how long the computation waits.
+        behind_bytes: How much may be on its way out at once; 0 writes before it goes on.
+    """
+
+    def __init__(
+        self, spill: TensorStore, device: torch.device, progress: Progress, behind_bytes: int
+    ) -> None:
+        self._spill = spill
+        self._device = device
+        self._progress = progress
+        self._allowed_bytes = behind_bytes
+        self._behind: deque[tuple[str, int, Future[None]]] = deque()
+        self._reader = worker("spill-read")
+        self._writer = worker("spill-write")
+        self._in = self._out = None
+        if device.type == "cuda":
+            self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def __enter__(self) -> Offload:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What is still on its way is dropped."""
+        for thread in (self._reader, self._writer):
+            thread.shutdown(cancel_futures=True)
+
+    def prefetch(
+        self, names: Sequence[str], order: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """For these samples their number and the tensors of these names, on the device.
+
+        The tensors are not to be modified.
+        """
+        # What was sent off must have arrived before it can come back.
+        self._wait([future for name, _, future in self._behind if name in names])
+        ahead = self._reader.submit(self._fetch, names, order[0])
+        for n, following in zip(order, [*order[1:], None], strict=True):
+            with self._progress.waiting():
+                tensors = ahead.result()
+            if following is not None:
+                ahead = self._reader.submit(self._fetch, names, following)
+            for tensor in tensors:
+                if tensor.is_cuda:
+                    # It came by another stream: not to be used anew before this one is done.
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            yield n, tensors
+
+    def write_behind(self, name: str, item: int, tensor: Tensor) -> None:
+        """Send a tensor off to the spill; it must not be modified any more.
+
+        Raises:
+            OSError: This or an earlier tensor could not be written.
+        """
+        self._settle_down_to(self._allowed_bytes - tensor.nbytes)
+        ready = torch.cuda.Event() if tensor.is_cuda else None
+        if ready is not None:
+            ready.record(torch.cuda.current_stream(tensor.device))
+        future = self._writer.submit(self._store, name, item, tensor.detach(), ready)
+        self._behind.append((name, tensor.nbytes, future))
+        if not self._allowed_bytes:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until all that was sent off has arrived.
+
+        Raises:
+            OSError: Some of it could not be written.
+        """
+        self._settle_down_to(0)
+
+    def in_flight(self) -> tuple[set[str], list[Future[None]]]:
+        """Names under which something is still being written or could not be; what to wait for."""
+        left = [
+            (name, future)
+            for name, _, future in self._behind
+            if not future.done() or future.exception() is not None
+        ]
+        return {name for name, _ in left}, [future for _, future in left]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop everything of these names, once all is written."""
+        self.settle()
+        for name in names:
+            self._spill.drop(name)
+
+    def _settle_down_to(self, bytes_left: int) -> None:
+        total = sum(size for _, size, _ in self._behind)
+        while self._behind and total > bytes_left:
+            _, size, future = self._behind.popleft()
+            self._wait([future])
+            total -= size
+
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
+        with self._progress.waiting():
+            for future in futures:
+                future.result()
+
+    def _fetch(self, names: Sequence[str], n: int) -> tuple[Tensor, ...]:
+        """In the reading thread."""
+        tensors = tuple(self._spill.read(name, n) for name in names)
+        if self._in is None:
+            return tensors
+        with torch.cuda.stream(self._in):
+            copies = tuple(
+                tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors
+            )
+        self._in.synchronize()
+        return copies
+
+    def _store(self, name: str, item: int, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
+        """In the writing thread; `ready` is when a GPU has computed the tensor."""
+        if ready is not None and self._out is not None:
+            self._out.wait_event(ready)
+            tensor.record_stream(self._out)
+        with _stream(self._out):
+            tensor = _to_host(tensor)
+        if self._out is not None:
+            self._out.synchronize()
+        self._spill.write(name, item, tensor)
+
+
+def _stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

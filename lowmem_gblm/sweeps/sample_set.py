@@ -1,0 +1,145 @@
+"""Which calibration samples still count.
+
+A sample whose hidden states, loss or gradients turn non-finite is dropped, and left out of all that
+follows:
+
+    dense, head     no statistics have been gathered by then: it is as if it had not been drawn
+    reverse, prune  the block in which it is found is measured anew without it; what it gave to
+                    blocks that were done by then stays
+
+Averages are those over the samples that are in them. Where only the gradients overflow, and the
+loss was multiplied with a power of two to keep them from vanishing, the sample is tried again with
+a smaller one first, which is divided out exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import NonFiniteError
+
+# One try divides by 2^4; after three of them the smallest gradients vanish.
+_STEP = 4
+_LARGEST = 3 * _STEP
+
+
+class SampleSet:
+    """The samples of a run that are left.
+
+    Args:
+        count: How many were drawn.
+        scaled: Whether their losses are multiplied with something that may be made smaller.
+        tolerated: Which share of them may be dropped.
+        what: What one is called.
+
+    Attributes:
+        dropped: Those that are not left, in the order in which they were found: `sample`, `pass`
+            and `block`, which is None for the head.
+        exponents: Of those whose losses are multiplied with less: by which power of two.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        scaled: bool = False,
+        tolerated: float = 0.1,
+        what: str = "calibration sample",
+    ) -> None:
+        self.dropped: list[dict[str, Any]] = []
+        self.exponents: dict[int, int] = {}
+        self._count = count
+        self._scaled = scaled
+        self._tolerated = tolerated
+        self._what = what
+        self._told: tuple[int, dict[int, int]] = (0, {})
+
+    @property
+    def active(self) -> list[int]:
+        """Numbers of the samples that count, in the order in which they were drawn."""
+        gone = {one["sample"] for one in self.dropped}
+        return [n for n in range(self._count) if n not in gone]
+
+    def drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
+        """Leave these samples out from now on.
+
+        Args:
+            numbers: Of the samples.
+            name: Of the pass in which they turned non-finite.
+            block: In which block; None for the head.
+
+        Raises:
+            NonFiniteError: They have become too many.
+        """
+        self.dropped += [{"sample": n, "pass": name, "block": block} for n in numbers]
+        if len(self.dropped) > self._tolerated * self._count:
+            raise NonFiniteError(self._too_many())
+
+    def reduce_scale_or_drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
+        """Try these samples with a smaller loss, or leave them out if that did not help.
+
+        Raises:
+            NonFiniteError: Too many have been dropped.
+        """
+        self.drop([n for n in numbers if not self.reduce_scale(n)], name, block)
+
+    def reduce_scale(self, number: int) -> bool:
+        """Have the loss of a sample multiplied with less; False if that makes no sense any more."""
+        exponent = self.exponents.get(number, 0) + _STEP
+        if not self._scaled or exponent > _LARGEST:
+            return False
+        self.exponents[number] = exponent
+        return True
+
+    def exponent(self, number: int) -> int:
+        """By which power of two the loss of a sample is smaller than that of others."""
+        return self.exponents.get(number, 0)
+
+    def journal_entry(self) -> dict[str, Any]:
+        """What has changed since this was last asked, for the journal."""
+        dropped, exponents = self._told
+        self._told = len(self.dropped), dict(self.exponents)
+        changed = {n: power for n, power in self.exponents.items() if exponents.get(n) != power}
+        return {
+            "dropped_samples": self.dropped[dropped:],
+            "weakened_samples": [[n, power] for n, power in changed.items()],
+        }
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Take over what an earlier attempt has found."""
+        self.dropped += entry["dropped_samples"]
+        self.exponents |= {n: power for n, power in entry["weakened_samples"]}
+        self._told = len(self.dropped), dict(self.exponents)
+
+    def notes(self) -> list[str]:
+        """A sentence for the record, if some were dropped."""
+        if not self.dropped:
+            return []
+        return [
+            f"{len(self.dropped)} of {self._count} {self._what}s turned non-finite and were left "
+            f"out: {self._where()}"
+        ]
+
+    def _too_many(self) -> str:
+        return (
+            f"{len(self.dropped)} of {self._count} {self._what}s have turned non-finite, at most "
+            f"{self._tolerated:.0%} may: {self._where()}. Look at the weights there, or try "
+            f"--dtype bfloat16 or float32"
+        )
+
+    def _where(self) -> str:
+        first = self.dropped[0]
+        block = "" if first["block"] is None else f"block {first['block']} of "
+        return f"it began with {self._what} {first['sample']} in {block}the {first['pass']} pass"
+
+
+def non_finite(order: Sequence[int], finite: Sequence[Tensor]) -> list[int]:
+    """Which samples are not finite, from a flag for each; waits once for their device."""
+    if not finite:
+        return []
+    flags = torch.stack(list(finite)).tolist()
+    return [n for n, sound in zip(order, flags, strict=True) if not sound]

@@ -1,0 +1,140 @@
+"""Magnitude of the gradients of single samples, without ever creating a `.grad`.
+
+The weights are frozen. At each multiplication the input is remembered and the gradient of the
+output awaited; their product is the sample's gradient of the weight, and only its magnitude is
+kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import UnsupportedModel
+from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
+from lowmem_gblm.sweeps.statistics.finite import are_finite
+
+# Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
+TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+GradientNorm = Literal["l1", "l2"]
+
+
+def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
+    """What the loss is multiplied with so that its gradients do not vanish in the dtype.
+
+    The mean over T tokens makes every gradient a T-th of what a token contributes; in float16 a
+    third of them then rounds to zero at T = 2048. A power of two near T gives that back.
+    """
+    return float(2 ** (seqlen.bit_length() - 1)) if dtype == torch.float16 else 1.0
+
+
+class Gradient:
+    """`sum_n |g_n|` (l1) or `sqrt(sum_n g_n^2)` (l2), float32, for every slot as it is stored.
+
+    A weight that is used several times in one sample has its gradients summed before the magnitude
+    is taken. GBLM-Pruner (arXiv 2311.04902) divides by nothing: the sum grows with N.
+
+    Args:
+        norm: Which magnitude.
+        scale: What the loss was multiplied with; a power of two, divided out exactly.
+        slots: Which slots; all for None.
+
+    Attributes:
+        boost: By how much less the loss of the present sample was multiplied; a power of two.
+    """
+
+    def __init__(
+        self, norm: GradientNorm, scale: float = 1.0, slots: Collection[MatmulWeight] | None = None
+    ) -> None:
+        self.boost = 1.0
+        self._norm = norm
+        self._wanted = None if slots is None else set(slots)
+        self._scale = scale
+        self._sums: dict[MatmulWeight, Tensor] = {}
+        self._awaited: Counter[MatmulWeight] = Counter()
+        self._partial: dict[MatmulWeight, Tensor] = {}
+
+    def observe(self, product: Matmul) -> None:
+        slot, input_TI = product.slot, product.input_TI
+        if self._wanted is not None and slot not in self._wanted:
+            return
+        version = input_TI._version
+        self._awaited[slot] += 1
+
+        def arrive(gradient: Tensor) -> None:
+            # Frozen weights take this check away from autograd.
+            if input_TI._version != version:
+                raise UnsupportedModel(f"the input of {slot} is changed after it was multiplied")
+            gradient_TO = gradient.reshape(-1, gradient.shape[-1])
+            # The order of the factors is autograd's own, so that the bits agree with it.
+            if slot.in_first:
+                self._arrive(slot, input_TI, gradient_TO)
+            else:
+                self._arrive(slot, gradient_TO, input_TI)
+
+        product.out.register_hook(arrive)
+
+    def finish_sample(self) -> None:
+        """Account for weights some of whose products did not reach the loss."""
+        for slot in list(self._partial):
+            self._fold(slot)
+        self._awaited.clear()
+
+    def is_finite(self) -> bool:
+        """Whether no sample so far had a gradient that is NaN or infinite."""
+        return are_finite(self._sums.values())
+
+    def results(self) -> dict[MatmulWeight, Tensor]:
+        """The statistic of every slot that saw a token, float32, in the slot's stored shape.
+
+        Moves the accumulators out: nothing stays here.
+        """
+        sums, self._sums = self._sums, {}
+        for total in sums.values():
+            if self._norm == "l2":
+                total.sqrt_()
+            total /= self._scale
+        return sums
+
+    def _arrive(self, slot: MatmulWeight, left_TR: Tensor, right_TC: Tensor) -> None:
+        """Take in one product's part of a sample's gradient: `left^T @ right`, as it is stored."""
+        self._awaited[slot] -= 1
+        earlier = self._partial.pop(slot, None)
+        if earlier is None and not self._awaited[slot]:
+            self._accumulate(slot, left_TR, right_TC)
+            return
+        gradient = left_TR.T @ right_TC
+        self._partial[slot] = gradient if earlier is None else earlier + gradient
+        if not self._awaited[slot]:
+            self._fold(slot)
+
+    def _accumulate(self, slot: MatmulWeight, left_TR: Tensor, right_TC: Tensor) -> None:
+        """Add the magnitude of a whole gradient, a few rows at a time to stay in cache."""
+        rows, columns = left_TR.shape[1], right_TC.shape[1]
+        sums = self._sums_of(slot, (rows, columns), left_TR.device)
+        step = max(1, TILE[left_TR.device.type] // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            sums[part] += self._magnitude(left_TR[:, part].T @ right_TC)
+
+    def _fold(self, slot: MatmulWeight) -> None:
+        """Add the magnitude of a gradient that came in parts."""
+        gradient = self._partial.pop(slot)
+        sums = self._sums_of(slot, tuple(gradient.shape), gradient.device)
+        sums += self._magnitude(gradient)
+
+    def _sums_of(self, slot: MatmulWeight, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if slot not in self._sums:
+            self._sums[slot] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return self._sums[slot]
+
+    def _magnitude(self, gradient: Tensor) -> Tensor:
+        """What a sample adds. Not `addcmul_` for l2: it rounds once where this rounds twice."""
+        if self.boost != 1:
+            gradient = gradient.float() * self.boost
+        return gradient.abs_() if self._norm == "l1" else gradient.float().square_()

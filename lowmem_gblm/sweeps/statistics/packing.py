@@ -1,0 +1,98 @@
+"""How gradient magnitudes are kept between the sweep that measures and the one that prunes.
+
+In 8 bits they are kept as square roots, in blocks of 256 numbers with one float32 scale each, by
+the unsigned dynamic map of bitsandbytes (arXiv 2110.02861): seven decades of the root, fourteen of
+the magnitude. A block has heavy tails, and what is linear in it, or quantizes the magnitude
+itself, loses the small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_gblm.errors import NonFiniteError
+from lowmem_gblm.model.bnb import BLOCK, from_8_bits, to_8_bits
+from lowmem_gblm.planning import GradientPrecision
+
+# How many tensors `pack` makes.
+PARTS: dict[GradientPrecision, int] = {"float32": 1, "bfloat16": 1, "int8": 2}
+
+_BLOCK = BLOCK["int8"]
+# Numbers of which a root is held at once: whole blocks.
+_TILE = 1 << 22
+
+
+def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
+    """Make gradient magnitudes small.
+
+    Args:
+        magnitude: float32, finite, none negative, any shape and device. Not modified; in float32
+            the result shares its memory.
+        kind: In which precision.
+
+    Returns:
+        `PARTS[kind]` tensors on the same device.
+
+    Raises:
+        NonFiniteError: A magnitude is NaN or infinite.
+    """
+    smallest, largest = magnitude.aminmax()
+    if not bool(largest.isfinite()):
+        raise NonFiniteError("a gradient magnitude is NaN or infinite")
+    assert bool(smallest >= 0), "a magnitude is negative"
+    if kind == "float32":
+        return (magnitude,)
+    if kind == "bfloat16":
+        # What lies above the largest bfloat16 would become infinite.
+        return (magnitude.bfloat16().clamp_(max=torch.finfo(torch.bfloat16).max),)
+    return _quantized_roots(magnitude.reshape(-1))
+
+
+def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int]) -> Tensor:
+    """What `pack` was given, as precisely as it was kept; a zero is a zero again.
+
+    Args:
+        parts: What `pack` made, on any one device.
+        kind: As it was packed.
+        shape: Shape of the magnitudes.
+
+    Returns:
+        float32, on the device of the parts; where they were kept in float32, not a copy.
+    """
+    if kind == "int8":
+        return _squares(*parts).view(*shape)
+    return parts[0].view(*shape).float()
+
+
+def packed_bytes(numel: int, kind: GradientPrecision) -> int:
+    """What the parts of so many magnitudes take together, exactly."""
+    if kind == "int8":
+        return numel + 4 * -(-numel // _BLOCK)
+    return numel * (4 if kind == "float32" else 2)
+
+
+def _quantized_roots(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [numbers], and the largest root of every block, float32 [blocks]."""
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    scales = flat.new_empty(-(-flat.numel() // _BLOCK))
+    for part, blocks in _tiles(flat.numel()):
+        codes[part], scales[blocks] = to_8_bits(flat[part].sqrt(), signed=False)
+    return codes, scales
+
+
+def _squares(codes: Tensor, scales: Tensor) -> Tensor:
+    squares = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for part, blocks in _tiles(codes.numel()):
+        roots = from_8_bits(codes[part], scales[blocks], torch.float32, signed=False)
+        torch.square(roots, out=squares[part])
+    return squares
+
+
+def _tiles(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the numbers, and of the blocks that they are."""
+    for start in range(0, numel, _TILE):
+        block = start // _BLOCK
+        yield slice(start, start + _TILE), slice(block, block + _TILE // _BLOCK)
