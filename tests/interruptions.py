@@ -7,11 +7,11 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ class Photographer:
         self._parent = parent
         self._album = album
         self._seen: set[str] = set()
-        self._lock = RLock()
+        self._lock = threading.RLock()
         self.operations = 0
         self.photographs: list[Path] = []
 
@@ -104,6 +104,14 @@ def stopped_at(
         run(folder, listener=listener, **options)
 
 
+def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the watch see that host memory has run short; returns once it has requested a stop."""
+    monkeypatch.setattr("lowmem_gblm.runtime.watchdog.host_resident_bytes", lambda: 1 << 60)
+    for thread in threading.enumerate():
+        if thread.name == "host-watch":
+            thread.join(50)
+
+
 class Killer:
     """Kills processes at random moments, some and not all, however busy the machine is.
 
@@ -144,11 +152,3 @@ def _is_killed(action: Callable[[], object], seconds: float) -> bool:
 def ctrl_c(*args: object, **options: object) -> None:
     """Stands for what is interrupted when it is called."""
     raise KeyboardInterrupt
-
-
-def both_at_once() -> None:
-    """Python would raise for the second while what it raised for the first unwinds."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    for number in SIGNALS:
-        signal.raise_signal(number)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

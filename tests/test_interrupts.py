@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -13,19 +14,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from interruptions import SIGNALS, both_at_once, content, ctrl_c
+from interruptions import SIGNALS, content, ctrl_c, out_of_memory
 from tiny import save_tiny
 
+import lowmem_gblm
 from lowmem_gblm.cli import main as cli
-from lowmem_gblm.errors import CheckpointError
+from lowmem_gblm.cli.console import Console
+from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.model.tokenizer import _tokenizer_errors
+from lowmem_gblm.runtime.progress import Tick
+from lowmem_gblm.runtime.signals import StopRequested
 from lowmem_gblm.storage import atomic
+from lowmem_gblm.sweeps.block_pruner import BlockPruner
 
 MOMENTS = 20
 KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To go on:"
 NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To begin again:"
+STOPPING = "lowmem-gblm: interrupted: stopping after the current sample. Once more ends at once"
+ENDED = "lowmem-gblm: ended at once. To go on, or to begin again:"
 WHOLE = r"lowmem-gblm: interrupted, but \S+ is whole already\."
 
 
@@ -75,7 +84,9 @@ class Child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if ignoring is not None:
                 signal.signal(ignoring, signal.SIG_IGN)
-            sys.stderr = self._log.open("w", buffering=1)
+            log = self._log.open("w", buffering=1)
+            os.dup2(log.fileno(), 2)
+            sys.stderr = log
             run = cli._prune
 
             def announced(arguments: object) -> int:
@@ -138,81 +149,184 @@ def test_interrupted_at_random_moments(
     assert interrupted > MOMENTS / 4
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 8, 13, 21, -2, -1])
-@pytest.mark.parametrize("name", ["fsync", "rename"])
-def test_interrupted_during_a_commit(
-    name: str,
-    at: int,
+def test_interrupted_while_the_output_gets_its_place(
     argv: list[str],
     expected: tuple[dict[str, str], float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = 0
-    real = getattr(os, name)
+    rename = os.rename
 
-    def counting(*args: object) -> None:
-        nonlocal calls
-        calls += 1
-        real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, name, counting)
-        assert cli.main(argv) == 0
-    shutil.rmtree(tmp_path / "out")
-    left = at if at > 0 else calls + 1 + at
-
-    def interrupting(*args: object) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
+    def renamed(source: Path, target: Path) -> None:
+        if target == tmp_path / "out":
             signal.raise_signal(signal.SIGINT)
-        real(*args)
+        rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, name, interrupting)
+        patch.setattr(atomic.os, "rename", renamed)
         code, lines = Child(argv, tmp_path / "log").ended()
+    assert (code, lines[-2]) == (130, STOPPING)
+    assert re.fullmatch(WHOLE, lines[-1])
+    assert content(tmp_path / "out") == expected[0]
+
+
+def at_tick(
+    monkeypatch: pytest.MonkeyPatch, stage: str, step: int, act: Callable[[], object]
+) -> None:
+    """Let a command do something when so many steps of a stage are done."""
+
+    def display(display: Console, tick: Tick) -> None:
+        if (tick.stage, tick.step) == (stage, step):
+            act()
+
+    monkeypatch.setattr(Console, "__call__", display)
+
+
+STEPS = [
+    *(("embed", 1), ("embed", 4), ("dense", 1), ("dense", 2), ("head", 1), ("head", 4)),
+    *(("reverse", 1), ("reverse", 2), ("prune", 1), ("prune", 2)),
+]
+
+
+@pytest.mark.parametrize(("stage", "step"), STEPS)
+def test_interrupted_at_any_stage(
+    stage: str,
+    step: int,
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last step of `prune` is followed by the copy of what lies outside of the blocks."""
+    with monkeypatch.context() as patch:
+        at_tick(patch, stage, step, lambda: signal.raise_signal(signal.SIGINT))
+        code, lines = Child(argv, tmp_path / "log").ended()
+    assert (code, len(lines), lines[0]) == (130, 3, STOPPING)
     goes_on(code, lines, tmp_path / "out", expected[0])
 
 
-def unwound_badly() -> None:
-    """What torch does where an interruption meets it between two steps of its mode stack."""
-    try:
+@pytest.mark.parametrize(("stage", "step"), STEPS[::3])
+@pytest.mark.parametrize("first", SIGNALS)
+def test_the_second_signal_ends_at_once(
+    first: signal.Signals,
+    stage: str,
+    step: int,
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(first)
         signal.raise_signal(signal.SIGINT)
-    except KeyboardInterrupt:
-        raise RuntimeError("trying to pop from empty mode stack") from None
+        time.sleep(600)
+
+    with monkeypatch.context() as patch:
+        at_tick(patch, stage, step, twice)
+        code, lines = Child(argv, tmp_path / "log").ended()
+    assert (code, lines[:-1]) == (130, [STOPPING, ENDED])
+    assert not (tmp_path / "out").exists()
+    assert cli.main(shlex.split(lines[-1])[1:]) == 0
+    assert content(tmp_path / "out") == expected[0]
 
 
-def refused_late() -> None:
-    """What our own code makes of an error that it knows."""
-    try:
-        unwound_badly()
-    except RuntimeError:
-        raise CheckpointError("the file ends early") from None
+@pytest.mark.parametrize(("stage", "step"), [("dry_run", 1), ("prune", 1), ("prune", 2)])
+def test_a_job_in_place_is_stopped_and_goes_on(
+    stage: str,
+    step: int,
+    prune_in_place: Callable[..., dict[str, Any]],
+    small: Path,
+    tmp_path: Path,
+) -> None:
+    def listener(tick: Tick) -> None:
+        if (tick.stage, tick.step) == (stage, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole, stopped = (Path(shutil.copytree(small, tmp_path / name)) for name in ("whole", "model"))
+    prune_in_place(whole, method="wanda")
+    with pytest.raises(StopRequested):
+        prune_in_place(stopped, method="wanda", listener=listener)
+    assert prune_in_place(stopped, method="wanda")["attempts"] == 2
+    assert content(stopped) == content(whole)
 
 
-@pytest.mark.parametrize("interrupt", [unwound_badly, both_at_once, refused_late])
-@pytest.mark.parametrize(
-    "at",
-    [
-        "commands.prune.pipeline.open_setup",
-        "commands.prune.session.SweepContext.write",
-        "commands.prune.pipeline.record",
-    ],
-)
-def test_nothing_comes_between_an_interruption_and_its_message(
-    at: str,
-    interrupt: Callable[[], None],
+def test_after_a_signal_no_sample_and_no_matrix_is_begun(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt is stopped in the middle of a piece of work, and later than the one before."""
+    begun: list[str] = []
+    last: list[str] = []
+
+    def counted(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counting(self: object, *args: object, **options: object) -> object:
+            begun.append(name)
+            if len(begun) == 5 + len(last):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    asked = {"nsamples": 4, "seqlen": 64, "calibration": str(text_file)}
+    lowmem_gblm.prune(model, tmp_path / "whole", **asked)
+    counted(StreamedModel, "forward_block")
+    counted(BlockPruner, "_decide")
+    while True:
+        begun.clear()
+        try:
+            lowmem_gblm.prune(model, tmp_path / "out", **asked)
+        except StopRequested:
+            # The first sample of a block is computed twice, to see what gradients need.
+            assert begun[5 + len(last) :] in ([], ["forward_block"])
+            last.append(begun[4 + len(last)])
+        else:
+            break
+    assert set(last) == {"forward_block", "_decide"}
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_run_that_memory_stops_goes_on(
     argv: list[str],
     expected: tuple[dict[str, str], float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(f"lowmem_gblm.{at}", lambda *args: interrupt())
-        code, lines = Child(argv, tmp_path / "log").ended()
-    assert code == 130, lines
-    goes_on(code, lines, tmp_path / "out", expected[0])
+        at_tick(patch, "dense", 1, lambda: out_of_memory(patch))
+        code, lines = Child([*argv, "--cpu-memory", "8GiB"], tmp_path / "log").ended()
+    assert (code, len(lines)) == (4, 1)
+    assert lines[0].startswith("lowmem-gblm: this process has taken 1073741824.00 GiB of host")
+    assert cli.main(argv) == 0
+    assert content(tmp_path / "out") == expected[0]
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["attempts"] == 2
+
+
+IMPORTING = """
+import importlib.abc, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lowmem_gblm.cli.main import main
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["lowmem-gblm", "plan", "demo"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "torch._tensor", "torch.nn", "transformers.utils"])
+def test_interrupted_while_libraries_are_imported(name: str) -> None:
+    program = [sys.executable, "-c", IMPORTING.format(name=name)]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == (
+        "lowmem-gblm: interrupted. Nothing half-done is left. To begin again:\n"
+        "lowmem-gblm plan demo\n"
+    )
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interruptions import content, stopped_at
+from interruptions import content, out_of_memory, stopped_at
 from safetensors.torch import load_file, save_file
 
 import lowmem_gblm
@@ -20,7 +21,7 @@ from lowmem_gblm.commands.prune.pipeline import prune
 from lowmem_gblm.commands.prune.resume import find_job
 from lowmem_gblm.commands.request import PruneRequest, to_json
 from lowmem_gblm.errors import BudgetError, CheckpointError, DiskError, JobError, RequestError
-from lowmem_gblm.runtime.watchdog import HostWatch
+from lowmem_gblm.runtime.progress import Tick
 from lowmem_gblm.storage import job as jobs
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
@@ -363,7 +364,7 @@ def test_a_source_that_is_sick_for_a_moment_does_not_cost_the_job(
 ) -> None:
     run(tmp_path / "expected")
 
-    def gone(output: CheckpointWriter) -> None:
+    def gone(output: CheckpointWriter, check: Callable[[], None]) -> None:
         raise CheckpointError("a shard is shorter than it was")
 
     with monkeypatch.context() as patch:
@@ -377,7 +378,7 @@ def test_a_source_that_is_sick_for_a_moment_does_not_cost_the_job(
 def test_what_has_gone_in_the_middle_of_a_run_is_named_with_the_way_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(output: CheckpointWriter) -> None:
+    def denied(output: CheckpointWriter, check: Callable[[], None]) -> None:
         raise PermissionError(13, "Permission denied", "/far/shard.safetensors")
 
     with monkeypatch.context() as patch:
@@ -455,16 +456,17 @@ def test_a_parent_that_may_not_be_written_to_asks_for_a_work_folder(
 def test_memory_that_runs_short_stops_a_run_outside_of_the_main_thread(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checks: list[str] = []
+    ticks: list[Tick] = []
 
-    def short(watch: HostWatch) -> None:
-        checks.append("")
-        if len(checks) == 2:
-            raise BudgetError("no memory is left")
+    def listener(tick: Tick) -> None:
+        ticks.append(tick)
+        out_of_memory(monkeypatch)
 
-    monkeypatch.setattr(HostWatch, "check", short)
-    with pytest.raises(BudgetError, match="no memory is left"):
-        run(tmp_path / "out")
+    with ThreadPoolExecutor(1) as elsewhere:
+        running = elsewhere.submit(run, tmp_path / "out", listener=listener, cpu_memory=8 << 30)
+        with pytest.raises(BudgetError, match="stopped before the system"):
+            running.result()
+    assert len(ticks) == 1
 
 
 def test_new_folders_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

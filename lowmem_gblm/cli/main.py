@@ -32,7 +32,7 @@ from lowmem_gblm.commands.request import (
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.planning.resources import Resources, options
-from lowmem_gblm.runtime.signals import clear_up, interruptible, interruption_first
+from lowmem_gblm.runtime.signals import raise_on_signals
 
 _DEMO_FOLDER = "lowmem-gblm-demo"
 _DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
@@ -41,6 +41,7 @@ _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
+_ENDED = "lowmem-gblm: ended at once. To go on, or to begin again:"
 _RECORD = "pruning.json"
 
 
@@ -49,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     reserve_streams()
     arguments = _parsed(argv)
     _quiet_libraries()
-    with interruptible(ends=argv is None):
-        try:
-            return _run(arguments)
-        except KeyboardInterrupt:
-            return _interrupted(arguments, argv)
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    typed = shlex.join([*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv])
     try:
-        with interruption_first():
+        return _run(arguments, typed, ends=argv is None)
+    except KeyboardInterrupt:
+        return _interrupted(arguments, typed)
+
+
+def _run(arguments: argparse.Namespace, typed: str, *, ends: bool) -> int:
+    try:
+        with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=ends):
             code: int = arguments.run(arguments)
             return code
     except LowmemGblmError as error:
@@ -72,14 +73,12 @@ def _run(arguments: argparse.Namespace) -> int:
         return fail_of_system(error)
 
 
-def _interrupted(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
-    """Say what is kept, and what to type to go on."""
-    clear_up()
+def _interrupted(arguments: argparse.Namespace, typed: str) -> int:
+    """Say what is kept, and what to type to go on; returns the exit code."""
     hint = arguments.interrupted(arguments)
     if hint is None:
         return fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
-    typed = [*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv]
-    return fail(f"interrupted. {hint}:\n{shlex.join(typed)}", INTERRUPTED)
+    return fail(f"interrupted. {hint}:\n{typed}", INTERRUPTED)
 
 
 def _program() -> list[str]:

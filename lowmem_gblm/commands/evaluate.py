@@ -24,6 +24,7 @@ from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.planning import Plan, gibibytes
 from lowmem_gblm.runtime import machine, memory
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
+from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
 from lowmem_gblm.storage.in_place_marker import check_whole
@@ -76,6 +77,7 @@ def _evaluated(
     )
     check_tokens(opened, samples_NT)
     count = len(samples_NT)
+    stop = StopFlag()
     progress = Progress(
         [
             Stage(name="embed", steps=count, cost=0),
@@ -83,13 +85,15 @@ def _evaluated(
             Stage(name="loss", steps=count, cost=1 / streamed.depth),
         ],
         listener,
+        stop,
     )
     folder = _work_folder(request)
     _remove_left_behind(folder)
     made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
     with (
+        stop_on_signals(stop),
         _told_of_its_disk(made, folder),
-        _watched(opened, request, made, folder),
+        _watched(opened, request, made, folder, stop),
         _folder(folder) as own,
     ):
         losses = _losses(opened, request, made, samples_NT, own, progress)
@@ -155,13 +159,15 @@ def _losses(
             return losses_of(streamed, samples_NT, offload, progress)
 
 
-def _watched(opened: OpenModel, request: EvalRequest, made: Plan, folder: Path) -> HostWatch:
+def _watched(
+    opened: OpenModel, request: EvalRequest, made: Plan, folder: Path, stop: StopFlag
+) -> HostWatch:
     """Holds the run to its budget."""
     device = opened.streamed.device
     budget = budget_of(request, device, [folder])
     if budget.gpu_bytes is not None:
         memory.limit_gpu(device, budget.gpu_bytes)
-    return HostWatch(budget.host_bytes, planned_bytes=made.predicted.host_bytes)
+    return HostWatch(budget.host_bytes, stop, planned_bytes=made.predicted.host_bytes)
 
 
 def _work_folder(request: EvalRequest) -> Path:

@@ -8,14 +8,8 @@ from typing import Any
 
 
 def worker(name: str) -> ThreadPoolExecutor:
-    """A thread for pieces of work, which has been started.
-
-    An executor starts its thread only when it gets its first piece of work. Ctrl-C in that moment
-    would leave a thread at work that `shutdown` does not know of.
-    """
-    executor = ThreadPoolExecutor(1, name)
-    executor.submit(int)
-    return executor
+    """Return a thread for pieces of work."""
+    return ThreadPoolExecutor(1, name)
 
 
 class SerialWorker:

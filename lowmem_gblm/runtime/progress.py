@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lowmem_gblm.runtime.memory import host_peak_bytes
-from lowmem_gblm.runtime.signals import check_interrupted
+from lowmem_gblm.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,21 @@ class Progress:
     Args:
         stages: What will be done, in order.
         listener: Told after every step; None for nobody.
+        stop: What `check` and `step` look at; None where nothing stops the run.
 
     Attributes:
         seconds: Seconds each stage has taken.
+        check: Raises what a stop was requested with; called before every sample and piece of work.
         waited_seconds: How many of them the computation stood still for data to arrive or leave.
     """
 
-    def __init__(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        listener: Listener | None = None,
+        stop: StopFlag | None = None,
+    ) -> None:
+        self.check = (stop or StopFlag()).check
         self.seconds: dict[str, float] = {}
         self.waited_seconds: dict[str, float] = {}
         self._stages = {stage.name: stage for stage in stages}
@@ -108,10 +116,10 @@ class Progress:
         """One step of the current stage is done.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C came, and nobody has taken notice.
+            BaseException: What a stop was requested with, as by `check`.
         """
         assert self._stage is not None, "a step belongs to a stage"
-        check_interrupted()
+        self.check()
         self._step += 1
         if self._listener is None:
             return

@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM: an interruption is not interrupted, and none is lost."""
+"""Ctrl-C and SIGTERM: the first stops a run before its next sample, the second ends the process.
+
+A run looks at one flag before every sample and every matrix. Nothing is raised in between, so no
+library, no write and no clean-up is ever interrupted in the middle. Outside of a run, where models
+are opened and libraries imported, the first signal raises at once, as Python itself would.
+"""
 
 from __future__ import annotations
 
@@ -8,146 +13,168 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_gblm.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-
-_AGAIN_S = 0.01
-_PATIENCE = (
-    b"lowmem-gblm: interrupted: what is under way is being finished. Once more ends it at once\n"
-)
+_STOPPING = b"lowmem-gblm: interrupted: stopping after the current sample. Once more ends at once\n"
+# The signals, and what Python does with each of them.
+_DEFAULTS: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
 
 
 class StopRequested(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM.
+    """What SIGINT and SIGTERM raise.
 
-    Of a `KeyboardInterrupt` itself that passes through `exec`, Python remembers that it came, and
-    ends the process by a signal instead of its exit code.
+    A `KeyboardInterrupt` itself that passes through `exec` makes Python end the process by a signal
+    instead of an exit code; an instance of a subclass does not.
     """
 
 
-class _State:
-    """Of the process.
+class StopFlag:
+    """A request to stop a run: any thread makes it, the run raises it before its next sample."""
 
-    Attributes:
-        came: How many signals.
-        lost: Whether Python has dropped what the first one raised.
-        clearing: Whether all is being put in order for it.
-        ends: Whether the process ends afterwards.
-    """
+    def __init__(self) -> None:
+        self._requested: list[BaseException] = []
 
-    came = 0
-    lost = False
-    clearing = False
-    ends = False
+    def request(self, error: BaseException) -> None:
+        """Request a stop; of several requests the first one counts."""
+        # Appending needs no lock, which a signal handler would wait for in vain.
+        self._requested.append(error)
+
+    def check(self) -> None:
+        """Raise what was requested, if a stop was."""
+        if self._requested:
+            raise self._requested[0]
 
 
-@contextmanager
-def interruptible(*, ends: bool) -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises `StopRequested`, until `clear_up` is called.
-
-    A later one raises only if the first was lost, so that what unwinds is left to unwind. Where
-    the process ends, the second says so, and the third ends it as a crash would.
-    What was ignored before stays ignored.
+class _Handler:
+    """A handler of both signals.
 
     Args:
-        ends: Whether the process ends afterwards: signals do nothing then. Otherwise what they
-            did before is put back.
+        again: Called with the number of every signal but the first.
+
+    Attributes:
+        run: The flag of the run under way; without a run the first signal raises.
+        came: How many signals have come.
     """
-    if threading.current_thread() is not threading.main_thread():
+
+    def __init__(self, again: Callable[[int], None]) -> None:
+        self.run: StopFlag | None = None
+        self.came = 0
+        self._again = again
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came += 1
+        if self.came > 1:
+            self._again(number)
+        elif self.run is None:
+            raise StopRequested
+        else:
+            self.run.request(StopRequested())
+            _write(_STOPPING)
+
+
+@contextmanager
+def raise_on_signals(last_words: str, *, ends: bool) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM raise `StopRequested`, and the second end the process.
+
+    A signal is never lost: where a library drops or replaces what was raised, it is raised at the
+    end. A signal that was ignored before stays ignored. Only the main thread is concerned.
+
+    Args:
+        last_words: What the second signal writes to stderr.
+        ends: Whether the process ends afterwards: then signals are ignored from there on, for the
+            sake of its exit code. Otherwise the handlers from before are put back.
+    """
+    if not _is_main_thread():
         yield
         return
-    handlers = {signal.SIGINT: _interrupt, signal.SIGTERM: _interrupt, signal.SIGALRM: _raise_again}
-    former = {number: signal.getsignal(number) for number in handlers}
-    former = {number: how for number, how in former.items() if how is not signal.SIG_IGN}
+    handler = _Handler(partial(_end, os.fsencode(last_words)))
+    former = {number: signal.getsignal(number) for number in _DEFAULTS}
+    # None stands for a handler that Python does not know and could not put back.
+    former = {number: how for number, how in former.items() if how not in (signal.SIG_IGN, None)}
     hook = sys.unraisablehook
-    _forget()
-    _State.ends = ends
     try:
-        sys.unraisablehook = _noticing(hook)
+        sys.unraisablehook = partial(_end_if_dropped, handler, hook)
         for number in former:
-            signal.signal(number, handlers[number])
+            signal.signal(number, handler)
         yield
+    except Exception as error:
+        if handler.came:
+            raise StopRequested from error
+        raise
     finally:
         sys.unraisablehook = hook
-        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, how in former.items():
-            # Only this outlasts the end of the interpreter.
             signal.signal(number, signal.SIG_IGN if ends else how)
-        _forget()
-
-
-def clear_up() -> None:
-    """From now on signals do nothing: the step under way becomes durable, a person is told."""
-    _State.clearing = True
-
-
-def check_interrupted() -> None:
-    """Raise `StopRequested` if a signal has come and nobody has taken notice.
-
-    Python drops what is raised while an object is being finalized. It is raised again a moment
-    later; by this a step that is about to be counted is not.
-    """
-    if _State.came and not _State.clearing:
-        _State.lost = False
+    if handler.came:
         raise StopRequested
 
 
 @contextmanager
-def interruption_first() -> Iterator[None]:
-    """Within, an error that follows an interruption is one.
+def stop_on_signals(stop: StopFlag) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM request a stop, and say so on stderr.
 
-    Where an interruption meets a library between two of its steps, what unwinds there may fail.
+    The second one ends the process within `raise_on_signals`. Elsewhere, as in a notebook, handlers
+    that are not Python's own are left alone, and the second signal does what it did before. A
+    signal that no check has met is raised at the end. Only the main thread is concerned.
     """
-    try:
+    if not _is_main_thread():
         yield
-    except Exception as error:
-        if _State.came:
-            raise StopRequested from error
-        raise
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _State.clearing:
         return
-    if _State.lost or not _State.came:
-        _State.came, _State.lost = 1, False
+    found = {number: signal.getsignal(number) for number in _DEFAULTS}
+    replaced: dict[int, Any] = {}
+    handler = next((how for how in found.values() if isinstance(how, _Handler)), None)
+    if handler is None:
+        replaced = {number: how for number, how in found.items() if how == _DEFAULTS[number]}
+        handler = _Handler(partial(_do_as_before, replaced))
+    outer, handler.run = handler.run, stop
+    if handler.came:
+        stop.request(StopRequested())
+    try:
+        for number in replaced:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, how in replaced.items():
+            signal.signal(number, how)
+        handler.run = outer
+    if handler.came:
         raise StopRequested
-    _State.came += 1
-    if _State.ends and _State.came > 2:
-        os._exit(INTERRUPTED)
-    # The terminal may be gone; what unwinds is not to meet that.
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end(last_words: bytes, number: int) -> None:
+    _write(last_words)
+    os._exit(INTERRUPTED)
+
+
+def _do_as_before(former: dict[int, Any], number: int) -> None:
+    signal.signal(number, former[number])
+    signal.raise_signal(number)
+
+
+def _end_if_dropped(
+    handler: _Handler, hook: Callable[[UnraisableHookArgs], object], dropped: UnraisableHookArgs
+) -> None:
+    """End the process if Python drops a `StopRequested`, as it does in a `__del__`."""
+    if issubclass(dropped.exc_type, StopRequested):
+        handler(signal.SIGINT, None)
+    hook(dropped)
+
+
+def _write(line: bytes) -> None:
+    """Write to stderr, which may be gone."""
     with suppress(OSError):
-        if _State.ends:
-            os.write(2, b"\n" * os.isatty(2) + _PATIENCE)
-
-
-def _noticing(hook: Callable[[UnraisableHookArgs], object]) -> Callable[[UnraisableHookArgs], None]:
-    """Of what Python drops, an interruption is raised anew, and the rest left to `hook`."""
-
-    def notice(dropped: UnraisableHookArgs) -> None:
-        if not issubclass(dropped.exc_type, StopRequested):
-            hook(dropped)
-            return
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
-        # Last: in here it would be dropped again.
-        _State.lost = True
-
-    return notice
-
-
-def _raise_again(number: int, frame: FrameType | None) -> None:
-    """Comes every moment, until somebody has taken notice."""
-    if _State.lost or _State.clearing:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    if _State.lost:
-        _interrupt(number, frame)
-
-
-def _forget() -> None:
-    _State.came, _State.lost, _State.clearing, _State.ends = 0, False, False, False
+        os.write(2, b"\n" * os.isatty(2) + line)

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -133,10 +133,14 @@ class InPlaceWriter:
             self._marker.tell(overwritten=True)
             self._overwrite(self._work_folder / name)
 
-    def write_rest(self) -> None:
-        """Read all shards as they are now: nothing is left to be written."""
+    def write_rest(self, check: Callable[[], None]) -> None:
+        """Read all shards as they are now: nothing is left to be written.
+
+        Args:
+            check: Called before every piece; it raises if the run is to stop.
+        """
         files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
-        self.shards = {name: _summary(file) for name, file in sorted(files.items())}
+        self.shards = {name: _summary(file, check) for name, file in sorted(files.items())}
         self._source.bytes_read += self._source.nbytes()
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -291,11 +295,19 @@ def _block_of(file_name: str) -> int:
     return int(Path(file_name).stem.removeprefix("overwrites-"))
 
 
-def _summary(file: Path) -> dict[str, Any]:
-    """Its `bytes` and its `sha256`."""
-    with open(file, "rb") as opened, blamed(file):
-        digest = file_digest(opened, "sha256").hexdigest()
-        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}
+def _summary(file: Path, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Return its `bytes` and its `sha256`; `check` is called before every piece."""
+    hashed = sha256()
+    with open(file, "rb") as opened:
+        while piece := _read(opened, file):
+            check()
+            hashed.update(piece)
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashed.hexdigest()}
+
+
+def _read(opened: BinaryIO, file: Path) -> bytes:
+    with blamed(file):
+        return opened.read(_PIECE_BYTES)
 
 
 def _damaged(file: Path, why: str, model: Path) -> JobError:

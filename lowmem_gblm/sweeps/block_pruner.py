@@ -15,6 +15,7 @@ from lowmem_gblm.methods.masks import Pattern
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 
 GradientOf = Callable[[MatmulWeight], Tensor | None]
@@ -31,6 +32,7 @@ class BlockPruner:
         device: Where scores are computed.
         tensors: For the record, by name on disk: shape, zeros, layout.
         notes: For the record: what a method had to say.
+        stop: Looked at before every matrix.
     """
 
     method: Method
@@ -39,6 +41,7 @@ class BlockPruner:
     device: torch.device
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    stop: StopFlag = field(default_factory=StopFlag)
     _told: tuple[int, int] = (0, 0)
 
     def journal_entry(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class BlockPruner:
             NonFiniteError: A score or an updated weight of the named tensor is not finite.
         """
         for weight in block.weights:
+            self.stop.check()
             on_disk_OI = weight.on_disk(block.raw[weight.name])
             statistics = self._statistics(weight, measured, gradient_of)
             decision = self._decide(weight, on_disk_OI.to(self.device), statistics)

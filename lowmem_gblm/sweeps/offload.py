@@ -25,7 +25,7 @@ class Offload:
     Args:
         spill: Where tensors wait.
         device: Where they are computed with.
-        progress: Told how long the computation waits.
+        progress: Told how long the computation waits; knows whether the run is to stop.
         behind_bytes: How much may be on its way out at once; 0 writes before it goes on.
     """
 
@@ -57,11 +57,15 @@ class Offload:
         """For these samples their number and the tensors of these names, on the device.
 
         The tensors are not to be modified.
+
+        Raises:
+            BaseException: What a stop was requested with, before the next sample.
         """
         # What was sent off must have arrived before it can come back.
         self._wait([future for name, _, future in self._behind if name in names])
         ahead = self._reader.submit(self._fetch, names, order[0])
         for n, following in zip(order, [*order[1:], None], strict=True):
+            self._progress.check()
             with self._progress.waiting():
                 tensors = ahead.result()
             if following is not None:

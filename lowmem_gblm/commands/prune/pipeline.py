@@ -32,6 +32,7 @@ from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.planning import FLOAT32_BYTES, Plan, slices_within
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.progress import Listener
+from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.writer import check_absent
 from lowmem_gblm.storage.in_place import check_confirmed, check_unpruned
@@ -79,9 +80,10 @@ def _run_passes(setup: PruneSetup, listener: Listener | None) -> dict[str, Any]:
     if setup.budget.gpu_bytes is not None:
         memory.limit_gpu(device, setup.budget.gpu_bytes)
     planned_bytes = setup.plan.predicted.host_bytes
+    stop = StopFlag()
     with (
-        HostWatch(setup.budget.host_bytes, planned_bytes=planned_bytes) as watch,
-        begin_or_resume(setup, listener, watch.check) as run,
+        HostWatch(setup.budget.host_bytes, stop, planned_bytes=planned_bytes),
+        begin_or_resume(setup, listener, stop) as run,
     ):
         for name in setup.schedule.passes:
             with run.progress.stage(name):
@@ -89,7 +91,7 @@ def _run_passes(setup: PruneSetup, listener: Listener | None) -> dict[str, Any]:
                 _PASSES[name](run)
         with run.progress.stage("finish"):
             run.settle()
-            run.output.write_rest()
+            run.output.write_rest(run.progress.check)
             run.progress.step()
         made = record(setup, run.pruner, run.samples, run.losses, run.progress, run.output, run.job)
         return run.publish(made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from lowmem_gblm.model.block_loader import Block, BlockLoader
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.runtime.machine import is_device_error
 from lowmem_gblm.runtime.progress import Listener, Progress
-from lowmem_gblm.runtime.signals import clear_up, interruption_first
+from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter, partial_folder
 from lowmem_gblm.storage.disk_errors import explained, to_go_on, to_resume_or_discard
@@ -53,7 +53,6 @@ class SweepContext:
     pruner: BlockPruner
     samples: SampleSet
     progress: Progress
-    check_memory: Callable[[], None]
     losses: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
     _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
@@ -87,9 +86,7 @@ class SweepContext:
 
         Raises:
             OSError: The disk is full or failing; perhaps in the step before.
-            BudgetError: Host memory has run short.
         """
-        self.check_memory()
         with self.progress.waiting():
             self.settle()
         names, arriving = self.offload.in_flight()
@@ -167,7 +164,7 @@ class _Step:
 
 @contextmanager
 def begin_or_resume(
-    setup: PruneSetup, listener: Listener | None, check_memory: Callable[[], None]
+    setup: PruneSetup, listener: Listener | None, stop: StopFlag
 ) -> Iterator[SweepContext]:
     """Everything the passes work with, as an earlier attempt has left it, or new.
 
@@ -177,7 +174,7 @@ def begin_or_resume(
     Args:
         setup: What the run is made of.
         listener: Told of every step.
-        check_memory: Raises `BudgetError` where host memory has run short.
+        stop: What stops the run before its next sample; also requested by SIGINT and SIGTERM.
 
     Raises:
         JobError: Another job is there, or another process works on it.
@@ -185,7 +182,7 @@ def begin_or_resume(
         DiskError: A disk is failing, or a file or folder has gone that is needed.
     """
     try:
-        with _begun(setup, listener, check_memory) as run:
+        with _begun(setup, listener, stop) as run:
             yield run
     except OSError as error:
         if error.errno is None:
@@ -197,11 +194,9 @@ def begin_or_resume(
 
 
 @contextmanager
-def _begun(
-    setup: PruneSetup, listener: Listener | None, check_memory: Callable[[], None]
-) -> Iterator[SweepContext]:
+def _begun(setup: PruneSetup, listener: Listener | None, stop: StopFlag) -> Iterator[SweepContext]:
     job = Job(setup.work_folder, setup.description(), setup.previous)
-    with ExitStack() as within:
+    with ExitStack() as signals, ExitStack() as within:
         try:
             output = _target(setup, job)
         except BaseException:
@@ -209,23 +204,19 @@ def _begun(
                 InPlaceMarker(setup.output, setup.work_folder, job.id).remove()
             _put_away(job, None, keep=job.resumed)
             raise
+        signals.enter_context(stop_on_signals(stop))
         try:
-            progress = Progress(stages(setup), listener)
-            with interruption_first():
-                yield _assembled(setup, job, output, progress, check_memory, within)
+            progress = Progress(stages(setup), listener, stop)
+            yield _assembled(setup, job, output, progress, stop, within)
         except BaseException as error:
-            clear_up()
             within.close()
             # What has finished steps is never removed: the cause may go away, as that of a device.
             keep, overwritten = job.resumed, setup.request.in_place and bool(_shards(job))
             _put_away(job, output, keep=keep)
             _raise_told(error, setup, keep=keep, overwritten=overwritten)
             raise
-    try:
+        within.close()
         _put_away(job, output, keep=False)
-    except KeyboardInterrupt:
-        job.remove()
-        raise
 
 
 def _raise_told(error: BaseException, setup: PruneSetup, *, keep: bool, overwritten: bool) -> None:
@@ -300,7 +291,7 @@ def _assembled(
     job: Job,
     output: BlockWriter,
     progress: Progress,
-    check_memory: Callable[[], None],
+    stop: StopFlag,
     within: ExitStack,
 ) -> SweepContext:
     checkpoint, streamed = setup.opened.checkpoint, setup.opened.streamed
@@ -327,10 +318,9 @@ def _assembled(
         offload=within.enter_context(offload),
         gradients=GradientStore(spill, offload, choices.gradient_precision),
         output=output,
-        pruner=BlockPruner(setup.method, request.target, request.alpha, streamed.device),
+        pruner=BlockPruner(setup.method, request.target, request.alpha, streamed.device, stop=stop),
         samples=SampleSet(len(setup.samples), scaled=setup.loss_scale > 1),
         progress=progress,
-        check_memory=check_memory,
     )
     within.callback(run.close)
     for entry in job.entries:

@@ -115,11 +115,16 @@ class CheckpointWriter:
     def committed(self, blocks: Iterable[int]) -> None:
         """The journal has these blocks: nothing more is to be done for them."""
 
-    def write_rest(self) -> None:
-        """Write the shard of everything that no block holds, and copy the side files."""
+    def write_rest(self, check: Callable[[], None]) -> None:
+        """Write the shard of everything that no block holds, and copy the side files.
+
+        Args:
+            check: Called before every piece; it raises if the run is to stop.
+        """
         self.settle()
-        self._write_shard(self._shard(len(self._blocks)), self._rest, self._copy_tensors)
-        copy_side_files(self._source.folder, self.partial)
+        copy = partial(self._copy_tensors, check=check)
+        self._write_shard(self._shard(len(self._blocks)), self._rest, copy)
+        copy_side_files(self._source.folder, self.partial, check)
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write `record` as pruning.json, then the index; then the folder gets its name.
@@ -159,9 +164,12 @@ class CheckpointWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
 
-    def _copy_tensors(self, file: Hashing, entries: list[TensorEntry]) -> None:
+    def _copy_tensors(
+        self, file: Hashing, entries: list[TensorEntry], *, check: Callable[[], None]
+    ) -> None:
         for entry in entries:
             for piece in self._source.pieces(entry.name):
+                check()
                 file.write(piece)
 
     def _write_shard(self, shard: str, names: list[str], write_data: WriteData) -> None:
@@ -233,21 +241,23 @@ def check_absent(final: Path) -> None:
         raise JobError(f"{final} exists already: choose another OUTPUT, or move it away")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, check: Callable[[], None]) -> None:
     """Copy everything but weights: config, tokenizer, generation config, licence, README, …
 
     Symbolic links (as in a Hub cache) are followed; caches and version control are left out.
+    `check` is called before every piece.
     """
     for path in side_files(source):
         relative = path.relative_to(source)
         ordinary_file(source, path)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        publish_file(target / relative, partial(_copy, path))
+        publish_file(target / relative, partial(_copy, path, check=check))
 
 
-def _copy(source: Path, target: Writable) -> None:
+def _copy(source: Path, target: Writable, *, check: Callable[[], None]) -> None:
     with open(source, "rb") as file:
         while piece := _read(file, source):
+            check()
             target.write(piece)
 
 
