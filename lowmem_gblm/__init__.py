@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # their page faults. Without effect where torch was imported before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EvalRequest",
     "Listener",
@@ -100,10 +100,10 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
         BudgetError: It does not fit `cpu_memory`, `gpu_memory` or `disk`.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    from lowmem_gblm.commands.prune.pipeline import make_plan
+    from lowmem_gblm.commands.plan import plan_request
     from lowmem_gblm.commands.request import PruneRequest
 
-    return make_plan(PruneRequest(model=fspath(model), **options)).as_json()
+    return plan_request(PruneRequest(model=fspath(model), **options)).as_json()
 
 
 def evaluate(

@@ -365,14 +365,6 @@ LOST_TOKEN = {
 }
 
 
-def normalizer(*replacements: tuple[str, str]) -> dict[str, Any]:
-    steps = [
-        {"type": "Replace", "pattern": {"String": one}, "content": other}
-        for one, other in replacements
-    ]
-    return {"type": "Sequence", "normalizers": steps}
-
-
 REMOTE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
 
 TOKENIZERS = [
@@ -407,18 +399,6 @@ TOKENIZERS += [
         "a tokenizer with code of its own",
         write("tokenizer_config.json", json.dumps(REMOTE)),
         "MODEL/tokenizer_config.json asks for Python code that comes with the checkpoint, .*",
-        method="wanda",
-    ),
-    case(
-        "a normalizer that doubles forty times",
-        tokenizer(normalizer=normalizer(*[("a", "aa")] * 40)),
-        rf"{NO_TOKENIZER} its normalizer may make a text 1\.1e\+12 times longer",
-        method="wanda",
-    ),
-    case(
-        "a normalizer that makes a little word long",
-        tokenizer(normalizer=normalizer(("and", "and" * 1000))),
-        rf"{NO_TOKENIZER} its normalizer makes a text [\d.]+ times longer, .* 64 times",
         method="wanda",
     ),
 ]

@@ -109,7 +109,7 @@ def prune_lines(record: dict[str, Any], output: str) -> list[str]:
 def plan_lines(made: dict[str, Any]) -> list[str]:
     """A plan as a small table."""
     rows = {
-        "passes": " → ".join(made["passes"]),
+        "stages": " → ".join(made["stages"]),
         "host memory": _at_least(made, "host_bytes"),
         "GPU memory": _at_least(made, "gpu_bytes") if made["predicted"]["gpu_bytes"] else "none",
         "disk space": _at_least(made, "disk_bytes"),

@@ -26,8 +26,6 @@ from lowmem_gblm.commands.request import (
     EvalRequest,
     PruneRequest,
     evaluation_of,
-    output_folder,
-    work_folder_of,
 )
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
 from lowmem_gblm.methods import method_names
@@ -97,7 +95,7 @@ def _kept(arguments: argparse.Namespace) -> str | None:
     if (output / _RECORD).is_file():
         return None
     output = output.resolve() if arguments.in_place else output
-    work_folder = work_folder_of(output, arguments.work_dir)
+    work_folder = (arguments.work_dir or output.parent) / f"{output.name}.work"
     if any((work_folder / "journal").glob("*.json")):
         return f"What is done is kept in {work_folder}. To go on"
     return "Nothing was done yet that could be kept. To begin again"
@@ -140,6 +138,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    from lowmem_gblm.commands.paths import paths_of
     from lowmem_gblm.commands.prune.pipeline import prune
     from lowmem_gblm.commands.prune.resume import find_job
 
@@ -147,7 +146,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in _MAY_CHANGE}
     changed = {name: value for name, value in given.items() if value != defaults[name]}
     request = find_job(Path(arguments.work_folder), **changed)
-    arguments.output = made = output_folder(request)
+    arguments.output = made = paths_of(request).output
     with Console(sys.stderr) as console:
         record = prune(request, console)
     _print(arguments, record, lambda: prune_lines(record, str(made)), made)
@@ -155,9 +154,9 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from lowmem_gblm.commands.prune.pipeline import make_plan
+    from lowmem_gblm.commands.plan import plan_request
 
-    made = make_plan(request_from(PruneRequest, arguments)).as_json()
+    made = plan_request(request_from(PruneRequest, arguments)).as_json()
     _print(arguments, made, lambda: plan_lines(made))
     return 0
 

@@ -15,11 +15,18 @@ from lowmem_gblm.methods import AT_ONCE, Method
 from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.streamed_model import HEAD_LOGITS
-from lowmem_gblm.planning import Budget, ModelSizes, Plan, Speeds, Workload, gibibytes
+from lowmem_gblm.planning import Budget, MachineSpeed, ModelSizes, Plan, Workload, gibibytes
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.schedule import Schedule
 from lowmem_gblm.runtime import machine
-from lowmem_gblm.runtime.benchmark import measure_machine
+from lowmem_gblm.runtime.benchmark import (
+    flops_rate,
+    memory_rate,
+    probe_bytes,
+    read_rate,
+    write_rate,
+)
+from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.writer import partial_folder
@@ -29,7 +36,6 @@ from lowmem_gblm.sweeps.statistics.gradient import TILE
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _OUTPUT_PROJECTION = re.compile(r"(^|\.)(o|out|down|c|w2|fc2|wo|dense\w*h)(_?proj|_lin)?$|dense$")
-_MEASURED_S = 2.0
 _TOLD_PER_TENSOR = 1000
 _RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
 
@@ -173,35 +179,32 @@ def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> s
     )
 
 
-def speeds_of(
-    opened: OpenModel,
-    weights: Sequence[list[PrunableWeight]],
-    seqlen: int,
-    write_to: Path,
-    seconds: float = _MEASURED_S,
-) -> Speeds | None:
-    """What this machine does, measured for about two seconds; None for a GPU that is not here."""
-    streamed = opened.streamed
-    if streamed.device.type == "cuda" and not torch.cuda.is_available():
+def machine_speed(
+    opened: OpenModel, weights: Sequence[list[PrunableWeight]], seqlen: int, write_to: Path
+) -> MachineSpeed | None:
+    """Measure this machine for about two seconds; return None for a GPU that is not here.
+
+    Args:
+        write_to: A folder on the disk that a run would write to; it need not exist.
+
+    Raises:
+        OSError: A shard of the model cannot be read, or the folder not be written to.
+    """
+    device = opened.streamed.device
+    if device.type == "cuda" and not torch.cuda.is_available():
         return None
-    largest = max(weights, key=_numel)
-    shapes = [(weight.out_features, weight.in_features) for weight in largest]
+    shapes = [(one.out_features, one.in_features) for one in max(weights, key=_numel)]
     file = next(iter(opened.checkpoint.tensors.values())).file
-    speed = measure_machine(
-        streamed.device,
-        streamed.dtype,
-        shapes,
-        seqlen,
-        file if file.is_file() else None,
-        write_to,
-        seconds=seconds,
-    )
-    return Speeds(
-        products=speed.products,
-        memory=speed.memory_bytes_s,
-        read=speed.read_bytes_s,
-        write=speed.write_bytes_s,
-    )
+    limit = probe_bytes(device)
+    try:
+        return MachineSpeed(
+            flops_s=flops_rate(device, opened.streamed.dtype, shapes, seqlen, limit_bytes=limit),
+            memory_bytes_s=memory_rate(device, limit_bytes=limit),
+            read_bytes_s=read_rate(file if file.is_file() else None, write_to),
+            write_bytes_s=write_rate(write_to),
+        )
+    finally:
+        give_back_freed()
 
 
 def smaller_work(work: Workload) -> list[tuple[str, Workload]]:

@@ -13,24 +13,27 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_gblm.commands.calibration import evaluation_windows, open_source
-from lowmem_gblm.commands.estimate import budget_of
-from lowmem_gblm.commands.prune.setup import plan_evaluation
+from lowmem_gblm.commands.estimate import budget_of, sizes_of, smaller_work, work_of
 from lowmem_gblm.commands.request import EvalRequest, resolve_seqlen
 from lowmem_gblm.errors import JobError, NonFiniteError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.open_model import OpenModel, check_tokens, open_model
 from lowmem_gblm.model.prunable import prunable_weights
 from lowmem_gblm.model.tokenizer import load_tokenizer
-from lowmem_gblm.planning import Plan, gibibytes
+from lowmem_gblm.planning import Plan, gibibytes, plan
+from lowmem_gblm.planning.schedule import EVALUATION
+from lowmem_gblm.planning.steps import Layout, steps
 from lowmem_gblm.runtime import machine, memory
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
-from lowmem_gblm.storage.in_place_marker import check_whole
-from lowmem_gblm.storage.locking import OwnedFolder, in_use, owner_of
+from lowmem_gblm.storage.in_place_marker import check_complete
+from lowmem_gblm.storage.locking import OwnedFolder, model_lock, owner_of
 from lowmem_gblm.storage.tensor_store import TensorStore
-from lowmem_gblm.sweeps.dense import dense_sweep, embed, losses_of
+from lowmem_gblm.sweeps.boundaries import embed
+from lowmem_gblm.sweeps.context import SweepContext
+from lowmem_gblm.sweeps.dense import dense_sweep, losses
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
@@ -56,8 +59,8 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     memory.reset_host_peak()
     memory.settle_allocator()
     opened = open_model(request.model, request)
-    with in_use(opened.checkpoint.folder, alone=False):
-        check_whole(opened.checkpoint.folder)
+    with model_lock(opened.checkpoint.folder, alone=False):
+        check_complete(opened.checkpoint.folder)
         return _evaluated(request, opened, listener)
 
 
@@ -81,27 +84,27 @@ def _evaluated(
     progress = Progress(
         [
             Stage(name="embed", steps=count, cost=0),
-            Stage(name="forward", steps=streamed.depth, cost=1),
-            Stage(name="loss", steps=count, cost=1 / streamed.depth),
+            Stage(name="dense", steps=streamed.depth, cost=1),
+            Stage(name="head", steps=count, cost=1 / streamed.depth),
         ],
         listener,
         stop,
     )
     folder = _work_folder(request)
     _remove_left_behind(folder)
-    made = plan_evaluation(opened, request, folder, nsamples=count, seqlen=seqlen)
+    made = _plan(opened, request, folder, nsamples=count, seqlen=seqlen)
     with (
         stop_on_signals(stop),
         _told_of_its_disk(made, folder),
         _watched(opened, request, made, folder, stop),
         _folder(folder) as own,
     ):
-        losses = _losses(opened, request, made, samples_NT, own, progress)
-    mean = sum(losses) / count
+        found = _losses(opened, request, made, samples_NT, own, progress)
+    mean = sum(found) / count
     if not math.isfinite(mean):
-        sick = next(n for n, loss in enumerate(losses) if not math.isfinite(loss))
+        sick = next(n for n, loss in enumerate(found) if not math.isfinite(loss))
         raise NonFiniteError(
-            f"window {sick} of {request.evaluation_text} has the loss {losses[sick]}"
+            f"window {sick} of {request.evaluation_text} has the loss {found[sick]}"
         )
     return {
         "model": request.model,
@@ -120,43 +123,64 @@ def _evaluated(
 def _losses(
     opened: OpenModel,
     request: EvalRequest,
-    made: Plan,
+    planned: Plan,
     samples_NT: Tensor,
     folder: Path,
     progress: Progress,
 ) -> list[float]:
-    """The loss of every window."""
-    checkpoint, streamed, choices = opened.checkpoint, opened.streamed, made.choices
+    """Return the loss of every window."""
+    checkpoint, streamed, choices = opened.checkpoint, opened.streamed, planned.choices
     weights = prunable_weights(checkpoint, streamed) if request.resident_kind else None
-    blocks = BlockLoader(
-        checkpoint,
-        streamed,
-        progress,
-        weights,
-        read_ahead=choices.read_ahead,
-        copy_ahead=choices.copy_ahead,
-        compute_weights=request.resident_kind,
-    )
     with (
-        TensorStore(folder, made.host_spill_bytes) as spill,
-        Offload(spill, streamed.device, progress, choices.behind_bytes) as offload,
+        TensorStore(folder, planned.host_spill_bytes) as store,
+        Offload(store, streamed.device, progress, choices.behind_bytes) as offload,
     ):
-        with progress.stage("embed"), streamed.filled(checkpoint):
-            embed(streamed, samples_NT, offload, progress)
-        with progress.stage("forward"):
-            windows = SampleSet(len(samples_NT), tolerated=0, what="window")
-            dense_sweep(
-                blocks,
+        run = SweepContext(
+            model=streamed,
+            checkpoint=checkpoint,
+            tokens_NT=samples_NT,
+            samples=SampleSet(len(samples_NT), tolerated=0, what="window"),
+            table=steps(EVALUATION, Layout(depth=streamed.depth)),
+            loader=BlockLoader(
+                checkpoint,
                 streamed,
-                offload,
-                windows,
                 progress,
-                boundary_interval=None,
-                commit=offload.forget,
-                prunes_later=False,
-            )
-        with progress.stage("loss"), streamed.filled(checkpoint):
-            return losses_of(streamed, samples_NT, offload, progress)
+                weights,
+                read_ahead=choices.read_ahead,
+                copy_ahead=choices.copy_ahead,
+                compute_weights=request.resident_kind,
+            ),
+            offload=offload,
+            progress=progress,
+        )
+        embed(run)
+        dense_sweep(run)
+        return losses(run)
+
+
+def _plan(
+    opened: OpenModel, request: EvalRequest, folder: Path, *, nsamples: int, seqlen: int
+) -> Plan:
+    """Return what an evaluation will take.
+
+    Args:
+        folder: Where hidden states are stored.
+
+    Raises:
+        BudgetError: The evaluation does not fit what may be used.
+    """
+    weights = prunable_weights(opened.checkpoint, opened.streamed)
+    work = work_of(opened, weights, EVALUATION, None, request, nsamples=nsamples, seqlen=seqlen)
+    return plan(
+        sizes_of(opened, weights),
+        work,
+        memory.host_resident_bytes(),
+        budget_of(request, opened.streamed.device, [folder]),
+        alternatives=[
+            (option.replace("--nsamples", "--windows"), other)
+            for option, other in smaller_work(work)
+        ],
+    )
 
 
 def _watched(

@@ -178,56 +178,6 @@ class EvalRequest(Resources):
         return self.text or (DEMO if self.model == DEMO else "wikitext2")
 
 
-def output_folder(request: PruneRequest) -> Path:
-    """Where the pruned model will be; for a plan without one, beside this folder's content.
-
-    In place every name of the folder leads to the same one. The path ends with a name, as others
-    are made from it.
-    """
-    folder = Path(request.model) if request.in_place else request.output or Path("pruned")
-    return folder.resolve() if request.in_place or folder.name in ("", "..") else folder
-
-
-def work_folder(request: PruneRequest) -> Path:
-    """Where boundaries and gradients wait: as asked, else beside the output."""
-    return work_folder_of(output_folder(request), request.work_dir)
-
-
-def work_folder_of(output: Path, work_dir: Path | None) -> Path:
-    """The same, from the two options that tell it."""
-    return (work_dir or output.parent) / f"{output.name}.work"
-
-
-def check_places(request: PruneRequest) -> None:
-    """Raise `RequestError` if the run would remove what it is to read or to make.
-
-    The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
-    """
-    output, work = output_folder(request), work_folder(request)
-    partial = output.with_name(f"{output.name}.partial") if output.name else output
-    needed = {"MODEL": request.model, "the calibration text": request.calibration_text}
-    # A name that is nowhere here is that of the Hub, or of a text.
-    places = {what: Path(name) for what, name in needed.items() if Path(name).exists()}
-    inside = [(what, place, work) for what, place in {**places, "OUTPUT": output}.items()]
-    if not request.in_place:
-        inside += [(what, place, partial) for what, place in places.items()]
-        inside += [("the work folder", work, one) for one in (output, partial)]
-    for what, place, folder in inside:
-        if _resolved(place).is_relative_to(_resolved(folder)):
-            raise RequestError(
-                f"{what} is {place}, which must not lie in {folder}: that is made and removed by "
-                f"the run. Choose another OUTPUT or --work-dir"
-            )
-
-
-def _resolved(path: Path) -> Path:
-    """The path, links followed; as it is where they lead in a circle."""
-    try:
-        return path.resolve()
-    except RuntimeError:
-        return path.absolute()
-
-
 def to_json(request: PruneRequest) -> dict[str, Any]:
     """Everything that was asked, paths in full, so that it can be asked again from anywhere."""
     asked = {one.name: getattr(request, one.name) for one in fields(request)}

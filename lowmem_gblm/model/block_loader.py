@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -106,7 +106,7 @@ class BlockLoader:
         """Number of decoder blocks."""
         return self._streamed.depth
 
-    def stream(self, order: Sequence[int]) -> Iterator[Block]:
+    def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
         """Make the blocks resident one after the other; a block is freed when the next is asked.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class OpenModel:
 
     checkpoint: Checkpoint
     streamed: StreamedModel
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the checkpoint."""
+        return self.checkpoint.folder
 
     def boundary_bytes(self, seqlen: int) -> int:
         """Size of the hidden states of one sample."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.errors import CheckpointError, shown
-from lowmem_gblm.model.normalizer import Growth
 from lowmem_gblm.storage.checkpoint.reader import read_json
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
 
@@ -45,7 +44,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
     def tokenize(text: str) -> Sequence[int]:
         with _tokenizer_errors(folder):
-            growth.check(text)
             ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
             return ids
 
@@ -57,7 +55,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
         except Exception:
             _check_code(folder, trusted=trust_remote_code)
             raise
-        growth = Growth(tokenizer)
         tokenize("a")
     return tokenize
 

@@ -3,7 +3,7 @@
 from lowmem_gblm.planning.messages import gibibytes
 from lowmem_gblm.planning.plan import Budget, Plan, Requirements
 from lowmem_gblm.planning.planner import plan
-from lowmem_gblm.planning.run_time import Speeds
+from lowmem_gblm.planning.run_time import MachineSpeed
 from lowmem_gblm.planning.sizes import (
     FLOAT32_BYTES,
     STORES,
@@ -20,10 +20,10 @@ __all__ = [
     "Budget",
     "Choices",
     "GradientPrecision",
+    "MachineSpeed",
     "ModelSizes",
     "Plan",
     "Requirements",
-    "Speeds",
     "Workload",
     "gibibytes",
     "plan",

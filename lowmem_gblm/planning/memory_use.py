@@ -68,7 +68,7 @@ def footprints(
     Args:
         base_bytes: Resident memory of the process before any tensor is loaded.
     """
-    passes = (*work.schedule.passes, "finish")
+    passes = (*work.schedule.stages, "finish")
     made = {
         "embed": _outside,
         "dry_run": _dense,
@@ -124,7 +124,7 @@ def _reverse(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices)
     computing["one sample"] = _slack(_graph(sizes, work))
     if work.on_gpu:
         at.host["gradient magnitudes on their way"] = 2 * accumulators
-    elif work.stores_gradients:
+    elif work.schedule.stores_gradients:
         at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
     _carried(at, sizes, work, choices)
     if work.schedule.prune_in == "reverse":

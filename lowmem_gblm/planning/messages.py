@@ -34,12 +34,12 @@ def reasons(
 ) -> Iterator[str]:
     """Sentences about everything that is not as one would do it with room for all."""
     if room:
-        place = "all" if room >= waits.together else gibibytes(room)
+        place = "all" if room >= waits.stored else gibibytes(room)
         yield (
-            f"between passes {place} of {gibibytes(waits.together)} waits in host memory, for lack "
+            f"between passes {place} of {gibibytes(waits.stored)} waits in host memory, for lack "
             f"of disk space: if this run is interrupted it begins anew"
         )
-    if work.keeps_boundaries and choices.boundary_interval > 1:
+    if work.schedule.keeps_boundaries and choices.boundary_interval > 1:
         yield (
             f"of the boundaries every {_ordinal(choices.boundary_interval)} is kept and the others "
             f"are computed again, for lack of disk space"

@@ -38,12 +38,12 @@ class Plan:
     """How a run is done and what it will take.
 
     Attributes:
-        passes: In order.
+        stages: In order.
         choices: How.
         reasons: Why so, where it is not as one would do it with room for everything; sentences.
         predicted: Peaks of the run.
         minimum: The least that each of the three can be, whatever the other two are.
-        footprints: Of all passes.
+        footprints: Of all stages.
         host_spill_bytes: How much of the host memory holds what would otherwise wait in the work
             folder.
         boundary_bytes, magnitude_bytes: Most that waits between passes, of either kind.
@@ -55,7 +55,7 @@ class Plan:
         seconds: Of every pass; None where the machine was not measured.
     """
 
-    passes: tuple[str, ...]
+    stages: tuple[str, ...]
     choices: Choices
     reasons: tuple[str, ...]
     predicted: Requirements
@@ -78,10 +78,10 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan for `--json`."""
-        passes = {at.name: {"host": at.host, "gpu": at.gpu} for at in self.footprints}
+        stages = {at.name: {"host": at.host, "gpu": at.gpu} for at in self.footprints}
         return asdict(self) | {
-            "passes": list(self.passes),
+            "stages": list(self.stages),
             "reasons": list(self.reasons),
-            "footprints": passes,
+            "footprints": stages,
             "total_seconds": self.total_seconds,
         }

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isqrt
 
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.planning.disk_use import DiskUse, disk_use
 from lowmem_gblm.planning.memory_use import Footprint, boundary_bytes, footprints
 from lowmem_gblm.planning.messages import reasons, refusal
 from lowmem_gblm.planning.plan import Budget, Plan, Requirements
-from lowmem_gblm.planning.run_time import Speeds, durations
-from lowmem_gblm.planning.schedule import reverse_order
+from lowmem_gblm.planning.run_time import MachineSpeed, run_time
 from lowmem_gblm.planning.sizes import (
     FLOAT32_BYTES,
     Choices,
     ModelSizes,
     Workload,
     slices_within,
-    stored_bytes,
     stores,
 )
+from lowmem_gblm.planning.steps import step_table
+from lowmem_gblm.planning.totals import read_bytes, step_flops, written_bytes
 
 
 def plan(
@@ -30,7 +31,7 @@ def plan(
     base_bytes: int,
     budget: Budget,
     *,
-    speeds: Speeds | None = None,
+    speed: MachineSpeed | None = None,
     alternatives: Sequence[tuple[str, Workload]] = (),
     kept: Choices | None = None,
 ) -> Plan:
@@ -41,7 +42,7 @@ def plan(
         work: To be done.
         base_bytes: Resident memory of the process before any tensor is loaded.
         budget: What may be used.
-        speeds: Of the machine; without them there is no time in the plan.
+        speed: Of the machine; without it there is no time in the plan.
         alternatives: Other work that a person could ask for instead, by what they would type.
         kept: Choices of an earlier attempt at the same job: what lies on the disk stays as it is.
 
@@ -58,7 +59,7 @@ def plan(
         ]
         leanest = footprints(sizes, work, _frugal(sizes, work), base_bytes)
         raise BudgetError(refusal(work, minimum, leanest, budget, sizes, fits))
-    return _made(sizes, work, found, minimum, speeds)
+    return _made(sizes, work, found, minimum, speed)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _waiting_somewhere(
     Then nothing can be resumed, which a run that overwrites its model must be.
     """
     for choices in ways:
-        waits = disk_use(sizes, work, choices)
+        waits = disk_use(step_table(sizes, work, choices), sizes, work, choices)
         missing = 0 if budget.disk_bytes is None else waits.on_disk(0) - budget.disk_bytes
         room = waits.room_for(missing) if missing > 0 and not work.rewrites else 0
         if left is not None:
@@ -130,7 +131,7 @@ def _in_memory(sizes: ModelSizes, work: Workload) -> Iterator[Choices]:
     """What concerns memory, fastest first: a second pass over a block costs most."""
     one = boundary_bytes(sizes, work)
     whole = sum(sizes.slots) * FLOAT32_BYTES
-    behind = (max(whole, 2 * one), 2 * one) if work.stores_gradients else (2 * one,)
+    behind = (max(whole, 2 * one), 2 * one) if work.schedule.stores_gradients else (2 * one,)
     ahead = [(True, True, behind[0])] if work.on_gpu and work.resident_bits is None else []
     ahead += [(False, True, size) for size in behind]
     ahead += [(False, True, 0), (False, False, 0)]
@@ -156,9 +157,18 @@ def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
 def _on_disk(sizes: ModelSizes, work: Workload, choices: Choices) -> Iterator[Choices]:
     """What concerns the work folder: exact precision first, then boundaries computed again."""
     kinds = work.stores if stores(work, choices) else work.stores[:1]
-    steps = range(1, sizes.depth + 1) if work.keeps_boundaries else range(1, 2)
-    for precision, interval in product(kinds, steps):
+    most = largest_interval(sizes.depth) if work.schedule.keeps_boundaries else 1
+    intervals = range(1, most + 1)
+    for precision, interval in product(kinds, intervals):
         yield replace(choices, gradient_precision=precision, boundary_interval=interval)
+
+
+def largest_interval(depth: int) -> int:
+    """Return the largest interval of kept boundaries that is tried: none beyond it needs less disk.
+
+    k boundaries of a segment and depth / k kept ones are fewest at the square root of the depth.
+    """
+    return min(depth, isqrt(max(0, depth - 1)) + 2)
 
 
 def _frugal(sizes: ModelSizes, work: Workload) -> Choices:
@@ -175,12 +185,18 @@ def _minimum(
     return Requirements(
         host_bytes=max(one.host_bytes for one in leanest),
         gpu_bytes=max(one.gpu_bytes for one in leanest),
-        disk_bytes=min(disk_use(sizes, work, choices).on_disk(0) for choices in ways),
+        disk_bytes=min(
+            disk_use(step_table(sizes, work, way), sizes, work, way).on_disk(0) for way in ways
+        ),
     )
 
 
 def _made(
-    sizes: ModelSizes, work: Workload, found: _Fitting, minimum: Requirements, speeds: Speeds | None
+    sizes: ModelSizes,
+    work: Workload,
+    found: _Fitting,
+    minimum: Requirements,
+    speed: MachineSpeed | None,
 ) -> Plan:
     choices, waits = found.choices, found.disk_use
     predicted = Requirements(
@@ -188,9 +204,9 @@ def _made(
         gpu_bytes=max(one.gpu_bytes for one in found.footprints),
         disk_bytes=waits.on_disk(found.room),
     )
-    again = again_fraction(sizes, work, choices)
+    table = step_table(sizes, work, choices)
     return Plan(
-        passes=work.schedule.passes,
+        stages=work.schedule.stages,
         choices=choices,
         reasons=tuple(reasons(sizes, work, choices, waits, found.room)),
         predicted=predicted,
@@ -199,51 +215,10 @@ def _made(
         host_spill_bytes=found.room,
         boundary_bytes=waits.boundaries,
         magnitude_bytes=waits.magnitudes,
-        spill_bytes=waits.on_disk(0) if work.rewrites else max(0, waits.together - found.room),
+        spill_bytes=waits.on_disk(0) if work.rewrites else max(0, waits.stored - found.room),
         output_bytes=sizes.total_bytes * work.writes,
-        read_bytes=_read(sizes, work, again),
-        written_bytes=_written(sizes, work, choices, again),
-        flops=_flops(sizes, work, choices, again),
-        seconds=None if speeds is None else durations(sizes, work, choices, speeds),
+        read_bytes=read_bytes(table, sizes, work),
+        written_bytes=written_bytes(table, sizes, work, choices),
+        flops=sum(step_flops(step, sizes, work) for step in table),
+        seconds=None if speed is None else run_time(table, sizes, work, choices, speed),
     )
-
-
-def again_fraction(sizes: ModelSizes, work: Workload, choices: Choices) -> float:
-    """Share of the blocks that run forward once more for boundaries that were not kept."""
-    if not work.keeps_boundaries:
-        return 0.0
-    order = reverse_order(sizes.depth, choices.boundary_interval)
-    return sum(not step.backward for step in order) / sizes.depth
-
-
-def _read(sizes: ModelSizes, work: Workload, again: float) -> int:
-    """Blocks once per pass; the rest to embed, for the head, and to copy what is not pruned.
-
-    In place, everything once more at the end, for the hashes of the shards.
-    """
-    in_blocks = sum(sizes.block_bytes)
-    rest = sizes.rest_bytes * sum(name in ("embed", "head") for name in work.schedule.passes)
-    copied = (sizes.total_bytes - in_blocks) * work.writes
-    checked = sizes.total_bytes * work.rewrites
-    return int((work.schedule.reads + again) * in_blocks) + rest + copied + checked
-
-
-def _written(sizes: ModelSizes, work: Workload, choices: Choices, again: float) -> int:
-    """The output, every boundary, and the gradient magnitudes where they wait."""
-    written = {"embed": 1, "dense": sizes.depth, "head": 1, "reverse": sizes.depth * (1 + again)}
-    if work.schedule.prune_forwards:
-        written["prune"] = sizes.depth
-    boundaries = sum(written.get(name, 0) for name in work.schedule.passes)
-    one = work.nsamples * boundary_bytes(sizes, work)
-    stored = stored_bytes(sum(sizes.prunable), choices.gradient_precision) * work.stores_gradients
-    blocks = 2 * sum(sizes.block_bytes) * work.rewrites
-    return sizes.total_bytes * work.writes + blocks + int(boundaries * one) + stored
-
-
-def _flops(sizes: ModelSizes, work: Workload, choices: Choices, again: float) -> int:
-    tokens = work.nsamples * work.seqlen
-    weights = sum(sizes.prunable) * sizes.active_fraction
-    numbers = [count * FLOAT32_BYTES for count in sizes.slots]
-    slices = len(slices_within(numbers, choices.accumulator_bytes))
-    per_weight = work.schedule.flops_per_parameter_and_token + 2 * again + 4 * (slices - 1)
-    return int(per_weight * weights * tokens)

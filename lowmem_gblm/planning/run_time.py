@@ -1,154 +1,144 @@
-"""How long every pass takes, from what the machine was measured to do."""
+"""How long every stage takes: totals of the table of steps, over the speed of the machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_gblm.planning.memory_use import boundary_bytes
-from lowmem_gblm.planning.schedule import reverse_order
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
+from lowmem_gblm.planning.disk_use import key_bytes
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload
+from lowmem_gblm.planning.steps import Key, Step
+from lowmem_gblm.planning.totals import step_reads
 
-# Passes over hidden states and features that a block's elementwise operations make: per forward,
-# and per backward.
-_ELEMENTWISE_FORWARD, _ELEMENTWISE_BACKWARD = 12, 24
-# Attention reaches this fraction of the rate of products.
-_ATTENTION_RATE = 0.3
-# Passes over the weights to decide about them, and over the accumulators per sample.
-_DECIDING, _ACCUMULATING = 16, 3
-_PER_BLOCK_S = 0.02
+# How often elementwise operations read or write a number: of the features in a forward pass, of
+# the logits, of the weights to decide about them.
+_ELEMENTWISE = 12
+# What short operations take, however small their tensors are: of a sample's forward pass through
+# a block, and of SparseGPT's decision about a column.
+_PER_SAMPLE_S = 0.001
 _PER_COLUMN_S = 0.0002
-# Bytes that a processor hashes in a second: every shard's SHA-256 goes into the record.
-_HASHED = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speeds:
+class MachineSpeed:
     """What a machine does in a second.
 
     Attributes:
-        products: FLOPs in products of the model's shapes.
-        memory: Bytes read and written by elementwise operations on the device.
-        read, write: Bytes from and to the disk.
+        flops_s: FLOPs in multiplications with the model's matrices.
+        memory_bytes_s: Bytes read and written by elementwise operations on the device.
+        read_bytes_s, write_bytes_s: Bytes read from the disk, and written to it and flushed.
     """
 
-    products: float
-    memory: float
-    read: float
-    write: float
+    flops_s: float
+    memory_bytes_s: float
+    read_bytes_s: float
+    write_bytes_s: float
 
 
-def durations(
-    sizes: ModelSizes, work: Workload, choices: Choices, speeds: Speeds
+def run_time(
+    table: Sequence[Step],
+    sizes: ModelSizes,
+    work: Workload,
+    choices: Choices,
+    speed: MachineSpeed,
 ) -> dict[str, float]:
-    """Seconds of every pass.
+    """Return the seconds of every stage.
 
-    Reading and writing run beside the computation: the longer of the two counts.
+    Reading and writing run beside the computation, and the longer of the two counts. Where no block
+    is read ahead, both count.
     """
-    clock = _Clock(sizes, work, choices, speeds)
-    return {name: clock.seconds(name) for name in (*work.schedule.passes, "finish")}
+    clock = _Clock(sizes, work, choices, speed)
+    seconds: dict[str, float] = {
+        stage: clock.stage_s([step for step in table if step.stage == stage])
+        for stage in work.schedule.stages
+    }
+    return seconds | {"finish": clock.finish_s()}
 
 
 class _Clock:
-    def __init__(self, sizes: ModelSizes, work: Workload, choices: Choices, speeds: Speeds) -> None:
-        self._sizes, self._work, self._choices, self._speeds = sizes, work, choices, speeds
+    """Seconds of steps on one machine."""
+
+    def __init__(
+        self, sizes: ModelSizes, work: Workload, choices: Choices, speed: MachineSpeed
+    ) -> None:
+        self._sizes, self._work, self._choices, self._speed = sizes, work, choices, speed
         self._tokens = work.nsamples * work.seqlen
-        self._weights = sum(sizes.prunable)
-        self._met = self._weights * sizes.active_fraction
 
-    def seconds(self, name: str) -> float:
-        """Of one pass."""
-        return float(getattr(self, f"_{name}")())
+    def stage_s(self, steps: Sequence[Step]) -> float:
+        """Return the seconds of the steps of one stage."""
+        computing_s = sum(map(self._computing_of_step_s, steps))
+        stored = [self._stored(step.reads) * max(1, step.forwards) for step in steps]
+        reads = sum(step_reads(step, self._sizes) for step in steps) + sum(stored)
+        writes = sum(self._stored(step.writes) + self._pruned(step) for step in steps)
+        return self._beside_s(computing_s, reads, writes)
 
-    def _embed(self) -> float:
-        return self._sizes.rest_bytes / self._speeds.read + self._moved(1)
-
-    def _dry_run(self) -> float:
-        runs = self._work.schedule.needs_samples
-        computing = self._forward() / self._work.nsamples if runs else 0
-        return self._beside(computing, reads=1, boundaries=0)
-
-    def _dense(self) -> float:
-        return self._beside(self._forward(), reads=1, boundaries=1 + self._sizes.depth)
-
-    def _head(self) -> float:
-        weights = self._sizes.vocab_size * self._sizes.hidden_size
-        logits = self._tokens * self._sizes.vocab_size * FLOAT32_BYTES
-        # Forward, gradient of the hidden states; log-softmax and its gradient go over the logits.
-        products = 4 * self._tokens * weights / self._speeds.products
-        return products + 8 * logits / self._speeds.memory + self._moved(2)
-
-    def _reverse(self) -> float:
-        order = reverse_order(self._sizes.depth, self._choices.boundary_interval)
-        again = sum(not step.backward for step in order) / self._sizes.depth
-        numbers = [weights * FLOAT32_BYTES for weights in self._sizes.slots]
-        slices = len(slices_within(numbers, self._choices.accumulator_bytes))
-        computing = self._forward() * (again + slices) + self._inputs_gradients() * slices
-        computing += self._weight_gradients()
-        if self._work.schedule.prune_in == "reverse":
-            computing += self._decisions()
-        boundaries = self._sizes.depth * (2 + again + 2 * slices)
-        writes = self._work.schedule.prune_in == "reverse"
-        return self._beside(computing, reads=1 + again, boundaries=boundaries, writes=writes)
-
-    def _prune(self) -> float:
-        forwards = self._work.schedule.prune_forwards
-        computing = forwards * self._forward() + self._decisions()
-        if "gram" in self._work.needs:
-            grams = 2 * self._tokens * self._sizes.gram_entries * self._sizes.depth
-            computing += grams / self._speeds.products
-        boundaries = 2 * forwards * self._sizes.depth
-        return self._beside(computing, reads=1, boundaries=boundaries, writes=True)
-
-    def _finish(self) -> float:
+    def finish_s(self) -> float:
+        """Return the seconds of copying what no block holds; in place, of hashing everything."""
         if self._work.rewrites:
-            return self._sizes.total_bytes / self._speeds.read
+            return self._beside_s(0, self._sizes.total_bytes, 0)
         rest = self._sizes.total_bytes - sum(self._sizes.block_bytes)
-        return rest / self._speeds.read + rest / self._speeds.write
+        return self._beside_s(0, rest, rest)
 
-    def _beside(
-        self, computing: float, *, reads: float, boundaries: float, writes: bool = False
-    ) -> float:
-        blocks = sum(self._sizes.block_bytes)
-        moving = reads * blocks / self._speeds.read + self._moved(boundaries)
-        moving += writes * blocks * (1 / self._speeds.write + 1 / _HASHED)
-        longer, shorter = max(computing, moving), min(computing, moving)
-        hidden = longer if self._choices.read_ahead else longer + shorter
-        return hidden + self._sizes.depth * _PER_BLOCK_S
+    def _computing_of_step_s(self, step: Step) -> float:
+        if step.stage == "head":
+            return self._head_s()
+        if step.stage == "dry_run":
+            one_sample = self._work.schedule.needs_samples / self._work.nsamples
+            return one_sample * self._sizes.depth * self._forward_s()
+        # A backward pass to the hidden states takes about as long as a forward pass.
+        seconds = (step.forwards + step.backwards) * self._forward_s()
+        if step.weight_gradients:
+            seconds += self._weight_gradients_s()
+        return seconds + self._decisions_s() * step.prunes
 
-    def _moved(self, boundaries: float) -> float:
-        one = self._work.nsamples * boundary_bytes(self._sizes, self._work)
-        return boundaries * one * (1 / self._speeds.write + 1 / self._speeds.read) / 2
+    def _stored(self, keys: Sequence[Key]) -> int:
+        sizes, work, choices = self._sizes, self._work, self._choices
+        return sum(key_bytes(key, sizes, work, choices) for key in keys)
 
-    def _forward(self) -> float:
-        """All samples through all blocks."""
+    def _pruned(self, step: Step) -> int:
+        return self._sizes.block_bytes[step.block or 0] * step.prunes
+
+    def _beside_s(self, computing_s: float, read_bytes: float, write_bytes: float) -> float:
+        """Return the seconds of computing with reading and writing beside it."""
+        moving_s = read_bytes / self._speed.read_bytes_s + write_bytes / self._speed.write_bytes_s
+        both_s = computing_s + moving_s
+        return max(computing_s, moving_s) if self._choices.read_ahead else both_s
+
+    def _computing_s(self, flops: float, numbers: float) -> float:
+        """Return the seconds of multiplications, and of elementwise operations on numbers."""
+        elementwise_bytes = _ELEMENTWISE * numbers * FLOAT32_BYTES
+        return flops / self._speed.flops_s + elementwise_bytes / self._speed.memory_bytes_s
+
+    def _head_s(self) -> float:
+        """Return the seconds of the logits, and of the gradient of the hidden states."""
+        logits = self._tokens * self._sizes.vocab_size
+        return self._computing_s(4 * logits * self._sizes.hidden_size, logits)
+
+    def _forward_s(self) -> float:
+        """Return the seconds of all samples through one block."""
         sizes, work = self._sizes, self._work
-        attention = 4 * self._tokens * work.seqlen * sizes.hidden_size / 2 * sizes.depth
-        products = 2 * self._met * self._tokens
-        return (products + attention / _ATTENTION_RATE) / self._speeds.products + self._elementwise(
-            _ELEMENTWISE_FORWARD
-        )
+        attention = 4 * work.seqlen * sizes.hidden_size
+        flops = self._tokens * (2 * self._block_weights * sizes.active_fraction + attention)
+        features = self._tokens * (2 * sizes.hidden_size + sizes.feature_widths / 2)
+        return self._computing_s(flops, features) + work.nsamples * _PER_SAMPLE_S
 
-    def _inputs_gradients(self) -> float:
-        """The backward pass but for the gradients of the weights."""
-        extra = _ELEMENTWISE_BACKWARD - _ELEMENTWISE_FORWARD
-        return self._forward() + self._elementwise(extra)
+    @property
+    def _block_weights(self) -> float:
+        """Return the prunable weights of a block, on average."""
+        return sum(self._sizes.prunable) / self._sizes.depth
 
-    def _weight_gradients(self) -> float:
-        accumulating = _ACCUMULATING * self._work.nsamples * self._weights * FLOAT32_BYTES
-        products = 2 * self._met * self._tokens / self._speeds.products
-        return products + accumulating / self._speeds.memory
+    def _weight_gradients_s(self) -> float:
+        flops = 2 * self._tokens * self._block_weights * self._sizes.active_fraction
+        # A gradient is read, an accumulator read and written.
+        accumulated_bytes = 3 * self._work.nsamples * self._block_weights * FLOAT32_BYTES
+        return flops / self._speed.flops_s + accumulated_bytes / self._speed.memory_bytes_s
 
-    def _elementwise(self, passes: int) -> float:
-        widths = self._sizes.hidden_size * 2 + self._sizes.feature_widths / 2
-        size = self._tokens * widths * FLOAT32_BYTES * self._sizes.depth
-        return passes * size / self._speeds.memory
-
-    def _decisions(self) -> float:
-        passes = _DECIDING * self._weights * FLOAT32_BYTES / self._speeds.memory
-        return passes + (self._sweeps_of_columns() if "gram" in self._work.needs else 0)
-
-    def _sweeps_of_columns(self) -> float:
-        """SparseGPT: factors of the gram matrices, then column after column."""
+    def _decisions_s(self) -> float:
+        """Return the seconds of deciding about the weights of one block."""
+        seconds = self._computing_s(0, self._block_weights)
+        if "gram" not in self._work.needs:
+            return seconds
+        # The gram matrices; their factors, whose FLOPs are about 3 n³ together; the columns.
         sizes = self._sizes
-        factors = 3 * sizes.gram_entries * sizes.widest_input / self._speeds.products
-        return sizes.depth * (factors + sizes.columns * _PER_COLUMN_S)
+        flops = sizes.gram_entries * (2 * self._tokens + 3 * sizes.widest_input)
+        return seconds + self._computing_s(flops, 0) + sizes.columns * _PER_COLUMN_S

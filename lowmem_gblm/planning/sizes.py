@@ -68,7 +68,7 @@ class Workload:
     """What is to be done with the model.
 
     Attributes:
-        schedule: The passes.
+        schedule: The stages.
         needs: Statistics of the method.
         deciding: Bytes that the method takes per weight of a matrix and per entry of its gram.
         nsamples, seqlen: N and T.
@@ -102,16 +102,6 @@ class Workload:
     writes: bool = True
     rewrites: bool = False
 
-    @property
-    def stores_gradients(self) -> bool:
-        """Whether the gradient magnitudes of all blocks wait between two sweeps."""
-        return {"reverse", "prune"} <= set(self.schedule.passes)
-
-    @property
-    def keeps_boundaries(self) -> bool:
-        """Whether the dense sweep keeps boundaries for the reverse sweep."""
-        return "reverse" in self.schedule.passes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -138,7 +128,7 @@ class Choices:
 def stores(work: Workload, choices: Choices) -> bool:
     """Whether gradient magnitudes wait in the work folder: of all blocks, or of parts of one."""
     sliced = "gradient" in work.needs and choices.accumulator_bytes is not None
-    return work.stores_gradients or sliced
+    return work.schedule.stores_gradients or sliced
 
 
 def stored_bytes(weights: int, precision: GradientPrecision) -> int:

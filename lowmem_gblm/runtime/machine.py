@@ -13,7 +13,6 @@ import psutil
 import torch
 
 from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
-from lowmem_gblm.runtime.quota import quota_left_bytes
 
 # Older versions of torch raise a plain RuntimeError.
 _ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
@@ -101,14 +100,13 @@ def free_gpu_bytes(device: torch.device) -> int:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """What the file system of a folder, which need not exist yet, and quotas give this user.
+    """Return the bytes that the file system of a folder gives this user, less a margin.
 
-    The margin of 1 %, at most 1 GiB, is for the file system's own books.
+    The folder need not exist yet. The margin of 1 %, at most 1 GiB, is for the file system's own
+    metadata. Quotas of users and groups are not counted: a run that exceeds its quota ends with
+    `DiskFull` and can be resumed.
     """
-    nearest = nearest_folder(folder)
-    free = shutil.disk_usage(nearest).free
-    left = quota_left_bytes(nearest)
-    free = free if left is None else min(free, left)
+    free = shutil.disk_usage(nearest_folder(folder)).free
     return int(free - min(_DISK_MARGIN_BYTES, _DISK_MARGIN * free))
 
 

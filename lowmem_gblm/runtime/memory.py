@@ -84,6 +84,12 @@ def reset_host_peak() -> None:
         return
 
 
+def start_measuring() -> None:
+    """Begin to count the peak of host memory anew, with an allocator that keeps little."""
+    reset_host_peak()
+    settle_allocator()
+
+
 def settle_allocator(boundary_bytes: int = 0) -> None:
     """Fix the size from which glibc takes tensors from the system and gives them back at once.
 

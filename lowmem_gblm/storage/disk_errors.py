@@ -66,7 +66,7 @@ def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
     return DiskError(f"{failed} ({error.strerror}): mend that, then {way_out}")
 
 
-def to_go_on(work_folder: Path, *, kept: bool) -> str:
+def to_resume(work_folder: Path, *, kept: bool) -> str:
     """What to do after an attempt that has ended early, where the job is `kept` or not."""
     if not kept:
         return "give the same command again; nothing was done yet that could be kept"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowmem_gblm.errors import CheckpointError
 from lowmem_gblm.storage.checkpoint.remote_code import PATTERN
-from lowmem_gblm.storage.in_place_marker import check_whole
+from lowmem_gblm.storage.in_place_marker import check_complete
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
@@ -37,7 +37,7 @@ def locate(
     wanted = [*(_WANTED if weights else _DESCRIPTION), *([PATTERN] if code else [])]
     found = _found(model, wanted)
     if not unfinished:
-        check_whole(found)
+        check_complete(found)
     return found
 
 

@@ -43,7 +43,8 @@ from lowmem_gblm.storage.checkpoint.writer import (
 )
 from lowmem_gblm.storage.disk_errors import blamed
 from lowmem_gblm.storage.in_place_marker import InPlaceMarker
-from lowmem_gblm.storage.job import Job, read_journal
+from lowmem_gblm.storage.job import Job
+from lowmem_gblm.storage.job_state import read_journal
 
 _PIECE_BYTES = 1 << 20
 _HUB_MODEL = "models--"
@@ -228,15 +229,6 @@ def check_confirmed(model: str, *, confirmed: bool) -> None:
             f"model is gone then, and a run that is interrupted leaves a folder that is good for "
             f"nothing until the run has been gone on with. If that is what you want, type "
             f"--in-place --overwrite-my-only-copy"
-        )
-
-
-def check_unpruned(folder: Path) -> None:
-    """Raise `JobError` if a model has been pruned already."""
-    if os.path.lexists(folder / RECORD):
-        raise JobError(
-            f"{folder} was pruned already: it has a {RECORD}. To prune once more what is there "
-            f"now, move that file away"
         )
 
 

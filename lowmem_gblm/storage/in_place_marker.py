@@ -77,12 +77,17 @@ def is_about(model: Path, job: str) -> bool:
     return path.is_file() and f"Job {job}" in path.read_text(errors="replace").splitlines()
 
 
-def check_whole(folder: Path) -> None:
-    """Raise `JobError` if a model is being pruned in place and has not been finished.
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a model is being pruned in place and has not been finished.
 
-    What has its record is finished: that is written before the marker goes.
+    A model with a record is finished: that is written before the marker goes.
     """
-    if (folder / MARKER_FILE).exists() and not (folder / RECORD).exists():
+    return (folder / MARKER_FILE).exists() and not (folder / RECORD).exists()
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `JobError` if a model is being pruned in place and has not been finished."""
+    if is_unfinished(folder):
         raise JobError(
             f"{folder} is being pruned in place, or was until that was interrupted: some of its "
             f"blocks may be pruned and others not. {folder / MARKER_FILE} says how to go on with it"

@@ -101,7 +101,7 @@ def owner_of(path: Path) -> str:
 
 
 @contextmanager
-def in_use(model: Path, *, alone: bool) -> Iterator[None]:
+def model_lock(model: Path, *, alone: bool) -> Iterator[None]:
     """Hold a model folder: together with all who read it, or alone, to overwrite it.
 
     The lock is the kernel's; file systems without locks hold nobody off.

@@ -13,12 +13,11 @@ from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.methods import Decision, Method, Statistics
 from lowmem_gblm.methods.masks import Pattern
 from lowmem_gblm.model.block_loader import Block
-from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 
-GradientOf = Callable[[MatmulWeight], Tensor | None]
+GradientOf = Callable[[PrunableWeight], Tensor | None]
 
 
 @dataclass
@@ -106,9 +105,9 @@ class BlockPruner:
                 part = found[weight.inputs]
                 values[statistic.name] = part if part.ndim == 1 else part[:, weight.inputs]
         if "gradient" in self.method.needs:
-            stored = gradient_of(weight.slot)
-            if stored is not None:
-                values["gradient"] = weight.in_slot(stored)
+            gradient_OI = gradient_of(weight)
+            if gradient_OI is not None:
+                values["gradient"] = gradient_OI
                 if not bool(values["gradient"].any()):
                     self.notes.append(f"{weight}: all of its gradients are zero")
         for name in self.method.needs:

@@ -1,42 +1,28 @@
-"""Before a model is overwritten: one sample through all of it, while it is still what it was."""
+"""Before a model is overwritten: one sample through all of it, while it is still complete."""
 
 from __future__ import annotations
 
 import torch
 
-from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.matmul_tap import Tap
-from lowmem_gblm.model.streamed_model import StreamedModel
-from lowmem_gblm.runtime.progress import Progress
-from lowmem_gblm.sweeps.dense import boundary
-from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.context import PruneContext
 
 
 @torch.no_grad()
-def dry_run(
-    blocks: BlockLoader,
-    streamed: StreamedModel,
-    offload: Offload,
-    progress: Progress,
-    *,
-    runs_samples: bool,
-) -> None:
-    """Read every block, and follow the first sample through it.
-
-    Args:
-        runs_samples: Whether boundary 0 is in the spill; without, the blocks are only read.
+def dry_run(run: PruneContext) -> None:
+    """Read every block, and run the first sample through it where samples are run at all.
 
     Raises:
         NonFiniteError: A NaN or an infinity is in a tensor.
-        UnsupportedModel: A block is computed in a way that is not followed.
+        UnsupportedModel: A block multiplies with a prunable matrix in a way that is not followed.
     """
-    names = [boundary("dense", 0)]
-    hidden = None
-    if runs_samples:
-        ((_, (hidden,)),) = offload.prefetch(names, [0])
-    for block in blocks.stream(range(blocks.depth)):
-        if hidden is not None:
-            tap = Tap(block.module, block.slots, [])
-            hidden = streamed.forward_block(block.index, hidden, tap)
-            tap.check_all_seen()
-        progress.step()
+    for step in run.steps("dry_run"):
+        hidden = None
+        if step.reads:
+            ((_, (hidden,)),) = run.offload.prefetch(step.reads, [0])
+        for block in run.loader.stream(range(run.depth)):
+            if hidden is not None:
+                tap = Tap(block.module, block.slots, [])
+                hidden = run.model.forward_block(block.index, hidden, tap)
+                tap.check_all_seen()
+            run.progress.step()

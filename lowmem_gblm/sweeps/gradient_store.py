@@ -1,51 +1,81 @@
-"""The gradient magnitudes of a block between the reverse sweep and its pruning."""
+"""The gradient magnitudes of a block between the sweep that measures them and the pruning."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight
+from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.planning import GradientPrecision
-from lowmem_gblm.storage.tensor_store import TensorStore
+from lowmem_gblm.planning.steps import magnitudes
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, unpack
 
 
 class GradientStore:
-    """Keeps the gradient magnitudes of every block until it is pruned.
+    """Keeps the gradient magnitudes of every block, under the names of its tensors on disk.
 
     Args:
-        spill: Where they wait.
-        offload: What brings them there.
-        kind: In which precision.
+        offload: Brings them to the work folder.
+        precision: In which precision they are stored.
+        in_memory: Whether a block is pruned before the next one is measured: its magnitudes then
+            stay where they are.
     """
 
-    def __init__(self, spill: TensorStore, offload: Offload, kind: GradientPrecision) -> None:
-        self._spill = spill
+    def __init__(
+        self, offload: Offload, precision: GradientPrecision, *, in_memory: bool = False
+    ) -> None:
         self._offload = offload
-        self._kind = kind
+        self._precision = precision
+        self._in_memory = in_memory
+        self._held: dict[str, Tensor] = {}
 
     def keep(self, block: Block, gradients: dict[MatmulWeight, Tensor]) -> None:
-        """Take those of a block, or of some of its slots; float32, given away."""
-        items = {slot: item for item, slot in enumerate(block.slots)}
-        for slot in list(gradients):
-            for number, part in enumerate(pack(gradients.pop(slot), self._kind)):
-                self._offload.write_behind(_name(block, number), items[slot], part)
+        """Keep the magnitudes of some matrices of a block.
 
-    def of(self, block: Block, slot: MatmulWeight) -> Tensor | None:
-        """Those of one slot, float32 [as stored]; None for an expert that saw no token."""
-        self._offload.settle()
-        item = block.slots.index(slot)
-        if not self._spill.holds(_name(block, 0), item):
+        Args:
+            block: The block.
+            gradients: float32, in the stored shape of the matrices; given away, and emptied.
+        """
+        for weight in block.weights:
+            if weight.slot in gradients:
+                self._keep(block, weight, weight.in_slot(gradients[weight.slot]))
+        gradients.clear()
+
+    def reader(self, block: Block) -> Callable[[PrunableWeight], Tensor | None]:
+        """Return what tells the magnitudes of the matrices of a block; see `of`."""
+        return partial(self.of, block)
+
+    def of(self, block: Block, weight: PrunableWeight) -> Tensor | None:
+        """Return the magnitudes of a matrix, float32 [out, in].
+
+        Returns:
+            None for an expert that saw no token.
+        """
+        if self._in_memory:
+            return self._held.get(str(weight))
+        items = self._items(weight)
+        if not self._offload.holds(magnitudes(block.index), items[0]):
             return None
-        parts = tuple(self._spill.read(name, item) for name in self.names(block))
-        return unpack(parts, self._kind, tuple(slot.stored(block.module).shape))
+        parts = [self._offload.read(magnitudes(block.index), item) for item in items]
+        return unpack(parts, self._precision, (weight.out_features, weight.in_features))
 
-    def names(self, block: Block) -> list[str]:
-        """Under which names those of a block are in the spill."""
-        return [_name(block, number) for number in range(PARTS[self._kind])]
+    def release(self) -> None:
+        """Let go of what is held in memory: its block is pruned."""
+        self._held.clear()
 
+    def _keep(self, block: Block, weight: PrunableWeight, gradient_OI: Tensor) -> None:
+        if self._in_memory:
+            self._held[str(weight)] = gradient_OI
+            return
+        parts = pack(gradient_OI, self._precision)
+        for item, part in zip(self._items(weight), parts, strict=True):
+            self._offload.write_behind(magnitudes(block.index), item, part)
 
-def _name(block: Block, part: int) -> str:
-    return f"magnitudes-{block.index}-{part}"
+    def _items(self, weight: PrunableWeight) -> list[str]:
+        """Return the names of the parts that `pack` makes of a matrix."""
+        return [str(weight), f"{weight} scales"][: PARTS[self._precision]]

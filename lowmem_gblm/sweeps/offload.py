@@ -14,29 +14,32 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from lowmem_gblm.planning.steps import Key
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.storage.tensor_store import TensorStore
 
 
 class Offload:
-    """Between a spill and the device.
+    """Moves tensors between the work folder and the device.
 
     Args:
-        spill: Where tensors wait.
+        store: Where tensors are stored between steps.
         device: Where they are computed with.
         progress: Told how long the computation waits; knows whether the run is to stop.
         behind_bytes: How much may be on its way out at once; 0 writes before it goes on.
     """
 
     def __init__(
-        self, spill: TensorStore, device: torch.device, progress: Progress, behind_bytes: int
+        self, store: TensorStore, device: torch.device, progress: Progress, behind_bytes: int
     ) -> None:
-        self._spill = spill
+        self._tensors = store
         self._device = device
         self._progress = progress
         self._allowed_bytes = behind_bytes
-        self._behind: deque[tuple[str, int, Future[None]]] = deque()
+        self._behind: deque[tuple[Key, int, Future[None]]] = deque()
+        self._read: set[Key] = set()
+        self._written: set[Key] = set()
         self._reader = worker("spill-read")
         self._writer = worker("spill-write")
         self._in = self._out = None
@@ -52,9 +55,9 @@ class Offload:
             thread.shutdown(cancel_futures=True)
 
     def prefetch(
-        self, names: Sequence[str], order: Sequence[int]
+        self, keys: Sequence[Key], order: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """For these samples their number and the tensors of these names, on the device.
+        """Yield for every sample its number and its tensors under these keys, on the device.
 
         The tensors are not to be modified.
 
@@ -62,22 +65,41 @@ class Offload:
             BaseException: What a stop was requested with, before the next sample.
         """
         # What was sent off must have arrived before it can come back.
-        self._wait([future for name, _, future in self._behind if name in names])
-        ahead = self._reader.submit(self._fetch, names, order[0])
+        self._wait([future for key, _, future in self._behind if key in keys])
+        self._read.update(keys)
+        ahead = self._reader.submit(self._fetch, keys, order[0])
         for n, following in zip(order, [*order[1:], None], strict=True):
             self._progress.check()
             with self._progress.waiting():
                 tensors = ahead.result()
             if following is not None:
-                ahead = self._reader.submit(self._fetch, names, following)
+                ahead = self._reader.submit(self._fetch, keys, following)
             for tensor in tensors:
                 if tensor.is_cuda:
                     # It came by another stream: not to be used anew before this one is done.
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             yield n, tensors
 
-    def write_behind(self, name: str, item: int, tensor: Tensor) -> None:
-        """Send a tensor off to the spill; it must not be modified any more.
+    def read(self, key: Key, item: int | str) -> Tensor:
+        """Return a tensor from the work folder, on the CPU; not to be modified."""
+        self._read.add(key)
+        return self._tensors.read(str(key), item)
+
+    def holds(self, key: Key, item: int | str) -> bool:
+        """Return whether something was written under a key and item; waits for all writes."""
+        self.settle()
+        return self._tensors.holds(str(key), item)
+
+    def touched(self) -> tuple[set[Key], set[Key]]:
+        """Return the keys that were read and written since `forget_touched`."""
+        return self._read, self._written
+
+    def forget_touched(self) -> None:
+        """Forget which keys were read and written."""
+        self._read, self._written = set(), set()
+
+    def write_behind(self, key: Key, item: int | str, tensor: Tensor) -> None:
+        """Write a tensor to the work folder, beside the computation; it must not change any more.
 
         Raises:
             OSError: This or an earlier tensor could not be written.
@@ -86,8 +108,9 @@ class Offload:
         ready = torch.cuda.Event() if tensor.is_cuda else None
         if ready is not None:
             ready.record(torch.cuda.current_stream(tensor.device))
-        future = self._writer.submit(self._store, name, item, tensor.detach(), ready)
-        self._behind.append((name, tensor.nbytes, future))
+        future = self._writer.submit(self._store, key, item, tensor.detach(), ready)
+        self._behind.append((key, tensor.nbytes, future))
+        self._written.add(key)
         if not self._allowed_bytes:
             self.settle()
 
@@ -102,17 +125,17 @@ class Offload:
     def in_flight(self) -> tuple[set[str], list[Future[None]]]:
         """Names under which something is still being written or could not be; what to wait for."""
         left = [
-            (name, future)
-            for name, _, future in self._behind
+            (str(key), future)
+            for key, _, future in self._behind
             if not future.done() or future.exception() is not None
         ]
         return {name for name, _ in left}, [future for _, future in left]
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Drop everything of these names, once all is written."""
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Drop everything under these keys, once all is written."""
         self.settle()
-        for name in names:
-            self._spill.drop(name)
+        for key in keys:
+            self._tensors.drop(str(key))
 
     def _settle_down_to(self, bytes_left: int) -> None:
         total = sum(size for _, size, _ in self._behind)
@@ -126,9 +149,9 @@ class Offload:
             for future in futures:
                 future.result()
 
-    def _fetch(self, names: Sequence[str], n: int) -> tuple[Tensor, ...]:
+    def _fetch(self, keys: Sequence[Key], n: int) -> tuple[Tensor, ...]:
         """In the reading thread."""
-        tensors = tuple(self._spill.read(name, n) for name in names)
+        tensors = tuple(self._tensors.read(str(key), n) for key in keys)
         if self._in is None:
             return tensors
         with torch.cuda.stream(self._in):
@@ -138,7 +161,9 @@ class Offload:
         self._in.synchronize()
         return copies
 
-    def _store(self, name: str, item: int, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
+    def _store(
+        self, key: Key, item: int | str, tensor: Tensor, ready: torch.cuda.Event | None
+    ) -> None:
         """In the writing thread; `ready` is when a GPU has computed the tensor."""
         if ready is not None and self._out is not None:
             self._out.wait_event(ready)
@@ -147,7 +172,7 @@ class Offload:
             tensor = _to_host(tensor)
         if self._out is not None:
             self._out.synchronize()
-        self._spill.write(name, item, tensor)
+        self._tensors.write(str(key), item, tensor)
 
 
 def _stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

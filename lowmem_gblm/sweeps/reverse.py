@@ -1,159 +1,127 @@
-"""Pass 3: last block to first, forward again and backward, for the gradient magnitudes.
+"""The reverse sweep: last block to first, forward again and backward, for gradient magnitudes.
 
 Checkpointed back-propagation over boundaries that were kept on the way forward (Griewank and
 Walther's "checkpointing"; "rematerialization"), with one decoder block as the segment. Boundaries
-that were not kept are computed again from the last one that was (`schedule.reverse_order`).
+that were not kept are computed again from the last kept one (`planning.steps.reverse_order`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
 from lowmem_gblm.model.streamed_model import StreamedModel
-from lowmem_gblm.planning.schedule import reverse_order
-from lowmem_gblm.runtime.progress import Progress
-from lowmem_gblm.sweeps.dense import Commit, boundary, forward
-from lowmem_gblm.sweeps.offload import Offload
-from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.planning import FLOAT32_BYTES, slices_within
+from lowmem_gblm.planning.steps import Step, boundary, loss_gradient
+from lowmem_gblm.sweeps.boundaries import advance
+from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 from lowmem_gblm.sweeps.statistics.finite import all_finite
-from lowmem_gblm.sweeps.statistics.gradient import Gradient, GradientNorm
-
-Slices = Callable[[Block], list[list[MatmulWeight]]]
-Keep = Callable[[Block, dict[MatmulWeight, Tensor]], None]
-Finish = Callable[[Block, Sequence[ActivationStatistic]], list[str]]
+from lowmem_gblm.sweeps.statistics.gradient import Gradient
 
 
-def reverse_sweep(
-    blocks: BlockLoader,
-    streamed: StreamedModel,
-    offload: Offload,
-    samples: SampleSet,
-    norm: GradientNorm,
-    scale: float,
-    progress: Progress,
-    *,
-    boundary_interval: int,
-    slices: Slices,
-    activations: Callable[[int], list[ActivationStatistic]],
-    keep: Keep,
-    finish: Finish,
-    commit: Commit,
-    first: int = 0,
-) -> None:
-    """Measure every block's gradient magnitudes, last block first.
+def reverse_sweep(run: PruneContext) -> None:
+    """Measure the gradient magnitudes of every block, last block first.
 
-    Args:
-        samples: Which; those whose gradients overflow are scaled with less, and dropped if that
-            does not help.
-        norm: l1 or l2 over samples.
-        scale: What the loss was multiplied with.
-        boundary_interval: Which boundaries the dense sweep has kept.
-        slices: The matrices of a block in parts whose accumulators fit at the same time; every
-            part after the first takes a forward and a backward pass more.
-        activations: Makes the activation statistics to measure in the same forward, per block, for
-            so many samples.
-        keep: Called with each resident block and the gradient magnitudes of every part of it; again
-            where a sample was found to be non-finite in a later part.
-        finish: Called last with each resident block and what was measured; it may prune and write.
-            Returns what in the spill it will not read again.
-        commit: Called after every step of `reverse_order`.
-        first: Steps that are done already.
+    Where no prune sweep follows, the block is pruned and written at once.
+
+    Raises:
+        NonFiniteError: Too many samples turn non-finite, or a score does.
     """
-    order = reverse_order(blocks.depth, boundary_interval)[first:]
-    shortcut = _Shortcut(streamed)
-    for block, backward in zip(
-        blocks.stream([step.block for step in order]),
-        [step.backward for step in order],
-        strict=True,
-    ):
-        if not backward:
-            forward(block, streamed, offload, samples, sweep="dense", name="reverse")
-            commit([])
-            progress.step()
+    prunes = run.schedule.prune_in == "reverse"
+    shortcut = _Shortcut(run.model)
+    for step, block in run.blocks("reverse"):
+        if not step.backwards:
+            advance(run, step, block, "dense")
             continue
-        work = _BlockBackward(
-            block=block,
-            streamed=streamed,
-            offload=offload,
-            samples=samples,
-            gradient=partial(Gradient, norm, scale),
-            activations=activations,
-            shortcut=shortcut,
-        )
-        measured = work.measured(slices(block), keep)
-        past = [*finish(block, measured), boundary("gradient", block.index + 1)]
-        commit([*past, boundary("dense", block.index)] if block.index else past)
-        progress.step()
+        measured = _BlockBackward(run, step, block, shortcut).measure()
+        if prunes:
+            run.pruner.prune(block, measured, run.gradients.reader(block))
+            run.gradients.release()
+            run.write(block)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _BlockBackward:
-    """Forward and backward through one resident block, until all samples left are finite in it.
+    """Forward and backward through one resident block, until all active samples are finite in it.
 
     Attributes:
-        gradient: Makes the gradient magnitudes to measure, for some slots.
-        activations: Makes the activation statistics, for so many samples.
+        run: The context.
+        step: The step of the table.
+        block: The block.
+        shortcut: Knows whether the last product of a block may be left out.
     """
 
+    run: PruneContext
+    step: Step
     block: Block
-    streamed: StreamedModel
-    offload: Offload
-    samples: SampleSet
-    gradient: Callable[[list[MatmulWeight]], Gradient]
-    activations: Callable[[int], list[ActivationStatistic]]
     shortcut: _Shortcut
+    _exponents_before: dict[int, int] = field(init=False)
+    _sent: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._arrived = dict(self.samples.exponents)
-        self._sent: dict[int, int] = {}
+        self._exponents_before = dict(self.run.samples.exponents)
 
-    def measured(self, parts: list[list[MatmulWeight]], keep: Keep) -> list[ActivationStatistic]:
-        """Gradient magnitudes of every part, kept; returns what else was measured.
+    def measure(self) -> list[ActivationStatistic]:
+        """Keep the gradient magnitudes of every part of the block; return what else was measured.
 
-        Where a sample is non-finite, all begins anew without it: what it added cannot be taken
-        back.
+        Where a sample turns non-finite, all parts are measured again without it: what it added
+        cannot be taken back.
         """
         while True:
-            measured = self.activations(len(self.samples.active))
-            for number, slots in enumerate(parts):
-                gradients = self._part(slots, [] if number else measured, goes_on=not number)
+            measured = self._activations(len(self.run.samples.active))
+            for number, matrices in enumerate(self._parts()):
+                gradients = self._measure_part(matrices, [] if number else measured, number == 0)
                 if gradients is None:
                     break
-                keep(self.block, gradients)
+                self.run.gradients.keep(self.block, gradients)
             else:
                 return measured
 
-    def _part(
-        self, slots: list[MatmulWeight], measured: Sequence[ActivationStatistic], *, goes_on: bool
+    def _parts(self) -> list[list[MatmulWeight]]:
+        """Return the matrices of the block in parts whose accumulators fit at the same time."""
+        matrices, limit = self.block.slots, self.run.choices.accumulator_bytes
+        sizes = [one.stored(self.block.module).numel() * FLOAT32_BYTES for one in matrices]
+        return [[matrices[item] for item in part] for part in slices_within(sizes, limit)]
+
+    def _activations(self, nsamples: int) -> list[ActivationStatistic]:
+        """Return fresh accumulators of activations, where the block is pruned in this step."""
+        return self.run.activations(nsamples) if self.run.schedule.prune_in == "reverse" else []
+
+    def _gradient(self, matrices: list[MatmulWeight]) -> Gradient:
+        return Gradient(self.run.gradient_norm, self.run.loss_scale, matrices)
+
+    def _measure_part(
+        self,
+        matrices: list[MatmulWeight],
+        measured: Sequence[ActivationStatistic],
+        advances: bool,
     ) -> dict[MatmulWeight, Tensor] | None:
-        """Gradient magnitudes of some slots; None if a sample was non-finite."""
-        order, gradient = self.samples.active, self.gradient(slots)
-        found = self._run(order, gradient, measured, goes_on=goes_on)
+        """Return the gradient magnitudes of some matrices; None if a sample was non-finite."""
+        order, gradient = self.run.samples.active, self._gradient(matrices)
+        found = self._run(order, gradient, measured, advances=advances)
         if not found and _are_finite(gradient, measured):
             return gradient.results()
         # Single samples are looked at in the memory of these.
         gradient.results()
-        found = found or [n for n in order if not self._is_finite_alone(n, slots)]
+        found = found or [n for n in order if not self._is_finite_alone(n, matrices)]
         if not found:
             raise NonFiniteError(
                 f"the statistics of block {self.block.index} overflow float32, though those of "
                 f"every single sample are finite: fewer --nsamples may fit"
             )
-        self.samples.reduce_scale_or_drop(found, "reverse", self.block.index)
+        self.run.samples.reduce_scale_or_drop(found, self.step.stage, self.block.index)
         return None
 
-    def _is_finite_alone(self, n: int, slots: list[MatmulWeight]) -> bool:
-        gradient, measured = self.gradient(slots), self.activations(1)
-        found = self._run([n], gradient, measured, goes_on=False)
+    def _is_finite_alone(self, n: int, matrices: list[MatmulWeight]) -> bool:
+        gradient, measured = self._gradient(matrices), self._activations(1)
+        found = self._run([n], gradient, measured, advances=False)
         return not found and _are_finite(gradient, measured)
 
     def _run(
@@ -162,22 +130,23 @@ class _BlockBackward:
         gradient: Gradient,
         measured: Sequence[ActivationStatistic],
         *,
-        goes_on: bool,
+        advances: bool,
     ) -> list[int]:
-        """Run these samples; where it `goes_on`, their gradients go on to the block before.
+        """Run samples; where that `advances`, store their gradients for the block before.
 
         Returns:
             The samples whose gradients are not finite where they leave the block.
         """
-        block, found = self.block, []
+        run, block, found = self.run, self.block, []
         tap = Tap(block.module, block.slots, [gradient, *measured])
-        names = [boundary("dense", block.index), boundary("gradient", block.index + 1)]
-        for n, (hidden, arriving) in self.offload.prefetch(names, order):
-            exponent = self.samples.exponent(n)
+        keys = [boundary("dense", block.index), loss_gradient(block.index + 1)]
+        for n, (hidden, arriving) in run.offload.prefetch(keys, order):
+            exponent = run.samples.exponent(n)
             gradient.boost = 2.0**exponent
-            if exponent != self._arrived.get(n, 0):
-                arriving = arriving * 2.0 ** (self._arrived.get(n, 0) - exponent)
-            leaving = _backward(self.streamed, block, hidden, arriving, tap)
+            before = self._exponents_before.get(n, 0)
+            if exponent != before:
+                arriving = arriving * 2.0 ** (before - exponent)
+            leaving = _backward(run.model, block, hidden, arriving, tap)
             gradient.finish_sample()
             for statistic in measured:
                 statistic.finish_sample()
@@ -186,8 +155,8 @@ class _BlockBackward:
                 continue
             if n == order[0] and self.shortcut.holds(block, tap.last, hidden, arriving, leaving):
                 tap.skip(tap.last)
-            if goes_on and block.index and self._sent.get(n) != exponent:
-                self.offload.write_behind(boundary("gradient", block.index), n, leaving)
+            if advances and block.index and self._sent.get(n) != exponent:
+                run.offload.write_behind(loss_gradient(block.index), n, leaving)
                 self._sent[n] = exponent
         tap.check_all_seen()
         return found

@@ -110,7 +110,7 @@ def fingerprints(
     }
 
 
-def blocks_seen(checkpoint: Checkpoint, blocks: Iterable[Sequence[str]]) -> list[str]:
+def block_fingerprints(checkpoint: Checkpoint, blocks: Iterable[Sequence[str]]) -> list[str]:
     """SHA-256 of the first bytes of some tensors of every block.
 
     Args:

@@ -6,85 +6,61 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from lowmem_gblm.commands.prune.identity import device_name, identity, versions
-from lowmem_gblm.commands.prune.setup import PruneSetup
-from lowmem_gblm.planning.schedule import reverse_order
+from lowmem_gblm.commands.prune.identity import identity, versions
+from lowmem_gblm.commands.prune.setup import PruneScope, PruneSetup
 from lowmem_gblm.runtime import memory
-from lowmem_gblm.runtime.progress import Progress, Stage
-from lowmem_gblm.storage.in_place import BlockWriter
 from lowmem_gblm.storage.job import Job
-from lowmem_gblm.sweeps.block_pruner import BlockPruner
-from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.context import PruneContext
 
 _WORTH_A_NOTE = 0.01
 
 
-def stages(setup: PruneSetup) -> list[Stage]:
-    """The stages of a run, with what each costs in FLOPs: the time left follows from that."""
-    block_cost = max(1, setup.plan.flops)
-    shares = setup.schedule.flop_shares
-    per_share = block_cost / max(1, setup.schedule.flops_per_parameter_and_token)
-    nsamples, depth = len(setup.samples), setup.opened.streamed.depth
-    blocks = {"reverse": len(reverse_order(depth, setup.plan.choices.boundary_interval))}
-    found = [
-        Stage(
-            name=name,
-            steps=nsamples if name in ("embed", "head") else blocks.get(name, depth),
-            cost=shares.get(name, 0) * per_share,
-        )
-        for name in setup.schedule.passes
-    ]
-    return [*found, Stage(name="finish", steps=1, cost=0)]
-
-
-def record(
-    setup: PruneSetup,
-    pruner: BlockPruner,
-    samples: SampleSet,
-    losses: list[float],
-    progress: Progress,
-    output: BlockWriter,
-    job: Job,
-) -> dict[str, Any]:
-    """The content of pruning.json."""
-    checkpoint = setup.opened.checkpoint
-    device = setup.opened.streamed.device
+def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
+    """Return the content of pruning.json."""
+    scope, pruner, predicted = setup.scope, run.pruner, setup.plan.predicted
     numel = sum(math.prod(one["shape"]) for one in pruner.tensors.values())
-    tensors = {name: pruner.tensors[name] for name in checkpoint.tensors if name in pruner.tensors}
+    names = [name for name in run.checkpoint.tensors if name in pruner.tensors]
+    tensors = {name: pruner.tensors[name] for name in names}
+    device = run.model.device
     return {
-        "model": setup.request.model,
-        **identity(setup.request, setup.opened, setup.seqlen),
-        "group": setup.method.group,
-        "updates_weights": setup.method.updates_weights,
+        "model": scope.request.model,
+        **identity(scope.request, scope.model, scope.seqlen),
+        "group": scope.method.group,
+        "updates_weights": scope.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
-        "calibration_loss": sum(losses) / len(losses) if losses else None,
-        "notes": [
-            *_other_rounding(job, device_name(device)),
-            *setup.plan.reasons,
-            *_unused(setup),
-            *_dense(setup),
-            *samples.notes(),
-            *pruner.notes,
-        ],
-        "dropped_samples": samples.dropped,
+        "calibration_loss": sum(run.losses) / len(run.losses) if run.losses else None,
+        "notes": _notes(setup, run),
+        "dropped_samples": run.samples.dropped,
         "tensors": tensors,
-        "seconds": {**progress.seconds, "total": progress.total_seconds()},
-        "waited_seconds": progress.waited_seconds,
+        "seconds": {**run.progress.seconds, "total": run.progress.total_seconds()},
+        "waited_seconds": run.progress.waited_seconds,
         "memory": {
             "host_peak_bytes": memory.host_peak_bytes(),
-            "host_planned_bytes": setup.plan.predicted.host_bytes,
+            "host_planned_bytes": predicted.host_bytes,
             "gpu_peak_bytes": memory.gpu_peak_bytes(device),
-            "gpu_planned_bytes": setup.plan.predicted.gpu_bytes,
+            "gpu_planned_bytes": predicted.gpu_bytes,
         },
-        "bytes": {"read": checkpoint.bytes_read, "written": output.bytes_written},
+        "bytes": {"read": run.checkpoint.bytes_read, "written": run.output.bytes_written},
         "choices": asdict(setup.plan.choices),
         "flops": setup.plan.flops,
         "versions": versions(),
         "fingerprints": setup.fingerprints,
-        "shards": output.shards,
-        "job": job.id,
-        "attempts": job.attempts,
+        "shards": run.output.shards,
+        "job": run.job.id,
+        "attempts": run.job.attempts,
     }
+
+
+def _notes(setup: PruneSetup, run: PruneContext) -> list[str]:
+    """Return everything that a user should know of a run, a sentence each."""
+    return [
+        *_other_rounding(run.job, run.device_name),
+        *setup.plan.reasons,
+        *_unused(setup.scope),
+        *_dense(setup.scope),
+        *run.samples.notes(),
+        *run.pruner.notes,
+    ]
 
 
 def _other_rounding(job: Job, here: str) -> list[str]:
@@ -96,24 +72,24 @@ def _other_rounding(job: Job, here: str) -> list[str]:
     return [f"begun on {devices[0]} and continued on {others}: the rounding of all is in it"]
 
 
-def _unused(setup: PruneSetup) -> list[str]:
+def _unused(scope: PruneScope) -> list[str]:
     """A sentence about tensors that the model does not use."""
-    streamed = setup.opened.streamed
+    streamed = scope.model.streamed
     used = {name for names in [*streamed.block_tensors, streamed.rest_tensors] for name in names}
-    unused = [name for name in setup.opened.checkpoint.tensors if name not in used]
+    unused = [name for name in scope.model.checkpoint.tensors if name not in used]
     if not unused:
         return []
     return [f"{len(unused)} tensors are no part of the model and stay as they are: {unused[0]}"]
 
 
-def _dense(setup: PruneSetup) -> list[str]:
+def _dense(scope: PruneScope) -> list[str]:
     """A sentence about matrices inside decoder blocks that stay dense, unless they are few."""
-    pruned = {weight.name for block in setup.weights for weight in block}
+    pruned = {weight.name for block in scope.weights for weight in block}
     sizes = {
-        name: math.prod(setup.opened.checkpoint.tensors[name].shape)
-        for names in setup.opened.streamed.block_tensors
+        name: math.prod(scope.model.checkpoint.tensors[name].shape)
+        for names in scope.model.streamed.block_tensors
         for name in names
-        if len(setup.opened.checkpoint.tensors[name].shape) > 1
+        if len(scope.model.checkpoint.tensors[name].shape) > 1
     }
     dense = [name for name in sizes if name not in pruned]
     share = sum(sizes[name] for name in dense) / sum(sizes.values())

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from lowmem_gblm.commands.paths import paths_of
 from lowmem_gblm.commands.prune.identity import recorded_identity
-from lowmem_gblm.commands.prune.setup import open_setup
-from lowmem_gblm.commands.request import PruneRequest, output_folder, request_from_json, work_folder
+from lowmem_gblm.commands.prune.setup import draw_samples, fingerprints_of, identity_of, prune_scope
+from lowmem_gblm.commands.request import PruneRequest, request_from_json
 from lowmem_gblm.errors import JobError
+from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.reader import read_json
-from lowmem_gblm.storage.job import differences, forget_finished, read_description
+from lowmem_gblm.storage.job_state import differences, forget_finished, read_description
 
 
 def find_job(folder: Path, **changes: Any) -> PruneRequest:
@@ -29,12 +31,12 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
     if found is None:
         raise JobError(f"{folder} holds no job: give the OUTPUT.work folder of an interrupted run")
     request = replace(request_from_json(found["request"]), **changes)
-    place, name = folder.absolute().parent, work_folder(request).name
+    place, name = folder.absolute().parent, paths_of(request).work_folder.name
     if folder.absolute().name != name:
         raise JobError(f"{folder} was renamed: call it {name} again, as the job in it does")
     if request.work_dir is None:
         # Who moves a work folder moves what lies beside it, too.
-        beside = place / output_folder(request).name
+        beside = place / paths_of(request).output.name
         moved = {"model": str(beside)} if request.in_place else {"output": beside}
         request = replace(request, **cast(Any, moved))
     model = Path(request.model)
@@ -54,12 +56,14 @@ def find_finished(request: PruneRequest) -> dict[str, Any] | None:
         JobError: Something else is there: every difference is named.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
-    output = output_folder(request)
+    paths = paths_of(request)
+    output = paths.output
     if not (output / RECORD).is_file():
         return None
-    forget_finished(output, work_folder(request))
+    forget_finished(output, paths.work_folder)
     made: dict[str, Any] = read_json(output / RECORD)
-    asked = dict(open_setup(request).identity)
+    scope = prune_scope(request, open_model(request.model, request))
+    asked = identity_of(scope, paths, fingerprints_of(scope, draw_samples(scope)), None)
     # Texts are known by their tokens and models by their bytes, wherever they lie.
     del asked["calibration"], asked["source_pruned"]
     if request.accept_other_rounding:

@@ -1,0 +1,106 @@
+"""The folders of a prune run: where they are, and whether the run may write and remove them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_gblm.commands.request import PruneRequest
+from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.storage.in_place import check_confirmed
+from lowmem_gblm.storage.job_state import forget_finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """The folders of one run.
+
+    Attributes:
+        output: Where the pruned model will be; in place, the model folder.
+        work_folder: What is stored between steps, and the journal.
+        partial: Where the output is written until it is complete; unused in place.
+        in_place: Whether `output` is the model itself.
+    """
+
+    output: Path
+    work_folder: Path
+    partial: Path
+    in_place: bool
+
+    @property
+    def written(self) -> list[Path]:
+        """Return the folders that take disk space: the work folder, and the output if it is new."""
+        return [self.work_folder, *([] if self.in_place else [self.output])]
+
+
+def paths_of(request: PruneRequest) -> Paths:
+    """Return the folders that a request means; they need not exist.
+
+    In place every name of the model folder leads to the same path. For a plan without an output the
+    folders are those beside the current folder's content. The paths end with a name, as others are
+    derived from it.
+    """
+    folder = Path(request.model) if request.in_place else request.output or Path("pruned")
+    if request.in_place or folder.name in ("", ".."):
+        folder = folder.resolve()
+    return Paths(
+        output=folder,
+        work_folder=work_folder_of(folder, request.work_dir),
+        partial=folder.with_name(f"{folder.name}.partial") if folder.name else folder,
+        in_place=request.in_place,
+    )
+
+
+def work_folder_of(output: Path, work_dir: Path | None) -> Path:
+    """Return the work folder for an output: in `work_dir`, else beside the output."""
+    return (work_dir or output.parent) / f"{output.name}.work"
+
+
+def check_paths(request: PruneRequest) -> Paths:
+    """Return the folders of a run, if the run may write them; clear away a finished job.
+
+    Raises:
+        RequestError: There is no output, the run would remove what it needs, or overwriting the
+            model is not confirmed.
+        JobError: The output exists, or was pruned already.
+    """
+    paths = paths_of(request)
+    check_apart(request, paths)
+    if request.in_place:
+        check_confirmed(request.model, confirmed=request.overwrite_my_only_copy)
+    elif request.output is None:
+        raise RequestError("prune needs an OUTPUT folder, or --in-place to overwrite MODEL itself")
+    forget_finished(paths.output, paths.work_folder)
+    if not request.in_place and os.path.lexists(paths.output):
+        raise JobError(f"{paths.output} exists already: choose another OUTPUT, or move it away")
+    return paths
+
+
+def check_apart(request: PruneRequest, paths: Paths) -> None:
+    """Raise `RequestError` if the run would remove what it is to read or to make.
+
+    The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
+    """
+    output, work, partial = paths.output, paths.work_folder, paths.partial
+    needed = {"MODEL": request.model, "the calibration text": request.calibration_text}
+    # A name that is nowhere here is that of the Hub, or of a text.
+    places = {what: Path(name) for what, name in needed.items() if Path(name).exists()}
+    inside = [(what, place, work) for what, place in {**places, "OUTPUT": output}.items()]
+    if not paths.in_place:
+        inside += [(what, place, partial) for what, place in places.items()]
+        inside += [("the work folder", work, one) for one in (output, partial)]
+    for what, place, folder in inside:
+        if _resolved(place).is_relative_to(_resolved(folder)):
+            raise RequestError(
+                f"{what} is {place}, which must not lie in {folder}: that is made and removed by "
+                f"the run. Choose another OUTPUT or --work-dir"
+            )
+
+
+def _resolved(path: Path) -> Path:
+    """Return the path with links followed; as it is where they lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        return path.absolute()

@@ -1,0 +1,38 @@
+"""What a prune run will take, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowmem_gblm.commands.estimate import check_disks, machine_speed
+from lowmem_gblm.commands.paths import paths_of
+from lowmem_gblm.commands.prune.setup import budget_for, plan_of, prune_scope
+from lowmem_gblm.commands.request import PruneRequest
+from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.planning import Plan
+
+_DESCRIBED = "the weights are not here: their sizes are those that config.json describes"
+
+
+def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
+    """Return what a run would take; neither the weights nor the device need be here.
+
+    Args:
+        request: What is asked.
+        measured: Whether to measure this machine for about two seconds, for the time.
+
+    Raises:
+        BudgetError: It does not fit what may be used.
+        LowmemGblmError: The request is bad, or the model cannot be used.
+    """
+    model = open_model(request.model, request, to_plan=True)
+    scope, paths = prune_scope(request, model), paths_of(request)
+    budget = budget_for(scope, paths, resumes=False)
+    planned = plan_of(scope, budget)
+    check_disks(planned, paths.output, paths.work_folder)
+    if measured:
+        speed = machine_speed(model, scope.weights, scope.seqlen, paths.work_folder)
+        planned = plan_of(scope, budget, speed=speed)
+    if not model.checkpoint.on_disk:
+        planned = replace(planned, reasons=(*planned.reasons, _DESCRIBED))
+    return planned

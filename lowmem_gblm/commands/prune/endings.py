@@ -1,0 +1,110 @@
+"""How a run ends: what of its job is kept, and what a user is told.
+
+    done so far            interrupted   disk      device, numbers, model   job error   bug
+    nothing                remove        remove    remove                   remove      remove
+    finished steps         keep          keep      keep, how to resume      keep        keep, note
+    weights overwritten    keep          keep      keep, how to resume,     keep,       keep, note
+                                                   what is lost             what is lost
+
+A job with finished steps is never removed: what ended it may go away, as a device error does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lowmem_gblm.commands.estimate import still_needed
+from lowmem_gblm.commands.prune.setup import PruneSetup
+from lowmem_gblm.errors import BudgetError, DeviceError, JobError, LowmemGblmError
+from lowmem_gblm.runtime.machine import is_device_error
+from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE
+from lowmem_gblm.storage.disk_errors import explained, to_resume, to_resume_or_discard
+
+Done = Literal["nothing", "finished steps", "weights overwritten"]
+Cause = Literal["interrupted", "disk", "device, numbers, model", "job error", "bug"]
+Hint = Literal["resume", "lost"]
+
+# What is said after the error. How to resume after an interruption or a disk is said elsewhere.
+_HINTS: dict[tuple[Done, Cause], tuple[Hint, ...]] = {
+    ("finished steps", "device, numbers, model"): ("resume",),
+    ("finished steps", "bug"): ("resume",),
+    ("weights overwritten", "device, numbers, model"): ("resume", "lost"),
+    ("weights overwritten", "job error"): ("lost",),
+    ("weights overwritten", "bug"): ("resume", "lost"),
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ends that has not reached its end.
+
+    Attributes:
+        keeps: Whether the job stays, to be resumed.
+        error: What to raise in the place of what ended the run; None for the same error.
+    """
+
+    keeps: bool
+    error: LowmemGblmError | None = None
+
+
+def ending(error: BaseException, done: Done, setup: PruneSetup) -> Ending:
+    """Return how a run ends that `error` has ended; notes are added to an error that is a bug.
+
+    Args:
+        error: What was raised.
+        done: What was done so far.
+        setup: Of the run.
+    """
+    keeps = done != "nothing"
+    cause, told = _cause(error)
+    if cause == "disk" and isinstance(error, OSError):
+        return Ending(keeps, _disk_error(error, setup, keeps=keeps))
+    hints = [_said(hint, done, setup) for hint in _HINTS.get((done, cause), ())]
+    if cause == "bug":
+        for hint in hints:
+            error.add_note(hint)
+    if told is None or (told is error and not hints):
+        return Ending(keeps)
+    return Ending(keeps, type(told)(". ".join([str(told), *hints])))
+
+
+def _cause(error: BaseException) -> tuple[Cause, LowmemGblmError | None]:
+    """Return why a run ends, and the error as one of ours where it has one."""
+    if isinstance(error, JobError):
+        return "job error", error
+    if isinstance(error, LowmemGblmError):
+        return "device, numbers, model", error
+    if not isinstance(error, Exception):
+        return "interrupted", None
+    if isinstance(error, OSError) and error.errno is not None:
+        return "disk", None
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "device, numbers, model", BudgetError(f"out of memory: {first}")
+    if is_device_error(error):
+        return "device, numbers, model", DeviceError(f"the device has failed: {first}")
+    return "bug", None
+
+
+def _disk_error(error: OSError, setup: PruneSetup, *, keeps: bool) -> LowmemGblmError:
+    paths = setup.paths
+    failed = Path(error.filename or paths.work_folder)
+    needs = still_needed(setup.plan, paths.output, paths.work_folder, failed)
+    return explained(error, needs, to_resume(paths.work_folder, kept=keeps))
+
+
+def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:
+    """Return the sentence of a hint."""
+    paths = setup.paths
+    if hint == "lost":
+        return (
+            f"{paths.output} is partly pruned by now: if this cannot be mended, the model has to "
+            f"be fetched anew"
+        )
+    other = paths.output / MARKER_FILE if paths.in_place else paths.partial
+    discarded = [] if done == "weights overwritten" else [paths.work_folder, other]
+    return to_resume_or_discard(paths.work_folder, discarded)

@@ -1,0 +1,292 @@
+"""The table of steps: what every step of a run reads, writes and drops in the work folder.
+
+The fact is stated here once. The plan adds the table up (disk use is its running sum, FLOPs and
+bytes are its totals), the sweeps walk it, the journal ticks it off, progress groups it by stage,
+and what is left of an interrupted run is its tail.
+
+    embed    writes boundary 0
+    dry_run  reads boundary 0; runs in place only, before a block is overwritten
+    dense    block i: reads boundary i of the dense stream, writes boundary i + 1
+    head     reads the last boundary, writes the gradient of the loss at it
+    reverse  block i, backward: reads boundary i and the loss gradient at i + 1, writes the loss
+             gradient at i and the gradient magnitudes of the block; block i, forward only: computes
+             boundary i + 1 again, which was not kept
+    prune    block i: reads boundary i of the pruned stream and the gradient magnitudes, writes
+             boundary i + 1 and the pruned block
+
+`Step.drops` is not written down for any of them: it follows from who reads what (`_with_drops`).
+A second stream, parts of a block and further ranks are rows and columns of the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lowmem_gblm.planning.schedule import Schedule, Stage
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
+
+Stream = Literal["dense", "pruned"]
+Kind = Literal["embedded", "dense", "pruned", "loss-gradient", "magnitudes"]
+WHOLE_BLOCK = ("",)
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """A name in the work folder: one tensor of it for every sample, or for every matrix.
+
+    Attributes:
+        kind: "dense" and "pruned" are boundaries of that stream, and "embedded" is boundary 0 of
+            both; "loss-gradient" is the gradient of the loss at a boundary; "magnitudes" are the
+            gradient magnitudes of a block.
+        index: Number of the boundary or of the block.
+    """
+
+    kind: Kind
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.index}"
+
+    @property
+    def is_per_sample(self) -> bool:
+        """Return whether there is a tensor for every sample; else for every matrix of a block."""
+        return self.kind != "magnitudes"
+
+    @property
+    def holds(self) -> str:
+        """Return what the file of this name holds, for a sentence."""
+        if self.kind == "magnitudes":
+            return f"the gradient magnitudes of block {self.index}"
+        what = "gradients" if self.kind == "loss-gradient" else "hidden states"
+        return f"the {what} before block {self.index}"
+
+
+def boundary(stream: Stream, index: int) -> Key:
+    """Return the key of the hidden states that enter a block; both streams share the first."""
+    return Key(stream if index else "embedded", index)
+
+
+def loss_gradient(index: int) -> Key:
+    """Return the key of the gradient of the loss at boundary `index`."""
+    return Key("loss-gradient", index)
+
+
+def magnitudes(block: int) -> Key:
+    """Return the key of the gradient magnitudes of a block."""
+    return Key("magnitudes", block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is done between two entries of the journal.
+
+    Attributes:
+        stage: The sweep that the step belongs to.
+        block: The decoder block that is resident; None where none or every one is.
+        part: Matrices of the block that the step prunes; "" for all of them.
+        reads: What the step reads from the work folder.
+        writes: What the step writes to the work folder.
+        drops: What no later step reads: removed when the step is durable.
+        loads: How many blocks are read from the checkpoint.
+        forwards, backwards: How often every sample runs through the block, in either direction.
+        weight_gradients: Whether gradients of the weights are computed.
+        prunes: Whether the pruned tensors are written when the step is done.
+        sums: Whether ranks add up what they have measured in the step.
+    """
+
+    stage: Stage
+    block: int | None = None
+    part: str = ""
+    reads: tuple[Key, ...] = ()
+    writes: tuple[Key, ...] = ()
+    drops: tuple[Key, ...] = ()
+    loads: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    weight_gradients: bool = False
+    prunes: bool = False
+    sums: bool = False
+
+    @property
+    def flops_per_weight_and_token(self) -> int:
+        """Return the FLOPs of the step for each weight of its block and each token."""
+        return 2 * (self.forwards + self.backwards + self.weight_gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the table of steps follows from, besides the schedule.
+
+    Attributes:
+        depth: Number of decoder blocks.
+        boundary_interval: Boundaries 0, k, 2k, … are kept for the reverse sweep; those between are
+            computed again.
+        gradient_parts: In how many parts the gradients of a block are accumulated; each takes a
+            forward and a backward pass.
+        stores_parts: Whether gradient magnitudes go through the work folder even where the same
+            step prunes with them.
+        unpruned: Blocks of which nothing is pruned.
+        streams: Streams of hidden states that the prune sweep carries.
+        parts: Parts of a block that are pruned one after the other; each is measured anew.
+        rank: Number of this process among those that share the samples.
+        ranks: How many processes share the samples; the blocks are written in turn.
+    """
+
+    depth: int
+    boundary_interval: int = 1
+    gradient_parts: int = 1
+    stores_parts: bool = False
+    unpruned: frozenset[int] = frozenset()
+    streams: tuple[Stream, ...] = ("pruned",)
+    parts: tuple[str, ...] = WHOLE_BLOCK
+    rank: int = 0
+    ranks: int = 1
+
+    def writes_block(self, block: int) -> bool:
+        """Return whether this rank writes a block to the output."""
+        return block % self.ranks == self.rank
+
+
+def step_table(sizes: ModelSizes, work: Workload, choices: Choices) -> tuple[Step, ...]:
+    """Return the table of the run that does this work with this model, as was chosen."""
+    numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+    layout = Layout(
+        depth=sizes.depth,
+        boundary_interval=choices.boundary_interval,
+        gradient_parts=len(slices_within(numbers, choices.accumulator_bytes)),
+        stores_parts=choices.accumulator_bytes is not None
+        or choices.gradient_precision != "float32",
+        unpruned=frozenset(block for block, weights in enumerate(sizes.prunable) if not weights),
+    )
+    return steps(work.schedule, layout)
+
+
+def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
+    """Return the table of a run, in order."""
+    rows = {
+        "embed": _embed,
+        "dry_run": _dry_run,
+        "dense": _dense,
+        "head": _head,
+        "reverse": _reverse,
+        "prune": _prune,
+    }
+    found = [step for stage in schedule.stages for step in rows[stage](schedule, layout)]
+    return _with_drops(found)
+
+
+def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:
+    """Return the blocks of the reverse sweep, each with whether it runs backward.
+
+    Segment by segment from the last one: forward through all blocks of the segment but the last,
+    for the boundaries in between, then backward through all of them (checkpointing, Griewank and
+    Walther 2000). At an interval of 1 nothing is computed again.
+    """
+    order: list[tuple[int, bool]] = []
+    for start in range((depth - 1) // interval * interval, -1, -interval):
+        stop = min(start + interval, depth)
+        order += [(block, False) for block in range(start, stop - 1)]
+        order += [(block, True) for block in range(stop - 1, start - 1, -1)]
+    return order
+
+
+def _embed(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    yield Step(stage="embed", writes=(boundary("dense", 0),))
+
+
+def _dry_run(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    reads = (boundary("dense", 0),) if schedule.needs_samples else ()
+    yield Step(stage="dry_run", reads=reads, loads=layout.depth)
+
+
+def _dense(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    for block in range(layout.depth):
+        yield _forward("dense", "dense", block)
+
+
+def _forward(stage: Stage, stream: Stream, block: int) -> Step:
+    """Return the step that runs the samples of a stream through a block once."""
+    return Step(
+        stage=stage,
+        block=block,
+        reads=(boundary(stream, block),),
+        writes=(boundary(stream, block + 1),),
+        loads=1,
+        forwards=1,
+    )
+
+
+def _head(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    writes = (loss_gradient(layout.depth),) if "reverse" in schedule.stages else ()
+    yield Step(stage="head", reads=(boundary("dense", layout.depth),), writes=writes)
+
+
+def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    prunes = schedule.prune_in == "reverse"
+    stores = not prunes or layout.stores_parts
+    for block, backward in reverse_order(layout.depth, layout.boundary_interval):
+        if not backward:
+            yield _forward("reverse", "dense", block)
+            continue
+        pruned = block not in layout.unpruned
+        yield Step(
+            stage="reverse",
+            block=block,
+            reads=(boundary("dense", block), loss_gradient(block + 1)),
+            writes=(
+                *((loss_gradient(block),) if block else ()),
+                *((magnitudes(block),) if stores and pruned else ()),
+            ),
+            loads=1,
+            forwards=layout.gradient_parts,
+            backwards=layout.gradient_parts,
+            weight_gradients=True,
+            prunes=prunes and layout.writes_block(block),
+            sums=pruned,
+        )
+
+
+def _prune(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    streams = layout.streams if schedule.prune_forwards else ()
+    for block in range(layout.depth):
+        stored = schedule.stores_gradients and block not in layout.unpruned
+        for number, part in enumerate(layout.parts):
+            last = number == len(layout.parts) - 1
+            leaves = last and block + 1 < layout.depth
+            yield Step(
+                stage="prune",
+                block=block,
+                part=part,
+                reads=(
+                    *(boundary(stream, block) for stream in streams),
+                    *((magnitudes(block),) if stored else ()),
+                ),
+                writes=tuple(boundary(one, block + 1) for one in streams if leaves),
+                loads=1,
+                forwards=_prune_forwards(schedule, layout, last=last, leaves=leaves),
+                prunes=layout.writes_block(block),
+                sums=bool(streams) and block not in layout.unpruned,
+            )
+
+
+def _prune_forwards(schedule: Schedule, layout: Layout, *, last: bool, leaves: bool) -> int:
+    """Return how often samples run through a block: to measure, and once more for its outputs."""
+    if not schedule.prune_forwards:
+        return 0
+    again = leaves and schedule.prune_forwards == 2
+    return len(layout.streams) * (1 + again)
+
+
+def _with_drops(rows: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the rows, each with the keys that no later row reads before they are written again."""
+    read_later: set[Key] = set()
+    found: list[Step] = []
+    for row in reversed(rows):
+        touched = dict.fromkeys((*row.reads, *row.writes))
+        dropped = tuple(key for key in touched if key not in read_later)
+        found.append(replace(row, drops=dropped))
+        read_later.difference_update(row.writes)
+        read_later.update(row.reads)
+    return tuple(reversed(found))

@@ -1,0 +1,192 @@
+"""What earlier attempts at a job have left in its folders: asked once, under the model's lock."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_gblm.errors import CheckpointError, JobError
+from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
+from lowmem_gblm.storage.checkpoint.reader import read_json
+from lowmem_gblm.storage.checkpoint.writer import partial_folder
+from lowmem_gblm.storage.in_place_marker import check_complete, is_about, is_unfinished
+from lowmem_gblm.storage.locking import MARK, OwnedFolder
+
+DESCRIPTION = "job.json"
+JOURNAL = "journal"
+# What is another when a job was moved or copied.
+PLACES = ("folder", "output", "request")
+DESCRIBED = {"id", "identity", "choices", *PLACES}
+
+Kind = Literal["new", "resumable", "finished", "in place unfinished"]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What there is of a job before a run.
+
+    Attributes:
+        kind: "new": nothing that could be resumed; "resumable": steps are finished; "finished": the
+            result is there; "in place unfinished": the model is being overwritten by another job.
+        description: Of the job, where it is resumable.
+        model: The folder of the model.
+        output: The folder of the result.
+    """
+
+    kind: Kind
+    description: Mapping[str, Any] | None
+    model: Path
+    output: Path
+
+    @classmethod
+    def inspect(cls, model: Path, output: Path, work_folder: Path, *, in_place: bool) -> JobState:
+        """Return what there is; what is left of a job that has finished is cleared away.
+
+        Raises:
+            JobError: A description cannot be read.
+        """
+        forget_finished(output, work_folder)
+        found = read_description(work_folder)
+        resumable = found if has_steps(work_folder) else None
+        own = found is not None and found["identity"]["in_place"] and is_about(model, found["id"])
+        result = output / RECORD if in_place else output
+        kind: Kind = "new" if resumable is None else "resumable"
+        if os.path.lexists(result):
+            kind = "finished"
+        elif is_unfinished(model):
+            # Only the job that overwrites the model may read it.
+            kind = kind if own and in_place else "in place unfinished"
+        return cls(kind, resumable, model, output)
+
+    def check_can_run(self) -> None:
+        """Raise `JobError` if the result exists, or the model is being overwritten."""
+        if self.kind == "finished" and self.model == self.output:
+            raise JobError(
+                f"{self.output} was pruned already: it has a {RECORD}. To prune once more what is "
+                f"there now, move that file away"
+            )
+        if self.kind == "finished":
+            raise JobError(f"{self.output} exists already: choose another OUTPUT, or move it away")
+        if self.kind == "in place unfinished":
+            check_complete(self.model)
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What the job in a work folder is; None where none was begun.
+
+    Raises:
+        JobError: The description cannot be read.
+    """
+    path = folder / DESCRIPTION
+    if not (folder / MARK).is_file() or not path.is_file():
+        return None
+    anew = (
+        f"to begin anew, remove {folder}, unless a model was being pruned in place: its "
+        f"{MARKER_FILE} says what can be done then"
+    )
+    try:
+        found = read_json(path)
+    except CheckpointError as error:
+        raise JobError(f"{error}. Look at the disk; {anew}") from None
+    if not found.keys() >= DESCRIBED:
+        raise JobError(
+            f"{path} is that of another version of lowmem-gblm: finish it with that; {anew}"
+        )
+    return found
+
+
+def forget_finished(output: Path, folder: Path) -> None:
+    """Remove what is left of a job that was killed after its output was whole."""
+    if not (output / RECORD).is_file() or partial_folder(output).exists():
+        return
+    found = read_description(folder)
+    if found is None:
+        # A folder that is ours, but holds no job any more.
+        if (folder / MARK).is_file():
+            with suppress(JobError):
+                OwnedFolder(folder).remove()
+    elif read_json(output / RECORD).get("job") == found["id"]:
+        own = OwnedFolder(folder)
+        (output / MARKER_FILE).unlink(missing_ok=True)
+        (output / MARK).unlink(missing_ok=True)
+        own.remove()
+
+
+def has_steps(folder: Path) -> bool:
+    """Whether the job in a work folder has finished a step: else there is nothing to go on with."""
+    return any((folder / JOURNAL).glob("*.json"))
+
+
+def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
+    """The entries of the journal in a work folder, oldest first.
+
+    Args:
+        folder: The work folder.
+        in_place: Whether its job overwrites a model, for the message.
+
+    Raises:
+        JobError: One is missing or damaged.
+    """
+    last = max((path.stem for path in (folder / JOURNAL).glob("*.json")), default="-1")
+    paths = [entry_path(folder, number) for number in range(int(last) + 1)]
+    try:
+        return [read_json(path) for path in paths]
+    except CheckpointError as error:
+        raise JobError(
+            f"{error}. Look at the disk; {how_to_start_over(folder, in_place)}"
+        ) from None
+
+
+def entry_path(folder: Path, number: int) -> Path:
+    return folder / JOURNAL / f"{number:06}.json"
+
+
+def how_to_start_over(folder: Path, in_place: bool) -> str:
+    """How to begin anew."""
+    if in_place:
+        return f"{MARKER_FILE} in the model says whether it can still be given up"
+    return f"to begin anew, remove {folder}"
+
+
+def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise `JobError`, naming every difference, if two identities are not the same."""
+    found = differences(old, new)
+    if not found:
+        return
+    way_out = ", or add --accept-other-rounding" if found.keys() == {"device"} else ""
+    raise JobError(
+        f"{folder} holds a job that was begun otherwise ({'; '.join(found.values())}). To go on "
+        f"with it, ask for what it was begun with ({resume_command(folder)}){way_out}; "
+        f"{how_to_start_over(folder, old['in_place'])}"
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What is another in two identities: its name, old and new value, by name."""
+    return {
+        name: _difference(name, old.get(name), new.get(name))
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Old and new value; of hashes of blocks, which blocks."""
+    if name == "source_blocks" and old and new:
+        others = [
+            str(index)
+            for index, (one, other) in enumerate(zip(old, new, strict=False))
+            if one != other
+        ]
+        return f"{name}: other in {', '.join(others)}"
+    return f"{name}: {old!r}, now {new!r}"
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a job."""
+    return shlex.join(["lowmem-gblm", "resume", str(folder)])

@@ -1,0 +1,52 @@
+"""Boundaries: hidden states between blocks, and the forward pass from one to the next."""
+
+from __future__ import annotations
+
+import torch
+
+from lowmem_gblm.model.block_loader import Block
+from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.planning.steps import Step, Stream, boundary
+from lowmem_gblm.sweeps.context import SweepContext
+from lowmem_gblm.sweeps.sample_set import non_finite
+from lowmem_gblm.sweeps.statistics.finite import all_finite
+
+
+def embed(run: SweepContext) -> None:
+    """Write boundary 0 of every sample, and record how the blocks are called."""
+    if run.is_done("embed"):
+        # The first two samples tell how the blocks are called, and whether always alike.
+        with run.model.filled(run.checkpoint):
+            for tokens_T in run.tokens_NT[:2]:
+                run.model.embed(tokens_T)
+    for step in run.steps("embed"):
+        with run.model.filled(run.checkpoint):
+            for n, tokens_T in enumerate(run.tokens_NT):
+                run.progress.check()
+                run.offload.write_behind(step.writes[0], n, run.model.embed(tokens_T))
+                run.progress.step()
+        run.offload.settle()
+
+
+@torch.no_grad()
+def advance(
+    run: SweepContext, step: Step, block: Block, stream: Stream, tap: Tap | None = None
+) -> None:
+    """Run every sample of a stream through a resident block, from its boundary to the next one.
+
+    Samples that leave the block non-finite are dropped.
+
+    Args:
+        tap: Sees the multiplications until it has seen every matrix.
+
+    Raises:
+        NonFiniteError: Too many samples are dropped.
+    """
+    order, finite = run.samples.active, []
+    after = boundary(stream, block.index + 1)
+    for n, (hidden,) in run.offload.prefetch([boundary(stream, block.index)], order):
+        tap = None if tap is None or tap.has_seen_all else tap
+        out = run.model.forward_block(block.index, hidden, tap)
+        finite.append(all_finite(out))
+        run.offload.write_behind(after, n, out)
+    run.samples.drop(non_finite(order, finite), step.stage, block.index)

@@ -1,0 +1,259 @@
+"""What every sweep works with: the model, the samples, the steps that are left, how a step ends.
+
+A sweep walks its rows of the table of steps (`planning.steps`). A step is finished when the body of
+the loop over `SweepContext.steps` or `SweepContext.blocks` has ended; a body that raises leaves its
+step unfinished, and a resumed run does it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_gblm.methods import Method
+from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning import Choices
+from lowmem_gblm.planning.schedule import Schedule, Stage
+from lowmem_gblm.planning.steps import Step
+from lowmem_gblm.runtime.background import SerialWorker
+from lowmem_gblm.runtime.progress import Progress
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+from lowmem_gblm.storage.in_place import BlockWriter
+from lowmem_gblm.storage.job import Job
+from lowmem_gblm.storage.tensor_store import TensorStore
+from lowmem_gblm.sweeps.block_pruner import BlockPruner
+from lowmem_gblm.sweeps.gradient_store import GradientStore
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, activation_statistics
+from lowmem_gblm.sweeps.statistics.gradient import GradientNorm
+
+
+@dataclass(kw_only=True)
+class SweepContext:
+    """The context of an evaluation, and the part of a prune run's that only runs samples.
+
+    Attributes:
+        model: The model without its blocks.
+        checkpoint: Where its tensors are.
+        tokens_NT: Token ids of all samples, int64 [N, T].
+        samples: The samples that still count.
+        table: The steps of the whole run, in order.
+        done: How many of them an earlier attempt has made durable.
+        loader: Makes blocks resident.
+        offload: Moves hidden states between the device and the work folder.
+        progress: Told of every step and sample.
+        losses: Loss of every sample that counts, in nats per token; empty before the head.
+    """
+
+    model: StreamedModel
+    checkpoint: Checkpoint
+    tokens_NT: Tensor
+    samples: SampleSet
+    table: Sequence[Step]
+    done: int = 0
+    loader: BlockLoader
+    offload: Offload
+    progress: Progress
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        """Return the number of decoder blocks."""
+        return self.model.depth
+
+    def is_done(self, stage: Stage) -> bool:
+        """Return whether an earlier attempt has finished a stage."""
+        return not any(step.stage == stage for step in self.table[self.done :])
+
+    def steps(self, stage: Stage) -> Iterator[Step]:
+        """Yield the steps of a stage that are left, and finish each when the body has ended."""
+        with self.progress.stage(stage):
+            before = [step for step in self.table[: self.done] if step.stage == stage]
+            self.progress.skip(sum(map(self.ticks, before)))
+            for step in [step for step in self.table[self.done :] if step.stage == stage]:
+                self.offload.forget_touched()
+                yield step
+                self._check_touched(step)
+                self.finish(step)
+                if step.block is not None:
+                    self.progress.step()
+
+    def blocks(self, stage: Stage) -> Iterator[tuple[Step, Block]]:
+        """Yield the steps of a stage that are left, each with its resident block; see `steps`."""
+        left = [step for step in self.table[self.done :] if step.stage == stage]
+        order = [step.block for step in left if step.block is not None]
+        with closing(self.loader.stream(order)) as resident:
+            for step in self.steps(stage):
+                yield step, next(resident)
+            # The last block is freed when another one is asked for.
+            assert next(resident, None) is None
+
+    def ticks(self, step: Step) -> int:
+        """Return how often a step tells `progress`: once, or per sample, or per block it reads."""
+        if step.block is not None:
+            return 1
+        return self.depth if step.loads else len(self.tokens_NT)
+
+    def finish(self, step: Step) -> None:
+        """End a step: what no later step reads is dropped."""
+        self.offload.drop(step.drops)
+
+    def _check_touched(self, step: Step) -> None:
+        """Assert that a step has read and written what the table says."""
+        read, written = self.offload.touched()
+        # Experts that saw no token have no gradient magnitudes.
+        optional = {key for key in (*step.reads, *step.writes) if not key.is_per_sample}
+        assert read <= {*step.reads, *step.writes}, f"{step} has read {read}"
+        assert written <= set(step.writes), f"{step} has written {written}"
+        missing = ({*step.reads} - read | {*step.writes} - written) - optional
+        assert not missing, f"{step} has not touched {missing}"
+
+
+@dataclass(kw_only=True)
+class PruneContext(SweepContext):
+    """The context of a run that prunes: its steps are durable.
+
+    Attributes:
+        schedule: The stages.
+        choices: How the work is done.
+        method: How weights are ranked.
+        gradient_norm: How gradients add up over samples.
+        loss_scale: What the loss is multiplied with on its way back.
+        durable: Whether steps are written down; not where host memory stands in for the disk.
+        device_name: For the journal: where it is computed.
+        job: The job and its journal.
+        store: What is stored in the work folder.
+        gradients: The gradient magnitudes in it.
+        output: Where pruned blocks are written.
+        pruner: Decides over blocks.
+    """
+
+    schedule: Schedule
+    choices: Choices
+    method: Method
+    gradient_norm: GradientNorm
+    loss_scale: float
+    durable: bool
+    device_name: str
+    job: Job
+    store: TensorStore
+    gradients: GradientStore
+    output: BlockWriter
+    pruner: BlockPruner
+    _since: float = field(default_factory=time.monotonic)
+    _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
+    _written: list[int] = field(default_factory=list)
+
+    def activations(self, nsamples: int) -> list[ActivationStatistic]:
+        """Return fresh accumulators of the statistics of activations, for one block."""
+        return activation_statistics(self.method.needs, nsamples)
+
+    def write(self, block: Block) -> None:
+        """Write a pruned block, beside what comes next."""
+        with self.progress.waiting():
+            block.pending.append(self.output.write_block(block.index, block.raw))
+        self._written.append(block.index)
+
+    def finish(self, step: Step) -> None:
+        """Make a step durable: what it wrote, then the journal; then drop what is past.
+
+        This happens in a thread of its own, beside the next step; one step at a time. Where host
+        memory stands in for the disk nothing can be resumed, and nothing is written down.
+
+        Raises:
+            OSError: The disk is full or failing; perhaps in the step before.
+        """
+        with self.progress.waiting():
+            self.settle()
+        names, writing = self.offload.in_flight()
+        dropped = [str(key) for key in step.drops]
+        names = names.union(self.store.written()).difference(dropped)
+        blocks, self._written = self._written, []
+        entry = self._journal_entry(step, dropped)
+        self._committer.begin(self._make_durable, entry, sorted(names), blocks, writing)
+
+    def settle(self) -> None:
+        """Wait until the last step is durable.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        self._committer.settle()
+
+    def write_rest(self) -> None:
+        """Write what no block holds, and the side files."""
+        with self.progress.stage("finish"):
+            self.settle()
+            self.output.write_rest(self.progress.check)
+            self.progress.step()
+
+    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Give the result its place; once begun this is done, whatever interrupts the run.
+
+        Args:
+            record: The content of pruning.json.
+
+        Returns:
+            `record`.
+        """
+        self._committer.begin(self._publish, record).result()
+        return record
+
+    def close(self) -> None:
+        """Let the step under way become durable."""
+        self._committer.close()
+
+    def _publish(self, record: dict[str, Any]) -> None:
+        """Publish the result and forget the job, in the committing thread."""
+        self.output.publish(record)
+        self.job.forget()
+
+    def _make_durable(
+        self,
+        entry: dict[str, Any],
+        names: list[str],
+        blocks: list[int],
+        writing: Sequence[Future[None]],
+    ) -> None:
+        """Make a step durable, in the committing thread.
+
+        Args:
+            entry: Of the journal.
+            names: Names in the store that the step has written.
+            blocks: Blocks that the step has written to the output.
+            writing: Writes to the store that are under way.
+        """
+        for future in writing:
+            future.result()
+        if blocks:
+            self.output.settle()
+        if self.durable:
+            stored = self.store.publish(names)
+            shards = self.output.finished(blocks)
+            self.job.add(entry | {"stored": stored, "shards": shards})
+            self.output.committed(blocks)
+        for name in entry["dropped"]:
+            self.store.drop(name)
+
+    def _journal_entry(self, step: Step, dropped: list[str]) -> dict[str, Any]:
+        now = time.monotonic()
+        seconds, self._since = round(now - self._since, 3), now
+        return {
+            "stage": step.stage,
+            "block": step.block,
+            "device": self.device_name,
+            "seconds": seconds,
+            "dropped": dropped,
+            **self.pruner.journal_entry(),
+            **self.samples.journal_entry(),
+            "losses": self.losses if step.stage == "head" else [],
+        }
