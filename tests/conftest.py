@@ -13,10 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
-from tiny import sample_text, save_tiny
 from transformers.utils import logging as transformers_logging
 
 import lowmem_gblm
+from support.tiny_models import sample_text, save_tiny
 
 # Tiny products gain nothing from threads, and lose a lot when the cores are busy.
 torch.set_num_threads(1)

@@ -1,0 +1,66 @@
+"""The README is executed: its pasted commands, its Python, its example of a method, its table."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowmem_gblm
+from lowmem_gblm.methods import Statistics
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    """Each block runs in a shell of its own, where only the installed environment is at hand."""
+    assert len(blocks("bash")) == 1
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for block in blocks("bash"):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=bare, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "pruned" / "pruning.json").is_file()
+
+
+def test_the_python_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("python")[0], {})
+
+
+def test_the_example_of_a_method_decides() -> None:
+    namespace: dict[str, object] = {}
+    exec(blocks("python")[1], namespace)
+    pattern = lowmem_gblm.methods.masks.Unstructured(Decimal("0.5"))
+    statistics = Statistics(input_norm=torch.rand(8))
+    decision = namespace["METHOD"].decide(torch.randn(4, 8), statistics, pattern, 0.0)
+    assert decision.keep.sum(dim=1).tolist() == [4] * 4
+
+
+def test_the_table_of_the_demo_is_true(tmp_path: Path) -> None:
+    """Perplexities of two rows; `tools/demo` prints them all."""
+    table = dict(re.findall(r"^(\w+) +(\d\.\d{3}) ", README, flags=re.MULTILINE))
+    rows = lowmem_gblm.compare("demo", ["magnitude", "wanda"], tmp_path / "out", seqlen=256)
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(float(table[row["method"]]), abs=0.002)
+
+
+def test_every_file_of_the_tree_is_there() -> None:
+    tree = next(block for block in blocks("text") if "pipeline.py" in block)
+    for name in re.findall(r"[\w/.]+\.(?:py|md)|[\w/]+/", tree):
+        found = [
+            root / name for root in (ROOT, ROOT / "lowmem_gblm", ROOT / "tools", ROOT / "tests")
+        ]
+        assert any(path.exists() for path in found), name

@@ -1,0 +1,228 @@
+"""The streamed engine against full autograd in memory, architecture by architecture, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowmem_gblm
+from lowmem_gblm.model.block_loader import BlockLoader
+from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.model.prunable import prunable_weights
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.runtime.progress import Progress, Stage
+from lowmem_gblm.storage.tensor_store import TensorStore
+from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
+from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.reverse import reverse_sweep
+from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.statistics.base import activation_statistics
+from support import reference
+from support.tiny_models import ARCHITECTURES, save_tiny
+
+NSAMPLES, SEQLEN = 4, 48
+SHARDED = {"llama", "mixtral"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny checkpoint, and calibration samples for it."""
+
+    architecture: str
+    folder: Path
+    text: Path
+    samples: Tensor
+
+    def in_memory(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def prune(self, output: Path, **options: object) -> dict[str, Tensor]:
+        """Prune it by streaming; returns the tensors that were written."""
+        options |= {"nsamples": NSAMPLES, "seqlen": SEQLEN, "calibration": str(self.text)}
+        lowmem_gblm.prune(self.folder, output, **options)
+        shards = sorted(output.glob("*.safetensors"))
+        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_file: Path
+) -> Case:
+    architecture = request.param
+    folder = tmp_path_factory.mktemp(architecture) / "model"
+    save_tiny(architecture, folder, sharded=architecture in SHARDED)
+    tokens = AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"]
+    samples = reference.text_windows(torch.tensor(tokens), NSAMPLES, SEQLEN, 0)
+    return Case(architecture, folder, text_file, samples)
+
+
+def stream_statistics(
+    case: Case, folder: Path, norm: str, *, boundary_interval: int = 1, slices: int = 1
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, and by name on disk gradient magnitudes and input norms of the dense model."""
+    opened = open_model(str(case.folder), Resources())
+    checkpoint, streamed = opened.checkpoint, opened.streamed
+    progress = Progress([Stage(name="all", steps=1000, cost=1)])
+    blocks = BlockLoader(checkpoint, streamed, progress, prunable_weights(checkpoint, streamed))
+    samples = SampleSet(NSAMPLES)
+    gradients: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+
+    def keep(block, found):
+        for weight in block.weights:
+            if weight.slot in found:
+                gradients[weight.name] = weight.in_slot(found[weight.slot])
+
+    def finish(block, measured):
+        for weight in block.weights:
+            gradients.setdefault(weight.name, torch.zeros(weight.out_features, weight.in_features))
+            norms[weight.name] = found_norm(measured[0], weight)
+        return []
+
+    folder.mkdir()
+    with (
+        TensorStore(folder) as spill,
+        Offload(spill, streamed.device, progress, 1 << 20) as offload,
+        progress.stage("all"),
+    ):
+        with streamed.filled(checkpoint):
+            embed(streamed, case.samples, offload, progress)
+        dense_sweep(
+            blocks,
+            streamed,
+            offload,
+            samples,
+            progress,
+            boundary_interval=boundary_interval,
+            commit=offload.forget,
+        )
+        with streamed.filled(checkpoint):
+            losses = head_pass(streamed, case.samples, samples, offload, 1.0, progress)
+        reverse_sweep(
+            blocks, streamed, offload, samples, norm, 1.0, progress,
+            boundary_interval=boundary_interval,
+            slices=lambda block: [block.slots[part::slices] for part in range(slices)],
+            activations=lambda count: activation_statistics({"input_norm"}, count), keep=keep,
+            finish=finish, commit=offload.forget,
+        )  # fmt: skip
+    return losses, gradients, norms
+
+
+def found_norm(statistic, weight) -> Tensor:
+    found = statistic.result(weight.slot)
+    return torch.zeros(weight.in_features) if found is None else found
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
+    case: Case, norm: str, tmp_path: Path
+) -> None:
+    losses, gradients, norms = stream_statistics(case, tmp_path / "spill", norm)
+    model = case.in_memory()
+    expected_losses, expected = reference.losses_and_gradients(model, case.samples, norm)
+    expected_norms = reference.input_statistics(
+        model, case.samples, range(model.config.num_hidden_layers), "norm"
+    )
+    assert losses == [float(loss) for loss in expected_losses]
+    assert gradients.keys() == expected.keys() == expected_norms.keys()
+    for name in expected:
+        assert torch.equal(gradients[name], expected[name]), name
+        assert torch.equal(norms[name], expected_norms[name]), name
+
+
+@pytest.mark.parametrize(("boundary_interval", "slices"), [(2, 1), (3, 2), (1, 4)])
+def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
+    case: Case, boundary_interval: int, slices: int, tmp_path: Path
+) -> None:
+    plain = stream_statistics(case, tmp_path / "plain", "l1")
+    other = stream_statistics(
+        case, tmp_path / "other", "l1", boundary_interval=boundary_interval, slices=slices
+    )
+    assert plain[0] == other[0]
+    for expected, found in zip(plain[1:], other[1:], strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize(
+    ("method", "norm", "sparsity", "n_of_m"),
+    [
+        ("gblm", "l1", "0.5", None),
+        ("gblm", "l2", None, (2, 4)),
+        ("wanda", "l1", "0.6", None),
+        ("gradient", "l2", "0.3", None),
+        ("magnitude", "l1", "0.5", None),
+        ("sparsegpt", "l1", "0.5", None),
+        ("sparsegpt", "l1", None, (2, 4)),
+    ],
+)
+def test_streamed_pruning_writes_what_pruning_in_memory_gives(
+    case: Case,
+    method: str,
+    norm: str,
+    sparsity: str | None,
+    n_of_m: tuple[int, int] | None,
+    activations: str,
+    tmp_path: Path,
+) -> None:
+    model = case.in_memory()
+    reference.prune(
+        model, case.samples, method=method, sparsity=sparsity, n_of_m=n_of_m, norm=norm,
+        activations=activations,
+    )  # fmt: skip
+    pattern = None if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}"
+    written = case.prune(
+        tmp_path / "out", method=method, sparsity=sparsity, pattern=pattern, gradient_norm=norm,
+        activations=activations,
+    )  # fmt: skip
+    for matrix in reference.prunable(model):
+        on_disk = written[matrix.name]
+        expected = matrix.view().T if case.architecture == "gpt2" else matrix.view()
+        if method == "sparsegpt":
+            torch.testing.assert_close(on_disk, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(on_disk == 0, expected == 0), matrix.name
+        if method != "sparsegpt":
+            assert torch.equal(on_disk, expected), matrix.name
+
+
+def test_the_chunked_head_gives_the_loss_and_gradient_of_the_whole_one(
+    llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = opened_and_filled(llama)
+    tokens = torch.arange(5, 53)
+    hidden = streamed.embed(tokens)
+    whole_loss, whole_gradient = streamed.loss_and_gradient(hidden, tokens)
+    monkeypatch.setattr(
+        "lowmem_gblm.model.streamed_model.HEAD_LOGITS", 7 * streamed.config.vocab_size
+    )
+    rows = largest_logits(monkeypatch)
+    loss, gradient = streamed.loss_and_gradient(hidden, tokens)
+    assert max(rows) == 7
+    torch.testing.assert_close(loss, whole_loss)
+    torch.testing.assert_close(gradient, whole_gradient)
+
+
+def largest_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Records how many rows of logits each call of the loss sees."""
+    rows: list[int] = []
+    original = torch.nn.functional.cross_entropy
+
+    def counting(logits: Tensor, *args: object, **kwargs: object) -> Tensor:
+        rows.append(len(logits))
+        return original(logits, *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", counting)
+    return rows
+
+
+def opened_and_filled(folder: Path):
+    opened = open_model(str(folder), Resources())
+    opened.streamed.fill(opened.checkpoint)
+    return opened.streamed

@@ -1,0 +1,100 @@
+"""One block and its read-ahead: counted in live parameters, and as the system counts memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowmem_gblm
+from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
+from support.tiny_models import save_tiny
+
+
+class Residents:
+    """Watches where decoder blocks are read to, and how many of them have live parameters."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.buffers: set[int] = set()
+        self.most = 0
+        self.trace: list[str] = []
+        read, load = Checkpoint.read, StreamedModel.load_block
+
+        def watching_read(checkpoint: Checkpoint, name: str, into=None):
+            tensor = read(checkpoint, name, into)
+            if ".layers." in name:
+                self.buffers.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        def watching_load(streamed: StreamedModel, index: int, tensors: dict, **options) -> None:
+            self.trace.append(str(index))
+            load(streamed, index, tensors, **options)
+            blocks = map(streamed.block, range(streamed.depth))
+            live = [block for block in blocks if not all(p.is_meta for p in block.parameters())]
+            self.most = max(self.most, len(live))
+
+        monkeypatch.setattr(Checkpoint, "read", watching_read)
+        monkeypatch.setattr(StreamedModel, "load_block", watching_load)
+
+
+@pytest.mark.parametrize(
+    ("method", "activations", "order"),
+    [
+        ("gblm", "pruned", "0,1,2,3,4,4,3,2,1,0,0,1,2,3,4"),
+        ("gblm", "dense", "0,1,2,3,4,4,3,2,1,0"),
+        ("gradient", "pruned", "0,1,2,3,4,4,3,2,1,0"),
+        ("wanda", "pruned", "0,1,2,3,4"),
+        ("sparsegpt", "dense", "0,1,2,3,4"),
+        ("magnitude", "pruned", "0,1,2,3,4"),
+    ],
+)
+def test_never_more_than_one_block_and_the_next_are_alive(
+    method: str, activations: str, order: str, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = save_tiny("llama", tmp_path / "model", blocks=5)
+    residents = Residents(monkeypatch)
+    lowmem_gblm.prune(
+        model, tmp_path / "out", method=method, activations=activations, nsamples=2, seqlen=32,
+        calibration=str(text_file),
+    )  # fmt: skip
+    assert ",".join(residents.trace) == order
+    assert residents.most == 1
+    assert len(residents.buffers) == 2
+
+
+MEASURE = """
+import json, sys, torch
+torch.set_num_threads(1)
+import lowmem_gblm
+model, output, text, method = sys.argv[1:]
+record = lowmem_gblm.prune(
+    model, output, method=method, nsamples=8, seqlen=128, calibration=text
+)
+print(json.dumps(record["memory"]))
+"""
+
+
+def peak_bytes(method: str, blocks: int, folder: Path, text: Path) -> int:
+    """Peak of a run in a process of its own on a model of width 256."""
+    model = save_tiny("llama", folder / f"model{blocks}", blocks=blocks, width=256)
+    files = [str(path) for path in (model, folder / f"out{blocks}", text)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *files, method],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout)["host_peak_bytes"]
+
+
+@pytest.mark.parametrize("method", ["gblm", "wanda"])
+def test_memory_does_not_grow_with_depth(method: str, text_file: Path, tmp_path: Path) -> None:
+    shallow, deep = (peak_bytes(method, blocks, tmp_path, text_file) for blocks in (6, 48))
+    assert deep <= 1.05 * shallow, f"{deep / shallow:.3f} times as much"

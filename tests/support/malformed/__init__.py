@@ -1,0 +1,1 @@
+"""Checkpoints that are malformed, and what each must be refused with."""
