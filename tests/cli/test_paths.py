@@ -17,14 +17,8 @@ import pytest
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
 from lowmem_gblm.commands import evaluate as perplexity
-from lowmem_gblm.commands.request import (
-    PruneRequest,
-    check_places,
-    output_folder,
-    request_from_json,
-    to_json,
-    work_folder,
-)
+from lowmem_gblm.commands.paths import check_apart, paths_of
+from lowmem_gblm.commands.request import PruneRequest, request_from_json, to_json
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.storage.atomic import publish_folder
 from lowmem_gblm.storage.checkpoint.file_access import side_files
@@ -55,12 +49,12 @@ def test_a_folder_that_is_called_by_no_name_exists_already(
             (folder / "pruning.json").touch()
     assert main(["prune", str(llama), output]) == 5
     assert "exists already: choose another OUTPUT" in capsys.readouterr().err
-    assert output_folder(PruneRequest(model="m", output=Path(output))).name
+    assert paths_of(PruneRequest(model="m", output=Path(output))).output.name
 
 
 def test_a_plan_for_the_current_folder_has_a_work_folder_beside_it(here: Path) -> None:
     request = PruneRequest(model="m", output=Path("."))
-    assert work_folder(request) == here.with_name("here.work")
+    assert paths_of(request).work_folder == here.with_name("here.work")
 
 
 @pytest.mark.parametrize("name", ["model", "output", "work_dir", "calibration", "include"])
@@ -155,10 +149,10 @@ def test_a_place_that_the_run_removes_is_refused(
         work_dir=Path(options["work_dir"]) if "work_dir" in options else None,
     )
     if sentence is None:
-        check_places(request)
+        check_apart(request, paths_of(request))
         return
     with pytest.raises(RequestError, match=sentence):
-        check_places(request)
+        check_apart(request, paths_of(request))
 
 
 def test_the_command_line_refuses_it_too_and_the_model_stays(

@@ -6,13 +6,26 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.planning import Budget, ModelSizes, Speeds, Workload, plan, slices_within
-from lowmem_gblm.planning.disk_use import disk_use
+from lowmem_gblm.planning import (
+    STORES,
+    Budget,
+    MachineSpeed,
+    ModelSizes,
+    Workload,
+    plan,
+    slices_within,
+)
+from lowmem_gblm.planning.disk_use import DiskUse, disk_use
+from lowmem_gblm.planning.planner import largest_interval
+from lowmem_gblm.planning.run_time import run_time
 from lowmem_gblm.planning.schedule import schedule
 from lowmem_gblm.planning.sizes import Choices
+from lowmem_gblm.planning.steps import step_table
 
 MIB, GIB = 1 << 20, 1 << 30
 BASE = 350 * MIB
@@ -59,6 +72,12 @@ def work(method: str = "gblm", activations: str = "pruned", **changes: object) -
     return replace(made, **changes)
 
 
+def used(choices: Choices, **changes: object) -> DiskUse:
+    """Return what a run of 70B stores, with these choices."""
+    made = work(**changes)
+    return disk_use(step_table(SIZES, made, choices), SIZES, made, choices)
+
+
 ANYTHING = Budget()
 # Enough for the fastest plan, with nothing left over to stand in for the disk.
 HOST = 9 * GIB
@@ -76,7 +95,7 @@ def test_with_room_for_everything_nothing_is_done_twice() -> None:
     assert found.choices.read_ahead
     assert found.choices.copy_ahead
     assert found.reasons == ()
-    assert found.flops == 12 * 80 * sum(SLOTS) * 128 * 2048
+    assert found.flops == (12 * 80 - 2) * sum(SLOTS) * 128 * 2048
 
 
 def test_the_figures_of_the_design_for_70b() -> None:
@@ -202,27 +221,53 @@ def test_a_refusal_says_when_nothing_helps() -> None:
 
 
 def test_boundaries_and_gradients_never_wait_all_at_the_same_time() -> None:
-    waits = disk_use(SIZES, work(), Choices())
-    assert waits.together < waits.boundaries + waits.magnitudes
+    waits = used(Choices())
+    assert waits.stored < waits.boundaries + waits.magnitudes
     # While shards are written, gradient magnitudes go.
-    assert waits.on_disk(0) < waits.together + SIZES.total_bytes
+    assert waits.on_disk(0) < waits.stored + SIZES.total_bytes
 
 
 def test_every_ninth_boundary_of_70b_takes_what_the_design_says() -> None:
-    waits = disk_use(SIZES, work(), Choices(boundary_interval=9))
+    waits = used(Choices(boundary_interval=9))
     assert waits.boundaries == pytest.approx(72 * GIB, rel=0.15)
 
 
 def test_time_follows_the_machine_and_what_is_done_twice() -> None:
-    speeds = Speeds(products=100e12, memory=1e12, read=3e9, write=2e9)
-    fast = plan(SIZES, work(), BASE, Budget(), speeds=speeds)
-    slow = plan(SIZES, work(), BASE, Budget(), speeds=replace(speeds, products=50e12))
-    tight = plan(SIZES, work(), BASE, Budget(gpu_bytes=6 * GIB), speeds=speeds)
-    assert set(fast.seconds) == {*fast.passes, "finish"}
+    speed = MachineSpeed(flops_s=100e12, memory_bytes_s=1e12, read_bytes_s=3e9, write_bytes_s=2e9)
+    half = replace(speed, flops_s=50e12)
+    fast = plan(SIZES, work(), BASE, Budget(), speed=speed)
+    slow = plan(SIZES, work(), BASE, Budget(), speed=half)
+    tight = plan(SIZES, work(), BASE, Budget(gpu_bytes=6 * GIB), speed=speed)
+    assert set(fast.seconds) == {*fast.stages, "finish"}
     # 215 PFLOP at 100 TFLOP/s are 36 minutes.
     assert 36 * 60 < fast.total_seconds < 60 * 60
     assert fast.total_seconds < slow.total_seconds < 2 * fast.total_seconds
     assert tight.total_seconds > fast.total_seconds
+
+
+@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt"])
+def test_reading_and_writing_cost_time_only_where_the_computation_does_not_hide_them(
+    method: str,
+) -> None:
+    def seconds(*, read_ahead: bool, flops_s: float, disk_bytes_s: float) -> float:
+        speed = MachineSpeed(
+            flops_s=flops_s,
+            memory_bytes_s=1e30,
+            read_bytes_s=disk_bytes_s,
+            write_bytes_s=disk_bytes_s,
+        )
+        choices = Choices(read_ahead=read_ahead)
+        made = work(method)
+        table = step_table(SIZES, made, choices)
+        return sum(run_time(table, SIZES, made, choices, speed).values())
+
+    computing = seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e30)
+    moving = seconds(read_ahead=False, flops_s=1e30, disk_bytes_s=1e9)
+    moving -= seconds(read_ahead=False, flops_s=1e30, disk_bytes_s=1e30)
+    both = seconds(read_ahead=False, flops_s=1e12, disk_bytes_s=1e9)
+    assert both == pytest.approx(computing + moving)
+    assert seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e9) < both
+    assert seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e9) >= max(computing, moving)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
@@ -230,14 +275,35 @@ def test_a_dry_run_reads_every_block_and_runs_a_sample_where_there_is_one(method
     in_place = schedule(find_method(method).needs, "pruned", in_place=True)
     changes = {"schedule": in_place, "writes": False, "rewrites": True}
     reading, running = (
-        plan(SIZES, work(method, **changes), BASE, Budget(), speeds=speeds).seconds["dry_run"]
-        for speeds in (
-            Speeds(products=1e20, memory=1e20, read=3e9, write=2e9),
-            Speeds(products=1e9, memory=1e20, read=1e20, write=1e20),
+        plan(SIZES, work(method, **changes), BASE, Budget(), speed=speed).seconds["dry_run"]
+        for speed in (
+            MachineSpeed(flops_s=1e20, memory_bytes_s=1e20, read_bytes_s=3e9, write_bytes_s=2e9),
+            MachineSpeed(flops_s=1e9, memory_bytes_s=1e20, read_bytes_s=1e20, write_bytes_s=1e20),
         )
     )
     assert reading == pytest.approx(sum(SIZES.block_bytes) / 3e9, rel=0.2)
     assert (running > 60) == (method == "wanda")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    depth=st.integers(1, 60),
+    precision=st.sampled_from(STORES),
+    nsamples=st.integers(1, 256),
+    activations=st.sampled_from(["pruned", "dense"]),
+)
+def test_no_larger_interval_of_boundaries_needs_less_disk(
+    depth: int, precision: str, nsamples: int, activations: str
+) -> None:
+    sizes = replace(SIZES, block_bytes=SIZES.block_bytes[:depth], prunable=SIZES.prunable[:depth])
+    made = work("gblm", activations, nsamples=nsamples)
+
+    def needed(interval: int) -> int:
+        choices = Choices(boundary_interval=interval, gradient_precision=precision)
+        return disk_use(step_table(sizes, made, choices), sizes, made, choices).on_disk(0)
+
+    tried = min(map(needed, range(1, largest_interval(depth) + 1)))
+    assert tried == min(map(needed, range(1, depth + 1)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""`tools/same_bytes`: what is the same, what differs, and what failed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "same_bytes"
+
+
+@pytest.fixture(scope="module")
+def same_bytes() -> ModuleType:
+    loader = SourceFileLoader("same_bytes", str(TOOL))
+    spec = spec_from_loader("same_bytes", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules["same_bytes"] = module  # where its dataclass looks for its names
+    loader.exec_module(module)
+    return module
+
+
+def test_another_damping_is_seen_where_it_matters(
+    same_bytes: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(TOOL.parents[1] / "lowmem_gblm", other / "lowmem_gblm")
+    source = other / "lowmem_gblm" / "methods" / "sparsegpt.py"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace("DAMPING = 0.01\n", "DAMPING = 0.011\n"), encoding="utf-8")
+    assert source.read_text(encoding="utf-8") != text
+    fewer = [
+        case
+        for case in same_bytes.cases_of(tmp_path / "random-mixtral")
+        if (case.method, case.place) in {("magnitude", "output"), ("sparsegpt", "in place")}
+    ]
+    monkeypatch.setattr(same_bytes, "cases_of", lambda model: [fewer[0], fewer[-2]])
+    calibration = same_bytes.DEMO / "calibration.txt"
+    assert same_bytes.compare(other, [], calibration, tmp_path) == 1
+    _, magnitude, sparsegpt, summary = capsys.readouterr().out.splitlines()
+    assert magnitude.split()[1:] == ["magnitude", "pruned", "output", "half", "same"]
+    assert sparsegpt.split()[1:7] == ["sparsegpt", "dense", "in", "place", "half", "differs:"]
+    assert summary == "2 cases, 1 not the same"
+
+
+def test_a_verdict_names_what_is_not_the_same(same_bytes: ModuleType) -> None:
+    verdict = same_bytes.verdict
+    assert verdict({"a": "1", "b": "2"}, {"b": "2", "a": "1"}) == "same"
+    assert verdict({"a": "1", "b": "2"}, {"a": "1", "c": "2"}) == "differs: 2 of 3 shards, first b"
+    assert verdict({}, {}) == "fails: no shards"
+    broken = {same_bytes.FAILURE: "why"}
+    assert verdict(broken, broken) == "fails: here: why; there: why"
+    assert verdict({"a": "1"}, broken) == "fails: there: why"
