@@ -95,7 +95,7 @@ def products_of_passes(record: Figures, product_flops: int) -> dict[str, Product
     found: dict[str, Products] = {
         name: products for name, products in PASSES.items() if name in record["seconds"]
     }
-    left = record["flops"] // product_flops - sum(sum(one.values()) for one in found.values())
+    left = round(record["flops"] / product_flops) - sum(sum(one.values()) for one in found.values())
     return {**found, "prune": {"forward": left}} if left else found
 
 
