@@ -8,8 +8,8 @@ The Python API has the shape of the command line:
     >>> lowmem_gblm.verify("pruned", against="demo")
     >>> lowmem_gblm.plan("demo", method="wanda")["flops"]
 
-Options are those of `lowmem-gblm prune --help`, as keywords with underscores. Everything that can
-go wrong is a `LowmemGblmError`; its subclasses are in `lowmem_gblm.errors`.
+Options are those of `lowmem-gblm prune --help`, as keywords with underscores. Every error that is
+raised on purpose is a `LowmemGblmError`; its subclasses are in `lowmem_gblm.errors`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lowmem_gblm.runtime.progress import Listener, Tick
 
 # Read by torch when it is imported: large CPU tensors then begin at huge pages, which saves most of
-# their page faults. Without effect where torch was imported before.
+# their page faults. Without effect if torch was imported before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.2.0"
@@ -44,7 +44,7 @@ __all__ = [
     "verify",
 ]
 
-# Names whose modules are imported when they are asked for.
+# Modules of names that are imported on first use.
 _MODULES = {
     "EvalRequest": "lowmem_gblm.commands.request",
     "Listener": "lowmem_gblm.runtime.progress",
@@ -59,8 +59,8 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_MODULES[name]), name)
 
 
-# The functions import what they need when they are called: `lowmem-gblm --help` waits for nothing.
-# No module of the package may be called like one of them, or importing it would hide the function.
+# The functions import when they are called, so that `lowmem-gblm --help` is fast. No module of the
+# package may have the name of one of them, or importing it would hide the function.
 
 
 def prune(
@@ -82,7 +82,7 @@ def prune(
         options: Fields of `lowmem_gblm.PruneRequest`.
 
     Raises:
-        LowmemGblmError: Nothing is left under the name `output`.
+        LowmemGblmError: The run has failed; nothing is left under the name `output`.
     """
     from lowmem_gblm.commands.prune.pipeline import prune as run
     from lowmem_gblm.commands.request import PruneRequest
@@ -92,12 +92,12 @@ def prune(
 
 
 def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
-    """What pruning `model` would take; reads headers or config.json only. Options as for `prune`.
+    """Return what pruning `model` would take, from headers or config.json; options as for `prune`.
 
-    Measures this machine for about two seconds.
+    This measures the machine for about two seconds.
 
     Raises:
-        BudgetError: It does not fit `cpu_memory`, `gpu_memory` or `disk`.
+        BudgetError: The run does not fit `cpu_memory`, `gpu_memory` or `disk`.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
     from lowmem_gblm.commands.plan import plan_request
@@ -109,7 +109,7 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
 def evaluate(
     model: str | PathLike[str], *, listener: Listener | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Perplexity of `model`. Options are the fields of `lowmem_gblm.EvalRequest`.
+    """Measure the perplexity of `model`; options are the fields of `lowmem_gblm.EvalRequest`.
 
     Raises:
         LowmemGblmError: The request is bad, or the model cannot be used.
@@ -130,16 +130,16 @@ def compare(
     listener: Listener | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Prune `model` with several methods into `folder/METHOD` and measure each.
+    """Prune `model` with several methods into `folder/METHOD` and measure each result.
 
     Args:
         model: Folder, Hub id, or "demo".
         methods: Names of methods.
-        folder: Gets the checkpoints.
-        text: What perplexity is measured on, as for `evaluate`.
-        windows: How many windows of it.
+        folder: Folder for the checkpoints.
+        text: Text that perplexity is measured on, as for `evaluate`.
+        windows: Number of windows of the text; None for all.
         listener: Called after every step.
-        options: As for `prune`, the same for every method.
+        options: Options as for `prune`, shared by all methods.
 
     Raises:
         LowmemGblmError: As for `prune`.
@@ -155,10 +155,10 @@ def compare(
 def verify(
     output: str | PathLike[str], against: str | PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Prove that `output` keeps its promises; `against` is the model it was made from.
+    """Prove that `output` keeps its promises; `against` is the dense model it was pruned from.
 
     Raises:
-        VerificationError: Names the first violations.
+        VerificationError: A promise is broken; names the first violations.
         LowmemGblmError: A folder cannot be read.
     """
     from lowmem_gblm.commands.verify import verify as run

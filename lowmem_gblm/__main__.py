@@ -1,4 +1,4 @@
-"""`python -m lowmem_gblm` is `lowmem-gblm`."""
+"""Entry point of `python -m lowmem_gblm`, which is the command `lowmem-gblm`."""
 
 from lowmem_gblm.cli.main import main
 

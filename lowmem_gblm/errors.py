@@ -1,4 +1,4 @@
-"""Everything this package raises on purpose, and the exit code each one becomes.
+"""The errors that this package raises on purpose, and the exit code of each.
 
 LowmemGblmError
 ├── RequestError            2  an option is wrong, or contradicts another
@@ -21,9 +21,9 @@ _LONGEST_LINE = 2000
 
 
 def shown(value: object, longest: int = _LONGEST_NAME) -> str:
-    """What a file says, as a part of a sentence: in one line, printable, not too long.
+    """Return a value from a file as a part of a sentence: in one line, printable, not too long.
 
-    Names come from strangers: a line break would forge a second message, a control character would
+    Names are untrusted: a line break would forge a second message, a control character would
     reach the terminal, and a name can be megabytes long.
     """
     text = str(value)
@@ -39,7 +39,7 @@ def shown(value: object, longest: int = _LONGEST_NAME) -> str:
 
 
 def shown_value(value: object) -> str:
-    """A value from JSON, likewise."""
+    """Return a value from JSON as `shown` does."""
     try:
         return shown(repr(value))
     except RecursionError:
@@ -47,7 +47,7 @@ def shown_value(value: object) -> str:
 
 
 class LowmemGblmError(Exception):
-    """Base class: the message is a complete sentence for the person at the terminal."""
+    """Base class: the message is a complete sentence for the user."""
 
     exit_code = 1
 
@@ -85,7 +85,7 @@ class DiskError(LowmemGblmError):
     """A disk fails in the middle of a run; what was done is kept.
 
     Like a folder that may not be written, this asks for another place or a repair: it has the exit
-    code of a request that cannot be met.
+    code of a request that cannot be granted.
     """
 
     exit_code = 2
@@ -110,7 +110,7 @@ class NonFiniteError(LowmemGblmError):
 
 
 class VerificationError(LowmemGblmError):
-    """An output checkpoint breaks promises made about it: the message has a line for each."""
+    """An output checkpoint breaks its promises: the message has a line for each."""
 
     exit_code = 7
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 DEMO = Path(__file__).resolve().parent.parent / "lowmem_gblm" / "demo"
 DTYPES = ("float32", "bfloat16")
-# Ids of the embedded model's tokenizer, which goes with every checkpoint.
+# Ids of the embedded model's tokenizer, which is copied into every checkpoint.
 TOKENIZER_IDS = 1024
 MATRICES_PER_BLOCK = 7
 
@@ -41,7 +41,7 @@ class Shape:
 
     Attributes:
         blocks: Decoder blocks.
-        width: Of the hidden states.
+        width: Width of the hidden states.
         ffn: Width between the up and down projections.
         heads: Attention heads.
         kv_heads: Heads of keys and values.
@@ -58,7 +58,7 @@ class Shape:
     positions: int
 
     def block(self) -> dict[str, Size]:
-        """Name and shape of every tensor of a block, without its prefix."""
+        """Return name and shape of every tensor of a block, without its prefix."""
         width, ffn = self.width, self.ffn
         kv_width = width // self.heads * self.kv_heads
         return {
@@ -74,7 +74,7 @@ class Shape:
         }
 
     def rest(self) -> dict[str, Size]:
-        """Name and shape of every tensor outside the blocks."""
+        """Return name and shape of every tensor outside the blocks."""
         embedding = (self.vocabulary, self.width)
         return {
             "model.embed_tokens.weight": embedding,
@@ -83,20 +83,20 @@ class Shape:
         }
 
     def matrices(self) -> Counter[Size]:
-        """How often a block has a matrix [out, in] of each shape."""
+        """Return how often a block has a matrix [out, in] of each shape."""
         return Counter(size for size in self.block().values() if len(size) == 2)
 
     @property
     def prunable(self) -> int:
-        """Weights in the matrices of all blocks: P."""
+        """Return the number of weights in the matrices of all blocks: P."""
         return self.blocks * sum(math.prod(size) * n for size, n in self.matrices().items())
 
     def block_bytes(self, itemsize: int) -> int:
-        """Bytes of all blocks, at so many bytes a number."""
+        """Return the bytes of all blocks."""
         return self.blocks * itemsize * sum(map(math.prod, self.block().values()))
 
     def rest_bytes(self, itemsize: int) -> int:
-        """Bytes of everything else."""
+        """Return the bytes of all tensors outside the blocks."""
         return itemsize * sum(map(math.prod, self.rest().values()))
 
 
@@ -127,13 +127,10 @@ def write_llama(
     dtype: str,
     seed: int,
 ) -> Path:
-    """Writes a checkpoint, one block in memory at a time, the index last.
+    """Write a checkpoint, one block in memory at a time, the index last.
 
-    Args:
-        folder: To create, with its parents.
-        blocks, width, ffn, heads, kv_heads, vocabulary, positions: See `Shape`.
-        dtype: Of the weights, "float32" or "bfloat16".
-        seed: Decides every weight, whatever the number of threads.
+    `folder` is created, with its parents. The sizes are those of `Shape`, `dtype` is that of the
+    weights ("float32" or "bfloat16"), and `seed` decides every weight on any number of threads.
 
     Returns:
         `folder`.
@@ -173,7 +170,7 @@ def _write_shards(folder: Path, shape: Shape, dtype: torch.dtype, seed: int) -> 
 def _draw_all(
     sizes: Mapping[str, Size], blocks: int, dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
-    """The tensors of one shard, each from a seed of its own, drawn side by side."""
+    """Return the tensors of one shard, each from a seed of its own, drawn side by side."""
     with ThreadPoolExecutor(MATRICES_PER_BLOCK) as pool:
         drawn = [
             pool.submit(_draw, name, size, blocks, dtype, crc32(f"{seed} {name}".encode()))
@@ -183,7 +180,7 @@ def _draw_all(
 
 
 def _draw(name: str, size: Size, blocks: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """One tensor: ones for a norm, else normal with the spread that keeps activations in size.
+    """Draw one tensor: ones for a norm, else normal with the spread that keeps activations in size.
 
     What a block adds to the hidden states shrinks with the number of blocks, as in GPT-2.
     """
@@ -222,7 +219,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def main() -> int:
-    """Writes the checkpoint that the command line asks for."""
+    """Write the checkpoint that the command line asks for."""
     parser = argparse.ArgumentParser(description="Writes a Llama checkpoint of random weights.")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="to create")
     parser.add_argument("--shape", choices=SHAPES, default="laptop", help="[%(default)s]")

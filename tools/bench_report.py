@@ -1,4 +1,4 @@
-"""What a benchmark found: the figures, from what was measured, and how they look.
+"""The figures of a benchmark, from the measurements, and their tables.
 
 FLOPs count the products with the matrices of the blocks, as everywhere in lowmem-gblm. The rate
 that a run could have reached is that of these products alone, each kind as often as it occurs.
@@ -30,14 +30,14 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is benchmarked.
+    """The job of a benchmark.
 
     Attributes:
-        name: Of the shape.
-        shape: With the number of blocks asked for.
+        name: Name of the shape.
+        shape: The sizes, with the number of blocks asked for.
         nsamples, seqlen: N samples of T tokens.
-        dtype: Of weights and computation.
-        itemsize: Bytes of one number of it.
+        dtype: Dtype of weights and computation.
+        itemsize: Bytes of one number.
         activations: "pruned" or "dense".
     """
 
@@ -51,11 +51,11 @@ class Job:
 
     @property
     def product_flops(self) -> int:
-        """FLOPs of one kind of product over all matrices and tokens: 2PD."""
+        """Return the FLOPs of one kind of product over all matrices and tokens: 2PD."""
         return 2 * self.shape.prunable * self.nsamples * self.seqlen
 
     def as_json(self) -> Figures:
-        """Everything, and what follows from it."""
+        """Return all fields, and what follows from them."""
         rest = self.shape.rest_bytes(self.itemsize)
         return asdict(self) | {
             "prunable_weights": self.shape.prunable,
@@ -66,19 +66,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """One process: the JSON that it printed, and its seconds from start to end."""
+    """A measured process: the JSON that it printed, and its seconds from start to end."""
 
     result: Figures
     wall_seconds: float
 
 
 def mixed_rate(rates: Rates, products: Products) -> float:
-    """FLOP/s where every kind of product occurs so often."""
+    """Return FLOP/s for a mix of products, each with its number."""
     return sum(products.values()) / sum(count / rates[kind] for kind, count in products.items())
 
 
 def reached(flops: float, seconds: float, products: Products, rates: Sequence[Rates]) -> Figures:
-    """FLOP/s, and as a fraction of the mean of the measured rates."""
+    """Return FLOP/s, and as a fraction of the mean of the measured rates."""
     possible = sum(mixed_rate(one, products) for one in rates) / len(rates)
     # A stage of a tiny model can end within the resolution of its clock.
     speed = flops / seconds if seconds else None
@@ -91,7 +91,7 @@ def reached(flops: float, seconds: float, products: Products, rates: Sequence[Ra
 
 
 def products_of_passes(record: Figures, product_flops: int) -> dict[str, Products]:
-    """How often every pass of a run multiplies; what `PASSES` does not say is the prune sweep's."""
+    """Return the products of every pass; products not in `PASSES` are the prune sweep's."""
     found: dict[str, Products] = {
         name: products for name, products in PASSES.items() if name in record["seconds"]
     }
@@ -100,9 +100,7 @@ def products_of_passes(record: Figures, product_flops: int) -> dict[str, Product
 
 
 def stage_figures(record: Figures, job: Job, rates: Sequence[Rates]) -> dict[str, Figures]:
-    """Seconds of every stage, its share of all, the part of it in which the computation waited for
-    data; of one that multiplies also how fast it did.
-    """
+    """Return seconds, share and wait for data of every stage, and the rate of its products."""
     seconds = dict(record["seconds"])
     total = seconds.pop("total")
     waited = record["waited_seconds"]
@@ -117,7 +115,7 @@ def stage_figures(record: Figures, job: Job, rates: Sequence[Rates]) -> dict[str
 
 
 def byte_figures(record: Figures, job: Job) -> Figures:
-    """Bytes moved, and the least possible: blocks once per pass, the rest once; the model."""
+    """Return bytes moved and the least possible: blocks once per pass, the rest once; the model."""
     rest = job.shape.rest_bytes(job.itemsize)
     blocks = job.shape.block_bytes(job.itemsize)
     reads = sum(name in record["seconds"] for name in READING_PASSES)
@@ -126,7 +124,7 @@ def byte_figures(record: Figures, job: Job) -> Figures:
 
 
 def run_figures(job: Job, run: Measured, rates: Sequence[Rates]) -> Figures:
-    """The figures of one run of lowmem-gblm; ratios are to what was planned and to the least."""
+    """Return the figures of a run of lowmem-gblm; ratios are to the plan and to the least."""
     record = run.result
     total = record["seconds"]["total"]
     every: dict[str, int] = {}
@@ -149,7 +147,7 @@ def run_figures(job: Job, run: Measured, rates: Sequence[Rates]) -> Figures:
 def baseline_figures(
     tool: str, method: str, run: Measured, ours: Figures, rates: Sequence[Rates]
 ) -> Figures:
-    """The figures of a baseline; ratios are ours by theirs, below 1 where ours takes less."""
+    """Return the figures of a baseline; ratios are ours by theirs, below 1 if ours takes less."""
     theirs = run.result
     total = theirs["seconds"]["total"]
     peaks = {name: theirs[name] for name in PEAKS if theirs.get(name)}
@@ -171,7 +169,7 @@ def baseline_figures(
 
 
 def report(figures: Figures) -> list[str]:
-    """The figures as a person reads them."""
+    """Return the figures as lines of text."""
     job, run = figures["job"], figures["runs"][0]
     lines = [
         f"{job['name']}, {job['shape']['blocks']} blocks, {job['nsamples']} × {job['seqlen']} "
@@ -189,7 +187,7 @@ def report(figures: Figures) -> list[str]:
 
 
 def stage_table(run: Figures) -> list[str]:
-    """A line per stage, then the whole run, then its process."""
+    """Return a line per stage, then for the run, then for its process."""
     rows = [(name, one["seconds"], one) for name, one in run["stages"].items()]
     rows += [("total", run["seconds"], {"share": 1.0, **run})]
     rows += [("process", run["wall_seconds"], {})]
@@ -210,7 +208,7 @@ def stage_table(run: Figures) -> list[str]:
 
 
 def rate_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
-    """What the machine could do before and after, by kind of product."""
+    """Return the rates of the machine before and after, by kind of product."""
     lines = []
     for (when, one), mixed in zip(rates.items(), run["rates_at_its_products"], strict=False):
         kinds = ", ".join(
@@ -221,7 +219,7 @@ def rate_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
 
 
 def use_lines(run: Figures) -> list[str]:
-    """Peaks against the plan, and bytes against the least possible."""
+    """Return peaks against the plan, and bytes against the least possible."""
     memory, moved = run["memory"], run["bytes"]
     pairs = (
         ("host peak", memory["host_peak_bytes"], memory["host_planned_bytes"], "planned"),
@@ -237,7 +235,7 @@ def use_lines(run: Figures) -> list[str]:
 
 
 def baseline_table(figures: Figures) -> list[str]:
-    """A line per baseline, then the ratios of ours by the same method to it."""
+    """Return a line per baseline, then the ratios of ours by the same method to it."""
     measured = [name for name in PEAKS if any(name in one for one in figures["baselines"])]
     shown = [name.replace("_bytes", "").replace("_", " ") for name in measured]
     head = ["baseline", "method", "seconds", *(f"{name} MiB" for name in shown), "of the rate"]
@@ -258,7 +256,7 @@ def baseline_table(figures: Figures) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as aligned lines, the first column to the left."""
+    """Return rows of cells as aligned lines, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,8 +1,8 @@
 """Inputs for tools/fuzz: headers and indexes that are valid, nearly valid, or nothing of the kind.
 
-A header begins as a valid one, is changed a few times as what it means (a shape, an offset, a
-second tensor of that name), and then now and then as the bytes that it is. So most inputs get past
-the first check, and every later one is met.
+A header begins as a valid one, is changed a few times in its meaning (a shape, an offset, a second
+tensor of that name), and then now and then in its bytes. So most inputs get past the first check,
+and every later check is reached.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ODD_TEXTS = [
         "", "[" * 2000 + "]" * 2000, '{"a":' * 2000 + "1" + "}" * 2000,
     )
 ]  # fmt: skip
-# Large, so they come seldom.
+# Large, so rarely drawn.
 WHOLES = [
     Raw("[" * 1_100_000),
     Raw("[" + "{}," * 500_000 + "{}]"),
@@ -58,7 +58,7 @@ PLAIN = [None, True, False, 0.5, "", "F32", "F4", "f32", "I64 ", [], {}, [[]], [
 
 
 def junk(draw: Random) -> Any:
-    """Any value, seldom the right one."""
+    """Return any value, rarely the right one."""
     kind = draw.random()
     if kind < 0.4:
         return draw.choice(NUMBERS)
@@ -70,7 +70,7 @@ def junk(draw: Random) -> Any:
 
 
 def valid_tensors(draw: Random) -> tuple[Pairs, int]:
-    """Descriptions as the format demands, and how many bytes of data they account for."""
+    """Return descriptions as the format demands, and the bytes of data they account for."""
     tensors = Pairs()
     position = 0
     for number in range(draw.randrange(6)):
@@ -89,7 +89,7 @@ def valid_tensors(draw: Random) -> tuple[Pairs, int]:
 
 
 def header_input(draw: Random) -> tuple[bytes, int, bool]:
-    """The beginning of a file, as far as its header goes or further, and the size of the file.
+    """Return the beginning of a file, as far as its header goes or further, and the file's size.
 
     Returns:
         Bytes, size, and whether nothing was changed, so that it must be accepted.
@@ -120,7 +120,7 @@ def header_input(draw: Random) -> tuple[bytes, int, bool]:
 
 
 def index_input(draw: Random) -> tuple[bytes, bool]:
-    """The content of an index.
+    """Return the content of an index.
 
     Returns:
         Bytes, and whether they must be accepted.
@@ -151,7 +151,7 @@ def _change_field(draw: Random, tensors: Pairs) -> None:
 
 
 def _change_number(draw: Random, tensors: Pairs) -> None:
-    """A shape or an offset that is a little wrong."""
+    """Change a shape or an offset a little."""
     fields = draw.choice(tensors)[1]
     if not isinstance(fields, Pairs):
         return
@@ -173,7 +173,7 @@ def _change_pairs(draw: Random, tensors: Pairs) -> None:
 
 
 def _swap(draw: Random, pairs: Pairs) -> None:
-    """Two names for each other's values."""
+    """Exchange the values of two names."""
     one, other = draw.choice(pairs), draw.choice(pairs)
     one[1], other[1] = other[1], one[1]
 
@@ -207,7 +207,7 @@ CHANGES: list[Callable[[Random, Pairs], None]] = [
 
 
 def _text(value: Any) -> str:
-    """JSON, with names that repeat and texts that are none."""
+    """Return JSON, with names that repeat and texts that are none."""
     if isinstance(value, Pairs):
         return "{" + ",".join(f"{json.dumps(name)}:{_text(one)}" for name, one in value) + "}"
     return str(value) if isinstance(value, Raw) else _encode(value)
@@ -217,7 +217,7 @@ _encode = json.JSONEncoder(default=str).encode
 
 
 def _damaged(draw: Random, text: bytes) -> bytes:
-    """A few bytes changed, without regard to what they mean."""
+    """Return a text with a few bytes changed, without regard to what they mean."""
     raw = bytearray(text)
     for _ in range(draw.choice((1, 1, 2, 5))):
         at = draw.randrange(len(raw) + 1)

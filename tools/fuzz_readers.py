@@ -45,8 +45,8 @@ class Finding(Exception):
     """An input on which a reader did what it must not.
 
     Attributes:
-        number: Which input of the seed.
-        content: What was read.
+        number: Number of the input.
+        content: Bytes that were read.
     """
 
     def __init__(self, number: int, content: bytes, what: str) -> None:
@@ -57,14 +57,14 @@ class Finding(Exception):
 
 @dataclass(kw_only=True)
 class Figures:
-    """What came of the inputs.
+    """The outcome of the inputs.
 
     Attributes:
-        accepted: How many were read.
-        refused: How often each place of the package refused one: "header.py:93".
-        seconds: For all of them.
-        slowest_s: For one of them, without its making.
-        memory_bytes: By how much the peak of resident memory grew.
+        accepted: Number of accepted inputs.
+        refused: Number of refusals at each place of the package: "header.py:93".
+        seconds: Seconds for all inputs.
+        slowest_s: Seconds for the slowest input, once drawn.
+        memory_bytes: Growth of the peak of resident memory.
     """
 
     accepted: int = 0
@@ -78,7 +78,7 @@ def fuzz(inputs: int, seed: int, first: int = 0) -> Figures:
     """Try inputs number `first` and following; every one is drawn from its seed and number alone.
 
     Raises:
-        Finding: A reader crashed, hung, took too much memory, or believed what is not so.
+        Finding: A reader crashed, hung, took too much memory, or accepted a wrong value.
     """
     figures = Figures()
     draw = Random()
@@ -112,7 +112,7 @@ def _try(draw: Random, number: int, figures: Figures) -> None:
 
 
 def _judge(content: bytes, size: int | None, valid: bool, figures: Figures) -> None:
-    """Raises if a reader did what it must not; `size` is None for an index."""
+    """Raise if a reader did what it must not; `size` is None for an index."""
     try:
         if size is None:
             _check_shards(shards_of_index(INDEX, parse_json(INDEX, content)))
@@ -154,7 +154,7 @@ def _check_shards(shards: dict[str, set[str]]) -> None:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Raises in the middle of what takes too long."""
+    """Run the body; raise `TimeoutError` in the middle if it takes too long."""
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
         yield
@@ -175,7 +175,7 @@ def _alarms() -> Iterator[None]:
 
 
 def _place(error: CheckpointError) -> str:
-    """Where in the package it began, as "header.py:93"."""
+    """Return the place in the package where an error began, as "header.py:93"."""
     trace = (error.__context__ or error).__traceback__
     place = ""
     while trace is not None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""GBLM pruning with the whole model in memory: what streaming is measured against.
+"""GBLM pruning with the complete model in memory: what streaming is measured against.
 
-The algorithm of the authors' published code (GBLM-Pruner, arXiv 2311.04902), as somebody with
-enough memory would run it: full back-propagation, one calibration sample at a time, into float32
+The algorithm of the authors' published code (GBLM-Pruner, arXiv 2311.04902), as it runs with enough
+memory: full back-propagation, one calibration sample at a time, into float32
 sums of the gradients' magnitudes on the host; then block by block the norms of its inputs in the
 model pruned so far, scores, zeros, and on with the pruned block. It imports nothing of lowmem_gblm.
 
@@ -45,14 +45,14 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Everything within belongs to the named stage."""
+        """Run the body as the named stage."""
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 3)
 
 
 class FirstBlock(nn.Module):
-    """Stands where the blocks stood, and keeps what the first of them is called with."""
+    """A stub in the place of the blocks that keeps the arguments of the first one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class FirstBlock(nn.Module):
 
 
 def calibration_samples(model: Path, text: Path, nsamples: int, seqlen: int) -> Tensor:
-    """Windows of the text, int64 [N, 1, T], at the places that the authors' code draws."""
+    """Return windows of the text, int64 [N, 1, T], at the places that the authors' code draws."""
     tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"))["input_ids"]
     draw = random.Random(SEED)
     starts = [draw.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
@@ -74,12 +74,12 @@ def calibration_samples(model: Path, text: Path, nsamples: int, seqlen: int) -> 
 
 
 def matrices(block: nn.Module) -> dict[str, nn.Linear]:
-    """The modules of a block that are pruned, by name."""
+    """Return the modules of a block that are pruned, by name."""
     return {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
 
 
 def gradient_magnitudes(model: PreTrainedModel, samples: Tensor) -> list[dict[str, Tensor]]:
-    """`sum_n |g_n|` of every matrix of every block, float32 [out, in] on the host."""
+    """Return `sum_n |g_n|` of every matrix of every block, float32 [out, in] on the host."""
     model.requires_grad_(True)
     blocks = [matrices(block) for block in model.model.layers]
     sums = [
@@ -97,12 +97,12 @@ def gradient_magnitudes(model: PreTrainedModel, samples: Tensor) -> list[dict[st
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, samples: Tensor, gradients: Sequence[dict[str, Tensor]]) -> None:
-    """Prunes the model in place, first block to last.
+    """Prune the model in place, first block to last.
 
     Args:
-        model: Dense.
+        model: The dense model.
         samples: int64 [N, 1, T].
-        gradients: Their magnitudes, by block and name.
+        gradients: Gradient magnitudes, by block and name.
     """
     blocks = model.model.layers
     first = FirstBlock()
@@ -121,7 +121,7 @@ def prune(model: PreTrainedModel, samples: Tensor, gradients: Sequence[dict[str,
 def input_norms(
     block: nn.Module, hidden: Sequence[Tensor], arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Norms of the inputs of every matrix, float32 [in]: summed over tokens, mean over samples."""
+    """Return norms of all matrices' inputs, float32 [in]: sum over tokens, mean over samples."""
     squares: dict[str, Tensor] = {}
     hooks = []
     for name, one in matrices(block).items():
@@ -139,7 +139,7 @@ def input_norms(
 
 
 def prune_matrix(weight_OI: Tensor, norm_I: Tensor, gradient_OI: Tensor) -> None:
-    """Zeros the smallest scores `|W| (‖X‖ + α G)` of every row, in place."""
+    """Zero the smallest scores `|W| (‖X‖ + α G)` of every row, in place."""
     size_OI = weight_OI.float().abs()
     score_OI = size_OI * norm_I + ALPHA * (size_OI * gradient_OI)
     order_OI = score_OI.sort(dim=1, stable=True).indices
@@ -147,7 +147,7 @@ def prune_matrix(weight_OI: Tensor, norm_I: Tensor, gradient_OI: Tensor) -> None
 
 
 def host_peak_bytes() -> int:
-    """Largest resident set of this process, as Linux counts it."""
+    """Return the largest resident set of this process, as Linux counts it."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None, "Linux names VmHWM in the status of a process"
     return int(match[1]) * 1024
@@ -163,14 +163,15 @@ def run(
     dtype: str,
     device: str,
 ) -> dict[str, Any]:
-    """Prunes a checkpoint into a new one.
+    """Prune a checkpoint into a new one.
 
     Args:
         model_folder: The dense checkpoint, of a Llama.
-        output: Where the pruned one goes.
-        text: UTF-8, for the calibration samples.
-        nsamples, seqlen: N samples of T tokens.
-        dtype: Of weights and computation.
+        output: Folder for the pruned checkpoint.
+        text: UTF-8 file for the calibration samples.
+        nsamples: Number of samples.
+        seqlen: Tokens of a sample.
+        dtype: Dtype of weights and computation.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -199,8 +200,8 @@ def run(
 
 
 def main() -> int:
-    """Prunes what the command line names and prints one JSON object."""
-    parser = argparse.ArgumentParser(description="GBLM pruning with the whole model in memory.")
+    """Prune what the command line names and print one JSON object."""
+    parser = argparse.ArgumentParser(description="GBLM pruning with the complete model in memory.")
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a Llama checkpoint")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create")
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="UTF-8")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.dont_write_bytecode = True  # keeps the folder of the tools free of caches
-os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"  # what it logs goes to stdout
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is a GPU, it would take it
+os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"  # its log goes to stdout
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it would take a GPU if there is one
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -45,15 +45,16 @@ def run(
     seqlen: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Prunes a checkpoint into a new one.
+    """Prune a checkpoint into a new one.
 
     Args:
         model_folder: The dense checkpoint.
-        output: Where the pruned one goes.
+        output: Folder for the pruned checkpoint.
         method: One of `MODIFIERS`.
-        text: UTF-8, for the calibration samples: those of every other run of the benchmark.
-        nsamples, seqlen: N samples of T tokens.
-        dtype: Of weights and computation.
+        text: UTF-8 file for the calibration samples, the same as in every run of the benchmark.
+        nsamples: Number of samples.
+        seqlen: Tokens of a sample.
+        dtype: Dtype of weights and computation.
 
     Returns:
         `seconds` (total) and `host_peak_bytes`.
@@ -77,7 +78,7 @@ def run(
 
 
 def main() -> int:
-    """Prunes what the command line names and prints one JSON object."""
+    """Prune what the command line names and print one JSON object."""
     parser = argparse.ArgumentParser(description="Wanda or SparseGPT by LLM Compressor.")
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create")

@@ -4,7 +4,7 @@
 Three products per matrix W [out, in] and sample of T tokens, 2·T·in·out FLOPs each:
 
     forward   X [T, in]   · Wᵀ [in, out]
-    input     dY [T, out] · W [out, in]     the gradient that goes on to the block before
+        input     dY [T, out] · W [out, in]     the gradient for the block before
     weight    dYᵀ [out, T] · X [T, in]      the gradient of the sample
 
 Usage:
@@ -35,15 +35,16 @@ Product = Callable[[], object]
 
 
 def rates(shape: Shape, *, seqlen: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Measures the products of all matrices of a block.
+    """Measure the products of all matrices of a block.
 
-    Every repetition goes through all of them, so that none finds its operands in a cache because
+    Every repetition goes through all products, so that none finds its operands in a cache because
     it was just measured.
 
     Args:
-        shape: Of the model.
-        seqlen: T.
-        dtype, device: Of the operands.
+        shape: Shape of the model.
+        seqlen: The number T of tokens.
+        dtype: Dtype of the operands.
+        device: Device of the operands.
 
     Returns:
         FLOP/s of every product, over the matrices of a block as often as they are in it.
@@ -62,7 +63,7 @@ def rates(shape: Shape, *, seqlen: int, dtype: torch.dtype, device: torch.device
 
 
 def rate(shape: Shape, seqlen: int, kind: str, medians: dict[tuple[str, Size], float]) -> float:
-    """FLOP/s of one kind of product, from the median seconds of every matrix shape."""
+    """Return FLOP/s of one kind of product, from the median seconds of every matrix shape."""
     counts = shape.matrices().items()
     flops = sum(2 * seqlen * size[0] * size[1] * count for size, count in counts)
     return flops / sum(medians[kind, size] * count for size, count in counts)
@@ -71,7 +72,7 @@ def rate(shape: Shape, seqlen: int, kind: str, medians: dict[tuple[str, Size], f
 def operands(
     size: Size, seqlen: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Product]:
-    """The three products of one matrix shape; results go to memory that is there already."""
+    """Return the three products of one matrix shape; results go to existing memory."""
     weight_OI = torch.randn(size, dtype=dtype, device=device)
     input_TI = torch.randn(seqlen, size[1], dtype=dtype, device=device)
     gradient_TO = torch.randn(seqlen, size[0], dtype=dtype, device=device)
@@ -85,7 +86,7 @@ def operands(
 
 
 def timed(product: Product, device: torch.device) -> float:
-    """Seconds of one product."""
+    """Return the seconds of one product."""
     if device.type != "cuda":
         start = time.perf_counter()
         product()
@@ -99,7 +100,7 @@ def timed(product: Product, device: torch.device) -> float:
 
 
 def main() -> int:
-    """Measures what the command line asks for and prints one JSON object."""
+    """Measure what the command line asks for and print one JSON object."""
     parser = argparse.ArgumentParser(description="FLOP/s of products at a model's shapes.")
     parser.add_argument("--shape", choices=SHAPES, default="laptop", help="[%(default)s]")
     parser.add_argument("--seqlen", type=int, default=512, metavar="T", help="[%(default)s]")

@@ -4,8 +4,8 @@ A story is drawn in three paragraphs: who, where and in what weather; a problem 
 plots; and how the day ended. What a story states early (a name, a count, a color, an animal, the
 weather) decides words much later, so a model has to carry it along.
 
-The words and the sentences stand in the tables next to this module. The order of the draws counts
-as much as theirs: every text follows from its seed alone, byte for byte.
+The words and the sentences are in the tables next to this module. The order of the draws counts as
+much as theirs: every text follows from its seed alone, byte for byte.
 """
 
 import random
@@ -19,7 +19,7 @@ DEMO_TEXTS = (("calibration.txt", 101, 250_000), ("evaluation.txt", 202, 125_000
 
 
 def number(value: int) -> str:
-    """Spells a number between 0 and 99."""
+    """Spell a number between 0 and 99."""
     if value < 20:
         return tables.UNITS[value]
     tens, ones = tables.TENS[value // 10 - 2], value % 10
@@ -27,7 +27,7 @@ def number(value: int) -> str:
 
 
 def plural(noun: str) -> str:
-    """Gives the plural of a noun of the tables."""
+    """Return the plural of a noun of the tables."""
     irregular = {"leaf": "leaves", "potato": "potatoes"}
     if noun in irregular:
         return irregular[noun]
@@ -37,12 +37,12 @@ def plural(noun: str) -> str:
 
 
 def counted(value: int, noun: str) -> str:
-    """Joins a spelled number and its noun, as in ``one pear`` or ``two pears``."""
+    """Join a spelled number and its noun, as in ``one pear`` or ``two pears``."""
     return f"{number(value)} {noun if value == 1 else plural(noun)}"
 
 
 class Facts(dict[str, str]):
-    """What a story knows; a capitalized key gives the capitalized value."""
+    """The facts of a story; a capitalized key gives the capitalized value."""
 
     def __missing__(self, key: str) -> str:
         lower = key[0].lower() + key[1:]
@@ -52,7 +52,7 @@ class Facts(dict[str, str]):
 
 
 class Tale:
-    """One story while it is being told.
+    """A story while it is being told.
 
     Attributes:
         rng: The only source of chance.
@@ -66,21 +66,21 @@ class Tale:
         self.text = ""
 
     def settle(self, **facts: str | int) -> None:
-        """Settles facts; numbers are spelled."""
+        """Settle facts; numbers are spelled."""
         for name, fact in facts.items():
             self.facts[name] = number(fact) if isinstance(fact, int) else fact
 
     def pick(self, table: Sequence[str | list[str]], *names: str) -> None:
-        """Draws a row (or a word) and settles its columns as facts of these names."""
+        """Draw a row (or a word) and settle its columns as facts of these names."""
         row = self.rng.choice(table)
         self.facts.update(zip(names, [row] if isinstance(row, str) else row, strict=True))
 
     def pick_many(self, words: Sequence[str], *names: str) -> None:
-        """Draws as many different words as there are names."""
+        """Draw as many different words as there are names."""
         self.facts.update(zip(names, self.rng.sample(words, len(names)), strict=True))
 
     def say(self, sentences: Sequence[str]) -> None:
-        """Adds sentences, leaving out half of those that start with a question mark."""
+        """Add sentences, leaving out half of those that start with a question mark."""
         for template in sentences:
             if template.startswith("?") and self.rng.random() < 0.5:
                 continue
@@ -89,7 +89,7 @@ class Tale:
             self.text += gap + sentence[0].upper() + sentence[1:]
 
     def expand(self, template: str) -> str:
-        """Draws the alternatives from the inside out, then fills in the facts."""
+        """Draw the alternatives from the inside out, then fill in the facts."""
         while match := re.search(r"\[([^\[\]]*)\]", template):
             chosen = self.rng.choice(match[1].split("|"))
             template = template[: match.start()] + chosen + template[match.end() :]
@@ -99,7 +99,7 @@ class Tale:
 
 
 def _child(tale: Tale, name: str, prefix: str) -> None:
-    """Settles the name of a child, other than the hero's, and its pronouns under a prefix."""
+    """Settle the name of a child, other than the hero's, and its pronouns under a prefix."""
     girl = tale.rng.random() < 0.5
     names = tables.GIRLS if girl else tables.BOYS
     tale.pick([other for other in names if other != tale.facts.get("hero")], name)
@@ -109,7 +109,7 @@ def _child(tale: Tale, name: str, prefix: str) -> None:
 
 
 def _cast(tale: Tale) -> None:
-    """Settles the hero, the friend and one grown-up or relative."""
+    """Settle the hero, the friend and one grown-up or relative."""
     _child(tale, "hero", "")
     _child(tale, "friend", "f")
     tale.pick(tables.FAMILY, "elder", "ehe", "ehim", "ehis")
@@ -120,7 +120,7 @@ def _cast(tale: Tale) -> None:
 
 
 def _scene(tale: Tale) -> None:
-    """Settles where and when the story happens, in what weather, and the hero's age."""
+    """Settle where and when the story happens, in what weather, and the hero's age."""
     tale.pick(tables.PLACES, "place", "sights", "ground", "horizon")
     tale.pick(tables.WEATHERS, "weather", "sky", "wear", "sense", "change")
     tale.pick(tables.COLORS, "wearcolor")
@@ -131,14 +131,14 @@ def _scene(tale: Tale) -> None:
 
 
 def _lost(tale: Tale) -> None:
-    """Something goes missing and turns up in the last of the places searched."""
+    """Tell of something that goes missing and turns up in the last of the places searched."""
     tale.pick(tables.TOYS, "thing")
     tale.pick(tables.COLORS, "color")
     tale.pick_many(tables.SPOTS, "at0", "at1", "at2")
 
 
 def _count(tale: Tale) -> None:
-    """Things are found and given away, and the sums come out right."""
+    """Tell of things that are found and given away, and the sums come out right."""
     tale.pick(tables.TREASURES, "item")
     item = tale.facts["item"]
     start, more = tale.rng.randint(2, 9), tale.rng.randint(2, 9)
@@ -150,20 +150,20 @@ def _count(tale: Tale) -> None:
 
 
 def _repair(tale: Tale) -> None:
-    """Something is broken, and the right person mends it with the right tool."""
+    """Tell of something broken, which the right helper mends with the right tool."""
     tale.pick(tables.REPAIRS, "thing", "damage", "tool", "worker", "mended", "used")
     tale.pick(tables.COLORS, "color")
 
 
 def _animal(tale: Tale) -> None:
-    """A hurt animal is fed what it likes and brought home."""
+    """Tell of a hurt animal that is fed what it likes and brought home."""
     tale.pick(tables.ANIMALS, "animal", "food", "sound", "home", "part")
     tale.pick(tables.COLORS, "color")
     tale.pick(tables.PETS, "pet")
 
 
 def _cook(tale: Tale) -> None:
-    """A dish is cooked from its own ingredients and shared out."""
+    """Tell of a dish that is cooked from its own ingredients and shared out."""
     tale.pick(tables.DISHES, "dish", "needs", "did", "vessel", "server")
     tale.pick_many(tale.facts["needs"].split(", "), "need0", "need1", "need2")
     guests = tale.rng.randint(2, 9)
@@ -171,20 +171,20 @@ def _cook(tale: Tale) -> None:
 
 
 def _fear(tale: Tale) -> None:
-    """Something frightening turns out to be harmless."""
+    """Tell of something frightening that turns out to be harmless."""
     tale.pick(tables.FEARS, "scare", "where", "truth")
     tale.pick(tables.TOYS, "thing")
 
 
 def _swap(tale: Tale) -> None:
-    """A chain of trades that is told again, in order, at its end."""
+    """Tell of a chain of trades that is told again, in order, at its end."""
     tale.pick_many(tables.TOYS, "a0", "a1", "a2", "a3")
     tale.pick_many(tables.TRADERS, "m0", "m1")
     tale.pick_many(tables.COLORS, "c0", "c3")
 
 
 def _shop(tale: Tale) -> None:
-    """Coins are spent, and the change is right."""
+    """Tell of coins that are spent, and the change is right."""
     tale.pick_many(tables.TOYS, "thing", "other")
     tale.pick(tables.SELLERS, "seller")
     price, rest = tale.rng.randint(2, 15), tale.rng.randint(1, 15)
@@ -195,13 +195,13 @@ def _shop(tale: Tale) -> None:
 
 
 def _paint(tale: Tale) -> None:
-    """Two paints run together and make a third."""
+    """Tell of two paints that run together and make a third."""
     tale.pick(tables.MIXES, "c0", "c1", "c2")
     tale.pick_many(tables.PICTURES, "picture", "other")
 
 
 def _journey(tale: Tale) -> None:
-    """A trip with a mishap, a number of miles and a welcome."""
+    """Tell of a trip with a mishap, a number of miles and a welcome."""
     tale.pick(tables.RIDES, "ride", "moved", "trouble", "cure")
     total, done = tale.rng.randint(12, 40), tale.rng.randint(2, 10)
     tale.pick(tables.TOYS, "gift")
@@ -209,7 +209,7 @@ def _journey(tale: Tale) -> None:
 
 
 def _race(tale: Tale) -> None:
-    """A race whose order is told and then used."""
+    """Tell of a race whose order is told and then used."""
     runners = tale.rng.sample([row[0] for row in tables.ANIMALS], 4)
     order = tale.rng.sample(runners, 4)
     tale.settle(**{f"r{at}": runner for at, runner in enumerate(runners)})
@@ -220,7 +220,7 @@ def _race(tale: Tale) -> None:
 
 
 def _grow(tale: Tale) -> None:
-    """Seeds grow day by day, and pests take their share."""
+    """Tell of seeds that grow day by day, and pests take their share."""
     tale.pick(tables.PLANTS, "plant")
     tale.pick(tables.PESTS, "pest")
     plant, today = tale.facts["plant"], tables.DAYS.index(tale.facts["day"])
@@ -247,7 +247,7 @@ PLOTS: dict[str, Callable[[Tale], None]] = {
 
 
 def story(rng: random.Random) -> str:
-    """Tells one story.
+    """Tell one story.
 
     Args:
         rng: The source of chance; equal states tell equal stories.
@@ -270,7 +270,7 @@ def story(rng: random.Random) -> str:
 
 
 def write_stories(seed: int, size: int, taken: set[str]) -> list[str]:
-    """Tells stories until they fill a number of bytes.
+    """Tell stories until they fill a number of bytes.
 
     Args:
         seed: Seed of the stories.
@@ -293,7 +293,7 @@ def write_stories(seed: int, size: int, taken: set[str]) -> list[str]:
 
 
 def demo_texts(taken: set[str]) -> dict[str, str]:
-    """Writes the texts that come with the package.
+    """Write the texts that come with the package.
 
     Args:
         taken: Stories that must not be told again; those of the texts are added to it.

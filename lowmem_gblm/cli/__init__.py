@@ -1,1 +1,1 @@
-"""What a person types and sees: arguments, the console, streams that may be gone."""
+"""The command line: arguments, the console, streams that may be gone."""

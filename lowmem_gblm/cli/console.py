@@ -1,4 +1,4 @@
-"""How results and progress look to a person."""
+"""The text of results and progress for the user."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CLEARED = "\r\x1b[K"
 
 
 class Console:
-    """Shows progress: one line that changes on a terminal, plain lines anywhere else.
+    """A display of progress: one line that changes on a terminal, plain lines anywhere else.
 
     Plain lines come at the end of every stage, and at least every ten seconds of steps before.
-    Nobody loses a run for want of a place to show it: where nothing can be written any more, as to
-    a terminal that was closed, the display falls silent.
+    No run fails for lack of a display: once a write fails, as to a terminal that was closed, the
+    display writes nothing more.
 
     Args:
         stream: Usually stderr.
@@ -47,7 +47,7 @@ class Console:
         self._clear()
 
     def __call__(self, tick: Tick) -> None:
-        """Show one step."""
+        """Show a step."""
         now = time.monotonic()
         finished = tick.step == tick.steps
         pause = _TERMINAL_EVERY_S if self._terminal else _PLAIN_EVERY_S
@@ -60,7 +60,7 @@ class Console:
             self._write(f"{progress_line(tick)}\n")
 
     def announce(self, text: str) -> None:
-        """Say what begins."""
+        """Write what begins."""
         self._clear()
         self._write(f"{text}\n")
 
@@ -78,7 +78,7 @@ class Console:
 
 
 def progress_line(tick: Tick) -> str:
-    """ "dense     12/80   0:03:20   peak 14.2 GiB   left 1:02:10"."""
+    """Return a line such as "dense     12/80   0:03:20   peak 14.2 GiB   left 1:02:10"."""
     left = "" if tick.left_s is None else f"   left {clock(tick.left_s)}"
     steps = f"{tick.step}/{tick.steps}"
     return (
@@ -88,13 +88,13 @@ def progress_line(tick: Tick) -> str:
 
 
 def clock(seconds: float) -> str:
-    """ "1:02:10"."""
+    """Return seconds as "1:02:10"."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
 def prune_lines(record: dict[str, Any], output: str) -> list[str]:
-    """What a person wants to know when pruning is done."""
+    """Return the lines that `prune` prints when it is done."""
     used = record["memory"]
     gpu = f", {gibibytes(used['gpu_peak_bytes'])} GPU" if used["gpu_peak_bytes"] else ""
     lines = [
@@ -106,32 +106,32 @@ def prune_lines(record: dict[str, Any], output: str) -> list[str]:
     return [*(f"note: {note}" for note in record["notes"]), *lines]
 
 
-def plan_lines(made: dict[str, Any]) -> list[str]:
-    """A plan as a small table."""
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """Return a plan as a small table."""
     rows = {
-        "stages": " → ".join(made["stages"]),
-        "host memory": _at_least(made, "host_bytes"),
-        "GPU memory": _at_least(made, "gpu_bytes") if made["predicted"]["gpu_bytes"] else "none",
-        "disk space": _at_least(made, "disk_bytes"),
-        "of that": f"{gibibytes(made['output_bytes'])} output, "
-        f"{gibibytes(made['spill_bytes'])} work folder at its fullest",
-        "read": gibibytes(made["read_bytes"]),
-        "written": gibibytes(made["written_bytes"]),
-        "arithmetic": f"{made['flops'] / 1e12:.3g} TFLOP",
+        "stages": " → ".join(plan["stages"]),
+        "host memory": _at_least(plan, "host_bytes"),
+        "GPU memory": _at_least(plan, "gpu_bytes") if plan["predicted"]["gpu_bytes"] else "none",
+        "disk space": _at_least(plan, "disk_bytes"),
+        "of that": f"{gibibytes(plan['output_bytes'])} output, "
+        f"{gibibytes(plan['spill_bytes'])} work folder at its fullest",
+        "read": gibibytes(plan["read_bytes"]),
+        "written": gibibytes(plan["written_bytes"]),
+        "arithmetic": f"{plan['flops'] / 1e12:.3g} TFLOP",
     }
-    if made["seconds"] is not None:
-        parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in made["seconds"].items())
-        rows["time"] = f"about {clock(made['total_seconds'])} ({parts})"
-    return [*(f"{name:12} {value}" for name, value in rows.items()), *made["reasons"]]
+    if plan["seconds"] is not None:
+        parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in plan["seconds"].items())
+        rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"
+    return [*(f"{name:12} {value}" for name, value in rows.items()), *plan["reasons"]]
 
 
-def _at_least(made: dict[str, Any], name: str) -> str:
-    needed, least = made["predicted"][name], made["minimum"][name]
+def _at_least(plan: dict[str, Any], name: str) -> str:
+    needed, least = plan["predicted"][name], plan["minimum"][name]
     return f"{gibibytes(needed)} (at least {gibibytes(least)})"
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per method."""
+    """Return a table with one line per method."""
     head = ("method", "perplexity", "sparsity", "peak memory", "seconds", "output")
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]

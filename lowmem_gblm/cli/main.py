@@ -39,12 +39,12 @@ _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
-_ENDED = "lowmem-gblm: ended at once. To go on, or to begin again:"
+_ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
 _RECORD = "pruning.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (see `lowmem_gblm.errors`)."""
+    """Run one command; return its exit code (see `lowmem_gblm.errors`)."""
     reserve_streams()
     arguments = _parsed(argv)
     _quiet_libraries()
@@ -72,15 +72,15 @@ def _run(arguments: argparse.Namespace, typed: str, *, ends: bool) -> int:
 
 
 def _interrupted(arguments: argparse.Namespace, typed: str) -> int:
-    """Say what is kept, and what to type to go on; returns the exit code."""
+    """Say what is kept, and what to type to resume; return the exit code."""
     hint = arguments.interrupted(arguments)
     if hint is None:
-        return fail(f"interrupted, but {_made(arguments)} is whole already.", INTERRUPTED)
+        return fail(f"interrupted, but {_made(arguments)} is complete already.", INTERRUPTED)
     return fail(f"interrupted. {hint}:\n{typed}", INTERRUPTED)
 
 
 def _program() -> list[str]:
-    """How this program can be called from the same terminal."""
+    """Return the words that call this program from the same terminal."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return [sys.executable, "-m", "lowmem_gblm"]
@@ -90,36 +90,36 @@ def _program() -> list[str]:
 
 
 def _kept(arguments: argparse.Namespace) -> str | None:
-    """What an interrupted `prune` has kept; None if it was done."""
+    """Say what an interrupted `prune` has kept; None if it was done."""
     output = Path(_made(arguments))
     if (output / _RECORD).is_file():
         return None
     output = output.resolve() if arguments.in_place else output
     work_folder = (arguments.work_dir or output.parent) / f"{output.name}.work"
     if any((work_folder / "journal").glob("*.json")):
-        return f"What is done is kept in {work_folder}. To go on"
+        return f"What is done is kept in {work_folder}. To resume"
     return "Nothing was done yet that could be kept. To begin again"
 
 
 def _made(arguments: argparse.Namespace) -> str:
-    """What `prune` makes: OUTPUT, or in place MODEL."""
+    """Return the folder that `prune` writes: OUTPUT, or in place MODEL."""
     return str(arguments.output or arguments.model)
 
 
 def _kept_in(arguments: argparse.Namespace) -> str | None:
-    """The same for `resume`."""
+    """Say what an interrupted `resume` has kept; None if it was done."""
     if arguments.output and (arguments.output / _RECORD).is_file():
         return None
-    return f"What is done is kept in {arguments.work_folder}. To go on"
+    return f"What is done is kept in {arguments.work_folder}. To resume"
 
 
 def _nothing_left(arguments: argparse.Namespace) -> str:
-    """What an interrupted command says that writes nothing to stay."""
+    """Say that an interrupted command leaves nothing."""
     return "Nothing half-done is left. To begin again"
 
 
 def _quiet_libraries() -> None:
-    """Before the first import: what libraries print is not for the person at the terminal."""
+    """Turn off messages of libraries for the user, before their first import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -211,17 +211,17 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoints_stay(arguments: argparse.Namespace) -> str:
-    """What an interrupted comparison says."""
-    return f"What is pruned is kept in {arguments.output}. To go on"
+    """Say what an interrupted comparison has kept."""
+    return f"What is pruned is kept in {arguments.output}. To resume"
 
 
 def _demo_stays(arguments: argparse.Namespace) -> str:
-    """What an interrupted demo says."""
+    """Say what an interrupted demo has kept."""
     return "What is pruned stays. To begin again"
 
 
 def _free_folder(path: Path) -> Path:
-    """The path, or the first of path-2, path-3, … that does not exist."""
+    """Return the path, or the first of path-2, path-3, … that does not exist."""
     number, candidate = 1, path
     while candidate.exists():
         number += 1
@@ -251,7 +251,7 @@ def _print(
     lines: Callable[[], Sequence[str]],
     folder: Path | None = None,
 ) -> None:
-    """Print a result; where its record is in a folder, all is well without."""
+    """Print a result; if that fails, name the record in `folder`, which has it."""
     text = json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(lines())
     try:
         write(sys.stdout, f"{text}\n")
@@ -262,7 +262,7 @@ def _print(
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What was typed. Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
+    """Parse argv; Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
     parser = _parser()
     arguments, left = parser.parse_known_args(argv)
     missing = arguments.run is _prune and arguments.output is None
@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(interrupted=_kept)
     add_options(command, PruneRequest)
 
-    command = _command(commands, "resume", _resume, "go on with an interrupted prune")
+    command = _command(commands, "resume", _resume, "resume an interrupted prune")
     command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
     command.set_defaults(interrupted=_kept_in, output=None)
     add_options(command, PruneRequest, only=_MAY_CHANGE)
@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
-    command = _command(commands, "demo", _demo, "the whole story on the embedded model, offline")
+    command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
     command.set_defaults(interrupted=_demo_stays)
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     add_options(command, Resources)

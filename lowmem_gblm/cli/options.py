@@ -17,11 +17,11 @@ def add_options(
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
 ) -> None:
-    """Give a command a flag for every field that can be asked for.
+    """Add a flag to a command for every field that is an option.
 
     Args:
-        command: The command's parser.
-        kind: The request's class.
+        command: Parser of the command.
+        kind: Class of the request.
         without: Fields that keep their default.
         only: Fields that get a flag; None for all.
     """
@@ -52,7 +52,7 @@ def add_options(
 
 
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
-    """The request of this class that was typed; `more` are fields that no flag gives."""
+    """Return the request that was typed; `more` are fields that no flag gives."""
     values = {one.name: getattr(arguments, one.name) for one in options(kind)}
     repeated = {one.name for one in options(kind) if one.metadata["repeat"]}
     values |= {name: tuple(values[name] or ()) for name in repeated}
@@ -60,7 +60,7 @@ def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) ->
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser whose `RequestError` becomes argparse's own."""
+    """Return a parser whose `RequestError` becomes argparse's own."""
 
     def typed(text: str) -> Any:
         try:

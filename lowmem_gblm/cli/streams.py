@@ -1,7 +1,7 @@
 """Writing to a terminal that may be gone: closed, a broken pipe, a full disk.
 
-What cannot be written is dropped, at the exit of the interpreter too: no result that lies on the
-disk is lost for want of somebody to tell.
+Text that cannot be written is dropped, at the exit of the interpreter too: a result that is stored
+on the disk is not lost for lack of a terminal.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write(stream: TextIO | None, text: str) -> None:
-    """Write all of a text now.
+    """Write all of a text and flush it.
 
     Raises:
-        OSError: It could not be: a closed pipe or terminal, a full disk. What was not written, and
-            what is written from then on, goes nowhere, at the exit of the interpreter, too.
+        OSError: The pipe or terminal is closed, or the disk is full. The unwritten text, and all
+            text after it, is dropped, at the exit of the interpreter, too.
     """
     if stream is None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -36,26 +36,26 @@ def write(stream: TextIO | None, text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Write a line to stderr, if that is still there."""
+    """Write a line to stderr, if that is still open."""
     with suppress(OSError):
         write(sys.stderr, f"lowmem-gblm: {text}\n")
 
 
 def fail(message: str, code: int) -> int:
-    """Tell why a command ends; returns its exit code."""
+    """Write why a command ends to stderr; return its exit code."""
     tell(message)
     return code
 
 
 def fail_of_system(error: OSError) -> int:
-    """The same for what the system has refused."""
+    """Write what the system has refused to stderr; return the exit code."""
     code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
     where = f"{error.strerror}: {error.filename or 'while writing'}"
     return fail(where if error.strerror else str(error), code)
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose help fails like any result if nobody can read it."""
+    """A parser whose help fails like any result if stdout is gone."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         try:
@@ -66,9 +66,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def reserve_streams() -> None:
-    """Where the caller has closed stdin, stdout or stderr, let no file of ours get its number.
+    """Open stdin, stdout and stderr on nothing if the caller has closed them.
 
-    What libraries write to number 2 would go into that file.
+    Otherwise a file of ours could get number 2, and libraries would write their messages into it.
     """
     for number in range(3):
         try:
@@ -78,6 +78,6 @@ def reserve_streams() -> None:
 
 
 def _lead_nowhere(stream: TextIO) -> None:
-    """Where a stream has a descriptor, let that be the one of nothing."""
+    """Redirect the descriptor of a stream to nothing, if it has one."""
     with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), stream.fileno())

@@ -1,1 +1,1 @@
-"""What can be asked for, one file a verb; read `commands/prune/pipeline.py` first."""
+"""The commands, one file a verb; read `commands/prune/pipeline.py` first."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowmem_gblm.model.tokenizer import Tokenize
 
 Split = Literal["calibration", "evaluation"]
-# Texts that are known by name; anything else is a file.
+# Texts that are known by name; any other name is that of a file.
 NAMED = ("c4", "wikitext2", "demo")
 
 _DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -30,7 +30,7 @@ _C4_EVALUATION_DOCUMENTS = 1100
 
 @dataclass(frozen=True)
 class Text:
-    """One running text, tokenized as a whole."""
+    """A running text, tokenized in one piece."""
 
     text: str
     origin: str
@@ -38,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Documents:
-    """Separate documents: a sample lies within one of them."""
+    """Separate documents: every sample is taken from one of them."""
 
     rows: Sequence[str]
     origin: str
@@ -50,11 +50,11 @@ def calibration_samples(
     """Draw calibration samples.
 
     Args:
-        source: Where from.
+        source: The text or the documents.
         tokenize: Text to token ids, with the tokenizer's default special tokens.
         nsamples: N.
         seqlen: T.
-        seed: Of `random.Random`.
+        seed: Seed of `random.Random`.
 
     Returns:
         int64 [N, T].
@@ -70,7 +70,7 @@ def calibration_samples(
 def text_windows(
     tokens: Sequence[int], origin: str, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Windows of one text; starts are `randint(0, len(tokens) - seqlen - 1)`, drawn in order."""
+    """Return windows of one text; starts are `randint(0, len(tokens) - seqlen - 1)`, in order."""
     import torch
 
     if len(tokens) <= seqlen:
@@ -86,7 +86,7 @@ def text_windows(
 def document_windows(
     source: Documents, tokenize: Tokenize, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Windows of documents, each drawn until one is longer than `seqlen` tokens."""
+    """Return windows of documents, each drawn until one is longer than `seqlen` tokens."""
     import torch
 
     draw = random.Random(seed)
@@ -148,10 +148,10 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
     Args:
         name: "c4", "wikitext2", "demo", or the path of a .txt, .jsonl, .json.gz or .parquet file.
         split: Calibration and evaluation read different parts of the named data sets.
-        column: Of the text, in files of documents.
+        column: Column of the text, in files of documents.
 
     Raises:
-        RequestError: No such text, an empty one, or no such column.
+        RequestError: The text does not exist, is empty, or has no such column.
     """
     if name == "demo":
         file = resources.files("lowmem_gblm") / "demo" / f"{split}.txt"
@@ -203,7 +203,7 @@ def _documents(dataset: Any, column: str, origin: str) -> Documents:
 
 
 class _Column(Sequence[str]):
-    """One column of a data set, read row by row from its memory-mapped table."""
+    """A column of a data set, read row by row from its memory-mapped table."""
 
     def __init__(self, dataset: Any, column: str, origin: str) -> None:
         self._origin = origin
@@ -231,7 +231,7 @@ def _c4(split: Split) -> Documents | Text:
 
 
 def _wikitext2(split: Split) -> Text:
-    """Calibration joins the rows of `train` by a space, as the authors do."""
+    """Return WikiText-2; calibration joins the rows of `train` by a space, as the authors do."""
     part = "train" if split == "calibration" else "test"
     dataset = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
     joint = " " if split == "calibration" else "\n\n"

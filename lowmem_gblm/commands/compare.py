@@ -28,15 +28,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Prune with several methods and measure the perplexity of each result.
 
-    Called again after an interruption it goes on: what is pruned already is only measured.
+    Called again after an interruption it resumes: a pruned output is only measured.
 
     Args:
-        request: What they have in common; its method and output are replaced.
-        methods: Their names.
+        request: The shared options; its method and output are replaced.
+        methods: Names of the methods.
         evaluation: How perplexity is measured; its model is replaced.
-        folder: Gets one checkpoint per method, `folder/METHOD`.
-        listener: Told of every step.
-        announce: Told what begins.
+        folder: Folder for one checkpoint per method, `folder/METHOD`.
+        listener: Called after every step.
+        announce: Called with a text about what begins.
 
     Returns:
         A row each for the dense model and every method: `method`, `perplexity`, `sparsity`,
@@ -58,7 +58,7 @@ def compare(
             check_absent(folder / one.method)
     say("dense: measuring perplexity")
     dense = evaluate(replace(evaluation, model=request.model), listener)
-    # The embedded text of the dense model is what the pruned ones are measured on, too.
+    # The embedded text of the dense model is also used to measure the pruned ones.
     evaluation = replace(evaluation, text=dense["text"], seqlen=dense["seqlen"])
     rows = [_row("dense", dense["perplexity"], 0.0, {}, None)]
     for one in requests:

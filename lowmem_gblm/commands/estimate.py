@@ -1,4 +1,4 @@
-"""From an opened model and what is asked to a plan: sizes, work, budget, speeds."""
+"""From an opened model and a request to a plan: sizes, work, budget, speeds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
 
 
 def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:
-    """The sizes that memory and work follow from."""
+    """Return the sizes that memory and work follow from."""
     checkpoint, streamed = opened.checkpoint, opened.streamed
     every = [weight for block in weights for weight in block]
     fraction = _active_fraction(opened, every)
@@ -80,7 +80,7 @@ def work_of(
     nsamples: int,
     seqlen: int,
 ) -> Workload:
-    """What is to be done; without a method nothing is pruned."""
+    """Return the work to be done; without a method nothing is pruned."""
     streamed = opened.streamed
     on_gpu = streamed.device.type == "cuda"
     dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
@@ -109,10 +109,9 @@ def work_of(
 
 
 def budget_of(resources: Resources, device: torch.device, folders: Collection[Path]) -> Budget:
-    """What a run may take: as asked, else what is free.
+    """Return what a run may take: as asked, else what is free.
 
-    Args:
-        folders: Where it writes; they need not exist.
+    The run writes to `folders`, which need not exist.
     """
     disks: list[Path] = []
     for folder in folders:
@@ -129,20 +128,20 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
     )
 
 
-def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
-    """Compare a plan with what is free, where output and work folder are on different disks.
+def check_disks(plan: Plan, output: Path, work_folder: Path) -> None:
+    """Compare a plan with the free space, if output and work folder are on different disks.
 
     Raises:
-        BudgetError: One of them is too small.
+        BudgetError: One of the disks is too small.
     """
     if machine.same_disk(output, work_folder):
         return
-    # What an earlier attempt has written is no longer free, and counts in the plan.
+    # The files of an earlier attempt take space that is no longer free, and are in the plan.
     for what, needed, folder, taken, way_out in (
-        ("the output", made.output_bytes, output, size_on_disk(partial_folder(output)), "OUTPUT"),
+        ("the output", plan.output_bytes, output, size_on_disk(partial_folder(output)), "OUTPUT"),
         (
-            "what waits between passes",
-            made.spill_bytes,
+            "what is stored between passes",
+            plan.spill_bytes,
             work_folder,
             size_on_disk(work_folder),
             "--work-dir",
@@ -156,20 +155,19 @@ def check_disks(made: Plan, output: Path, work_folder: Path) -> None:
             )
 
 
-def still_needed(made: Plan, output: Path, work_folder: Path, failed: Path) -> str:
-    """How much of a plan is not yet on the disk, and how much is free there; empty for nothing.
+def still_needed(plan: Plan, output: Path, work_folder: Path, failed: Path) -> str:
+    """Say how much of a plan is not on the disk yet, and how much is free; empty if nothing.
 
-    Args:
-        failed: What could not be written, which tells the disk where there are two.
+    `failed` is the file that could not be written, which tells the disk if there are two.
     """
     partial = partial_folder(output)
     if machine.same_disk(output, work_folder):
-        folder, needed = work_folder, made.predicted.disk_bytes
+        folder, needed = work_folder, plan.predicted.disk_bytes
         taken = size_on_disk(work_folder) + size_on_disk(partial)
     elif failed.is_relative_to(work_folder):
-        folder, needed, taken = work_folder, made.spill_bytes, size_on_disk(work_folder)
+        folder, needed, taken = work_folder, plan.spill_bytes, size_on_disk(work_folder)
     else:
-        folder, needed, taken = partial, made.output_bytes, size_on_disk(partial)
+        folder, needed, taken = partial, plan.output_bytes, size_on_disk(partial)
     if needed <= taken:
         return ""
     free = machine.free_disk_bytes(folder)
@@ -208,7 +206,7 @@ def machine_speed(
 
 
 def smaller_work(work: Workload) -> list[tuple[str, Workload]]:
-    """What a person could ask for instead where something does not fit, by what they would type."""
+    """Return smaller work that could fit instead, each with the option to type for it."""
     options: list[tuple[str, Workload]] = []
     seqlen = work.seqlen // 2
     while work.schedule.needs_samples and seqlen >= 128:
@@ -224,7 +222,7 @@ def smaller_work(work: Workload) -> list[tuple[str, Workload]]:
 
 
 def _side_bytes(checkpoint: Checkpoint) -> int:
-    """Side files as they are, and about so much per tensor for headers, record and journal."""
+    """Return bytes of side files, and a bound per tensor for headers, record and journal."""
     paths = side_files(checkpoint.folder)
     files = sum(path.stat().st_size for path in paths if path.is_file())
     return files + _TOLD_PER_TENSOR * len(checkpoint.tensors)
@@ -235,7 +233,7 @@ def _numel(weights: Sequence[PrunableWeight]) -> int:
 
 
 def _gram_entries(weights: Sequence[PrunableWeight]) -> int:
-    """Entries of the gram matrices of a block; matrices with one and the same input share one."""
+    """Return entries of the gram matrices of a block; matrices with the same input share one."""
     inputs: dict[tuple[str, int | None, bool, int], int] = {}
     for weight in weights:
         path = weight.slot.parameter.removesuffix(".weight")
@@ -246,7 +244,7 @@ def _gram_entries(weights: Sequence[PrunableWeight]) -> int:
 
 
 def _active_fraction(opened: OpenModel, weights: Sequence[PrunableWeight]) -> float:
-    """Share of the prunable weights that a token meets: all of them unless experts are routed."""
+    """Return the share of prunable weights that a token uses: below 1 if experts are routed."""
     experts = _first(opened, _EXPERTS)
     per_token = _first(opened, _EXPERTS_PER_TOKEN)
     total = sum(weight.numel for weight in weights)

@@ -53,7 +53,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
 
     Raises:
         NonFiniteError: The perplexity is NaN or infinite.
-        DiskFull: Where windows wait, the disk has become full.
+        DiskFull: The disk that the windows are stored on has become full.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     memory.reset_host_peak()
@@ -67,7 +67,7 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
 def _evaluated(
     request: EvalRequest, opened: OpenModel, listener: Listener | None
 ) -> dict[str, Any]:
-    """The result, while the model stays what it is."""
+    """Return the result, while the model is locked."""
     memory.reset_gpu_peak(opened.streamed.device)
     checkpoint, streamed = opened.checkpoint, opened.streamed
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
@@ -92,19 +92,19 @@ def _evaluated(
     )
     folder = _work_folder(request)
     _remove_left_behind(folder)
-    made = _plan(opened, request, folder, nsamples=count, seqlen=seqlen)
+    planned = _plan(opened, request, folder, nsamples=count, seqlen=seqlen)
     with (
         stop_on_signals(stop),
-        _told_of_its_disk(made, folder),
-        _watched(opened, request, made, folder, stop),
+        _told_of_its_disk(planned, folder),
+        _watched(opened, request, planned, folder, stop),
         _folder(folder) as own,
     ):
-        found = _losses(opened, request, made, samples_NT, own, progress)
+        found = _losses(opened, request, planned, samples_NT, own, progress)
     mean = sum(found) / count
     if not math.isfinite(mean):
-        sick = next(n for n, loss in enumerate(found) if not math.isfinite(loss))
+        first = next(n for n, loss in enumerate(found) if not math.isfinite(loss))
         raise NonFiniteError(
-            f"window {sick} of {request.evaluation_text} has the loss {found[sick]}"
+            f"window {first} of {request.evaluation_text} has the loss {found[first]}"
         )
     return {
         "model": request.model,
@@ -184,20 +184,20 @@ def _plan(
 
 
 def _watched(
-    opened: OpenModel, request: EvalRequest, made: Plan, folder: Path, stop: StopFlag
+    opened: OpenModel, request: EvalRequest, planned: Plan, folder: Path, stop: StopFlag
 ) -> HostWatch:
-    """Holds the run to its budget."""
+    """Limit the run to its budget; return the watch of host memory."""
     device = opened.streamed.device
     budget = budget_of(request, device, [folder])
     if budget.gpu_bytes is not None:
         memory.limit_gpu(device, budget.gpu_bytes)
-    return HostWatch(budget.host_bytes, stop, planned_bytes=made.predicted.host_bytes)
+    return HostWatch(budget.host_bytes, stop, planned_bytes=planned.predicted.host_bytes)
 
 
 def _work_folder(request: EvalRequest) -> Path:
-    """Where boundaries wait: as asked, else where temporary files outlive memory.
+    """Return where boundaries are stored: as asked, else in /var/tmp.
 
-    The usual folder for temporary files is often held in memory.
+    The usual folder for temporary files is often in memory.
     """
     if request.work_dir is not None:
         return request.work_dir
@@ -205,22 +205,22 @@ def _work_folder(request: EvalRequest) -> Path:
 
 
 @contextmanager
-def _told_of_its_disk(made: Plan, folder: Path) -> Iterator[None]:
-    """Within, a disk that is full or failing becomes a sentence."""
+def _told_of_its_disk(planned: Plan, folder: Path) -> Iterator[None]:
+    """Run the body; a disk that is full or failing becomes a sentence."""
     try:
         yield
     except OSError as error:
         if not is_trouble(error):
             raise
         free = gibibytes(machine.free_disk_bytes(folder))
-        needs = f"{gibibytes(made.spill_bytes)} are needed in {folder} and {free} are free"
+        needs = f"{gibibytes(planned.spill_bytes)} are needed in {folder} and {free} are free"
         way_out = "give the same command again, or give another --work-dir"
         raise explained(error, needs, way_out) from error
 
 
 @contextmanager
 def _folder(parent: Path) -> Iterator[Path]:
-    """A new folder's name; what is put there goes."""
+    """Run the body with a new folder, which is removed afterwards."""
     parent.mkdir(parents=True, exist_ok=True)
     own = OwnedFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)), _OWNER)
     try:
@@ -232,7 +232,7 @@ def _folder(parent: Path) -> Iterator[Path]:
 def _remove_left_behind(parent: Path) -> None:
     """Remove folders of this user whose process was killed: they may hold gigabytes."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        # Not those of a job, which may be called alike, and not one that is about to be marked.
+        # Jobs may have folders of like names, and a folder may be about to be marked: both stay.
         with suppress(OSError, JobError):
             if folder.lstat().st_uid == os.getuid() and owner_of(folder) == _OWNER:
                 OwnedFolder(folder, _OWNER).remove()

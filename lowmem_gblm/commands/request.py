@@ -1,6 +1,6 @@
-"""What a person can ask for: every option once, with its help, its default and its meaning.
+"""The requests: every option once, with its help, its default and its meaning.
 
-The command line, the Python API and the record of a run are all made from these fields.
+The command line, the Python API and the record of a run all follow from these fields.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PruneRequest(Resources):
         choices=("pruned", "dense"),
     )
     accept_other_rounding: bool = option(
-        False, "go on with an interrupted job on another device than it was begun on",
+        False, "resume an interrupted job on another device than it was begun on",
         identity=False, parse=bool,
     )  # fmt: skip
     in_place: bool = option(
@@ -120,7 +120,7 @@ class PruneRequest(Resources):
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
 
     def _check_names(self) -> None:
-        """What is asked goes into JSON, which is UTF-8."""
+        """Raise `RequestError` unless all values fit into JSON, which is UTF-8."""
         for name, value in to_json(self).items():
             try:
                 "".join(value if isinstance(value, tuple) else str(value)).encode()
@@ -131,14 +131,14 @@ class PruneRequest(Resources):
 
     @cached_property
     def target(self) -> Pattern:
-        """The pattern that `sparsity`, `pattern` and `on_ragged` mean together."""
+        """Return the pattern that `sparsity`, `pattern` and `on_ragged` mean together."""
         return parse_pattern(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
 
     @property
     def calibration_text(self) -> str:
-        """Where the samples come from: as asked, else C4, or the embedded text for "demo".
+        """Return where samples come from: as asked, else C4, or the embedded text for "demo".
 
-        A file has its full name: the same one, from wherever it is asked for.
+        A file has its full name, so that it is the same one from any folder.
         """
         asked = self.calibration or (DEMO if self.model == DEMO else "c4")
         is_file = asked not in NAMED and Path(asked).exists()
@@ -161,9 +161,7 @@ class EvalRequest(Resources):
         None, "tokens per window [2048, or the model's positions if fewer]", parse=int,
         metavar="T",
     )  # fmt: skip
-    windows: int | None = option(
-        None, "use only the first so many windows [all]", parse=int, metavar="N"
-    )
+    windows: int | None = option(None, "use only the first N windows [all]", parse=int, metavar="N")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -174,19 +172,19 @@ class EvalRequest(Resources):
 
     @property
     def evaluation_text(self) -> str:
-        """What perplexity is measured on: as asked, else WikiText-2, or the embedded text."""
+        """Return the text to measure on: as asked, else WikiText-2, or the embedded text."""
         return self.text or (DEMO if self.model == DEMO else "wikitext2")
 
 
 def to_json(request: PruneRequest) -> dict[str, Any]:
-    """Everything that was asked, paths in full, so that it can be asked again from anywhere."""
+    """Return all options, with full paths, so that the request can be made again from anywhere."""
     asked = {one.name: getattr(request, one.name) for one in fields(request)}
     if Path(request.model).exists():
         asked["model"] = str(Path(request.model).absolute())
     for name in ("output", "work_dir"):
         if asked[name] is not None:
             asked[name] = str(asked[name].absolute())
-    # As it was understood: a model called "demo" has the embedded text, its full name has not.
+    # With its meaning: a model called "demo" has the embedded text, its full name has not.
     asked["calibration"] = request.calibration_text
     if request.sparsity is not None:
         asked["sparsity"] = str(request.sparsity)
@@ -194,17 +192,17 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
 
 
 def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
-    """What `to_json` was made from.
+    """Return the request that `to_json` has described.
 
     Raises:
-        JobError: It was made by another version, which has other options.
+        JobError: Another version, which has other options, has described it.
     """
     values = dict(asked)
     differing = sorted({one.name for one in fields(PruneRequest)} ^ values.keys())
     if differing:
         raise JobError(
             f"the job was begun by another version of lowmem-gblm, whose options are not those of "
-            f"this one ({shown(', '.join(differing))}): go on with it with that version"
+            f"this one ({shown(', '.join(differing))}): resume it with that version"
         )
     for name in ("output", "work_dir"):
         if values[name] is not None:
@@ -217,21 +215,21 @@ def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
 def evaluation_of(
     request: PruneRequest, *, text: str | None = None, windows: int | None = None
 ) -> EvalRequest:
-    """How the outcome of a prune request is measured: its model, windows and resources."""
+    """Return the request that measures an output: model, windows and resources of `request`."""
     shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
     values = {name: getattr(request, name) for name in shared}
     return EvalRequest(**values, text=text, windows=windows)
 
 
 def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
-    """Tokens per sample: as asked, else 2048 or what the model's positions allow.
+    """Return tokens per sample: as asked, else 2048 or what the model's positions allow.
 
     Args:
-        seqlen: As asked.
-        positions: How many positions the model was made for; None if it does not say.
+        seqlen: The number that was asked for, or None.
+        positions: The number of positions of the model; None if it does not say.
 
     Raises:
-        RequestError: More was asked than the model has.
+        RequestError: More tokens were asked for than the model has positions.
     """
     if seqlen is None:
         return min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)

@@ -38,7 +38,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     file as it was.
 
     Args:
-        output: The folder.
+        output: The folder of the checkpoint.
         against: The source model: folder, Hub id, or "demo".
 
     Returns:
@@ -46,7 +46,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
         `notes`.
 
     Raises:
-        VerificationError: Names the first violations.
+        VerificationError: A promise is broken; names the first violations.
         CheckpointError: A folder is not a readable checkpoint.
     """
     folder = locate(output)
@@ -62,7 +62,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     checkpoint = _readable(folder, changed)
     source = Checkpoint(locate(against)) if against is not None else None
     violations: list[str] = []
-    violations += _strangers(checkpoint, hashes)
+    violations += _unhashed(checkpoint, hashes)
     violations += _index_violations(folder, checkpoint, record)
     if not (folder / _CONFIG).is_file():
         violations.append(f"{_CONFIG} is missing")
@@ -95,7 +95,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
 
 
 def _readable(folder: Path, changed: list[str]) -> Checkpoint:
-    """The checkpoint; where shards that have changed make it unreadable, that is the violation."""
+    """Return the checkpoint; if changed shards make it unreadable, raise that as a violation."""
     try:
         return Checkpoint(folder)
     except CheckpointError as error:
@@ -111,8 +111,8 @@ def _broken(folder: Path, violations: list[str]) -> VerificationError:
     )
 
 
-def _strangers(checkpoint: Checkpoint, hashes: dict[str, Any]) -> Iterator[str]:
-    """Shards that the model is loaded from and that the run has not written."""
+def _unhashed(checkpoint: Checkpoint, hashes: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for every shard that the model is loaded from without a hash."""
     if hashes:
         used = {entry.file.name for entry in checkpoint.tensors.values()}
         yield from (f"{name} has no hash in {RECORD}" for name in sorted(used - hashes.keys()))
@@ -135,7 +135,7 @@ class _Rule:
         described: dict[str, Any] | None,
         original: Tensor | None,
     ) -> Iterator[str]:
-        """Broken promises about one tensor; `described` is its entry in the record, if pruned."""
+        """Yield broken promises about a tensor; a pruned one is `described` in the record."""
         if described is None:
             if original is not None and not _same_bits(tensor, original):
                 yield f"{name} was not to be pruned, and differs from the source"
@@ -156,7 +156,7 @@ class _Rule:
     def _counts(
         self, name: str, tensor: Tensor, described: dict[str, Any], original: Tensor | None
     ) -> Iterator[str]:
-        """Zeros per comparison group: at least as asked; beyond that only the source's own."""
+        """Yield groups with fewer zeros than asked, or more beyond those of the source."""
         in_first = described["layout"] == "in,out"
         for label, groups, removed in self._groups(_rows(tensor, in_first)):
             found = (groups == 0).sum(dim=1)
@@ -182,7 +182,7 @@ class _Rule:
                 )
 
     def _groups(self, weight_RI: Tensor) -> Iterator[tuple[str, Tensor, int]]:
-        """What is compared with what: a label, the groups [groups, size], zeros in each."""
+        """Yield comparison groups: a label, the groups [groups, size], zeros in each."""
         width = weight_RI.shape[-1]
         if isinstance(self._pattern, NofM):
             whole = width - width % self._pattern.m
@@ -221,10 +221,10 @@ def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 def _index_violations(
     folder: Path, checkpoint: Checkpoint, record: dict[str, Any]
 ) -> Iterator[str]:
-    """The index and the shards must name the same tensors; no shard may lie beside it.
+    """Yield tensors and shards that the index lacks; the index must name exactly the shards.
 
-    What was pruned in place may be one file without an index, and the model may have had other
-    files of weights, which it is not loaded from and which the run has not touched.
+    A model pruned in place may be one file without an index, and may have other files of weights,
+    which it is not loaded from and which the run has not touched.
     """
     index = _index(folder, checkpoint)
     surplus = sorted(checkpoint.tensors.keys() - index["weight_map"].keys())

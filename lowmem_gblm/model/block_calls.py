@@ -1,6 +1,6 @@
-"""What stands where the decoder blocks were while the model's own forward runs.
+"""The stubs that replace the decoder blocks while the model's own forward runs.
 
-A recorder writes down how every block is called; a replayer hands given hidden states to whatever
+A recorder keeps how every block is called; a replayer passes given hidden states on to whatever
 follows the last block.
 """
 
@@ -19,22 +19,22 @@ from lowmem_gblm.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Call:
-    """How one block is called besides its hidden states."""
+    """The arguments of one block besides its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class BlockHandler(Protocol):
-    """Where the calls of stubs arrive."""
+    """The receiver of the calls of stubs."""
 
     def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
-        """What the stub of block `index` returns for these hidden states."""
+        """Return what the stub of block `index` returns for these hidden states."""
 
 
 @contextmanager
 def stubs_in(layers: nn.ModuleList, handler: BlockHandler) -> Iterator[None]:
-    """Within, a stub stands for every block of the list."""
+    """Run the body with a stub in the place of every block of the list."""
     blocks = list(layers)
     for index, block in enumerate(blocks):
         layers[index] = _Stub(block, index, handler)
@@ -46,7 +46,7 @@ def stubs_in(layers: nn.ModuleList, handler: BlockHandler) -> Iterator[None]:
 
 
 class _Stub(nn.Module):
-    """Stands where a block was: attributes pass through, calls go to the handler."""
+    """A stub of one block: attributes are those of the block, calls go to the handler."""
 
     def __init__(self, block: nn.Module, index: int, handler: BlockHandler) -> None:
         super().__init__()
@@ -62,17 +62,14 @@ class _Stub(nn.Module):
 
 
 class Recorder:
-    """Writes down what enters block 0 and how each block is called.
-
-    Every stub returns the hidden states that entered block 0, whole: a model that takes the first
-    element of what a block returns thereby gives itself away by the lost dimension.
-    """
+    """A handler that keeps what enters block 0 and how each block is called."""
 
     def __init__(self, depth: int) -> None:
         self.calls: list[Call] = []
         self._depth = depth
 
     def visit(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Return the complete hidden states that entered block 0."""
         if index == 0:
             self.entering = hidden
         elif hidden.data_ptr() != self.entering.data_ptr():
@@ -83,7 +80,7 @@ class Recorder:
         return self.entering
 
     def returns_tuple(self, last_hidden: Tensor) -> bool:
-        """Whether the model expects a tuple of its blocks."""
+        """Return whether blocks must return tuples: the model has taken element 0 of a tensor."""
         if len(self.calls) != self._depth:
             raise UnsupportedModel(
                 f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks: such a "
@@ -93,7 +90,7 @@ class Recorder:
 
 
 class Replayer:
-    """Lets the last block return given hidden states, so that the final norm sees them."""
+    """A handler whose last block returns given hidden states, so that the final norm sees them."""
 
     def __init__(self, hidden: Tensor, depth: int, as_tuple: bool) -> None:
         self._hidden = hidden
@@ -101,6 +98,7 @@ class Replayer:
         self._as_tuple = as_tuple
 
     def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
+        """Return the given hidden states for the last block, `hidden` for all others."""
         out = self._hidden if index == self._depth - 1 else hidden
         return (out,) if self._as_tuple else out
 
@@ -115,7 +113,7 @@ def check_same(first: list[Call], second: list[Call]) -> None:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Equality through tuples, lists and dicts, with tensors compared by value."""
+    """Compare through tuples, lists and dicts, with tensors compared by value."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):

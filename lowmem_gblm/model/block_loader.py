@@ -1,4 +1,4 @@
-"""One decoder block resident at a time, the next one being read beside the computation."""
+"""One resident decoder block at a time; the next one is read beside the computation."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Block:
     """A decoder block whose parameters are resident.
 
     Attributes:
-        index: Its position, from 0.
+        index: Position of the block, from 0.
         module: The module.
-        raw: Its tensors as they lie on disk, by name; on a CPU the module may share their memory.
-        weights: What can be pruned in it.
-        packed: Its matrices, where they are held in 4 or 8 bits.
-        pending: Work of other threads that still reads `raw`; its memory is used anew after that.
+        raw: The tensors as they are on disk, by name; on a CPU the module may share their memory.
+        weights: The matrices that can be pruned.
+        packed: The matrices of the block, if they are held in 4 or 8 bits.
+        pending: Work of other threads that still reads `raw`, whose memory is reused after it.
     """
 
     index: int
@@ -47,11 +47,11 @@ class Block:
 
     @property
     def slots(self) -> list[MatmulWeight]:
-        """The matrices that the block multiplies with, each once."""
+        """Return the matrices that the block multiplies with, each once."""
         return list(dict.fromkeys(weight.slot for weight in self.weights))
 
     def go_on_with(self, weight: PrunableWeight, on_disk_OI: Tensor) -> None:
-        """Compute from now on with what a matrix has become, rounding to its dtype included."""
+        """Compute from now on with the new matrix, rounded to its dtype on disk."""
         if self.packed is not None:
             stored = self.packed.stored(weight.slot)
             weight.in_slot(stored).copy_(on_disk_OI)
@@ -63,17 +63,17 @@ class Block:
 
 
 class BlockLoader:
-    """Makes decoder blocks resident in a given order.
+    """A reader that makes decoder blocks resident in a given order.
 
     Args:
-        checkpoint: Where the tensors are.
-        streamed: The model they are loaded into.
+        checkpoint: The checkpoint with the tensors.
+        streamed: The model that they are loaded into.
         progress: Told how long the computation waits for a block.
-        weights: What can be pruned in every block; None where nobody asks.
+        weights: The matrices that can be pruned in every block; None if they are not needed.
         read_ahead: Whether the next block is read while one is resident: two blocks in host
             memory instead of one.
         copy_ahead: Whether the next block is copied to a GPU, too: two blocks there.
-        compute_weights: In how many bits the matrices of the resident block are held; None for the
+        compute_weights: The bits that matrices of the resident block are held in; None for the
             dtype of the computation.
     """
 
@@ -103,14 +103,14 @@ class BlockLoader:
 
     @property
     def depth(self) -> int:
-        """Number of decoder blocks."""
+        """Return the number of decoder blocks."""
         return self._streamed.depth
 
     def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
         """Make the blocks resident one after the other; a block is freed when the next is asked.
 
         Args:
-            order: Which blocks, in which order.
+            order: Positions of the blocks, in the order of loading.
         """
         if not order:
             return
@@ -126,13 +126,13 @@ class BlockLoader:
                     yield self._resident(index, arrived, users)
                     self._free(index, arrived, users)
             except BaseException:
-                # Wherever that was: the reader must not wait for a buffer that never comes back.
+                # Wherever the exception came from: the reader must not wait for a buffer for ever.
                 self._buffers.stop()
                 raise
 
     def _free(self, index: int, arrived: _Arrived, users: Sequence[Future[Any]]) -> None:
         self._streamed.free_block(index)
-        # The consumer may still hold the Block: its tensors go all the same.
+        # The consumer may still hold the Block; its tensors are released all the same.
         arrived.raw.clear()
         self._buffers.give_back(arrived.buffer, users)
         give_back_freed()
@@ -154,7 +154,7 @@ class BlockLoader:
         return replace(block, packed=packed)
 
     def _read(self, index: int) -> _Arrived:
-        """In the reading thread: the tensors of a block."""
+        """Return the tensors of a block; called in the reading thread."""
         buffer = self._buffers.take()
         raw: dict[str, Tensor] = {}
         position = 0
@@ -166,7 +166,7 @@ class BlockLoader:
         return _Arrived(raw, buffer, self._copied(raw))
 
     def _copied(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the GPU, made beside the computation; empty where none are wanted."""
+        """Return copies on the GPU, made beside the computation; none without `copy_ahead`."""
         if self._side is None:
             return {}
         with torch.cuda.stream(self._side):
@@ -183,18 +183,18 @@ class BlockLoader:
 
 @dataclass(frozen=True)
 class _Arrived:
-    """A block that has been read: its tensors, the buffer they lie in, copies on a GPU."""
+    """A block that has been read: its tensors, their buffer, and copies on a GPU."""
 
     raw: dict[str, Tensor]
     buffer: Tensor
     copies: dict[str, Tensor]
 
     def to_load(self) -> dict[str, Tensor]:
-        """The tensors to fill the module with; they are given away."""
+        """Return the tensors to fill the module with, and give them away."""
         if not self.copies:
             return self.raw
         for tensor in self.copies.values():
-            # They came by another stream: not to be used anew before this one is done with them.
+            # Another stream wrote the copies: no reuse of memory before this stream is done.
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         copies = dict(self.copies)
         self.copies.clear()
@@ -202,7 +202,7 @@ class _Arrived:
 
 
 class _Buffers:
-    """Pieces of host memory that take turns to hold a block, so that there are never more."""
+    """A fixed number of pieces of host memory, each of which holds one block at a time."""
 
     def __init__(self, count: int, size_bytes: int, *, pinned: bool) -> None:
         self._free: SimpleQueue[Tensor | None] = SimpleQueue()
@@ -213,7 +213,7 @@ class _Buffers:
         self._stopped = False
 
     def take(self) -> Tensor:
-        """The next one that is free; waits for it."""
+        """Return the next free buffer, after waiting for it."""
         buffer = self._free.get()
         if self._stopped:
             raise InterruptedError("no block is wanted any more")
@@ -222,12 +222,12 @@ class _Buffers:
         return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def stop(self) -> None:
-        """Let whoever waits for a buffer give up."""
+        """Let every thread that waits for a buffer give up."""
         self._stopped = True
         self._free.put(None)
 
     def give_back(self, buffer: Tensor, after: Sequence[Future[Any]]) -> None:
-        """Let a buffer be used anew once all of `after` is done."""
+        """Let a buffer be reused once all of `after` is done."""
         waiting = [one for one in after if not one.done()]
         if not waiting:
             self._free.put(buffer)
@@ -240,5 +240,5 @@ class _Buffers:
 
 
 def _aligned(size_bytes: int) -> int:
-    """Up to the next multiple of a cache line, where the next tensor may begin."""
+    """Round up to the next multiple of a cache line, where the next tensor may begin."""
     return size_bytes + -size_bytes % _ALIGNMENT_BYTES

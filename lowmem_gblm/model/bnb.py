@@ -1,6 +1,6 @@
 """Matrices in 4 or 8 bits. The only file that touches bitsandbytes.
 
-It is imported when the first matrix is quantized: that takes seconds, and most runs need none.
+The import takes seconds and most runs quantize nothing, so it happens at the first matrix.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ QuantizedKind = Literal["nf4", "int8"]
 # Numbers that share one float32 scale.
 BLOCK = {"nf4": 64, "int8": 256}
 _SCALE_BYTES = 4
-# Where the dynamic maps of bitsandbytes have their zero.
+# Index of zero in the dynamic maps of bitsandbytes, by `signed`.
 _ZERO = {True: 127, False: 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """One matrix in 4 bits (nf4, QLoRA, arXiv 2305.14314) or in 8 (arXiv 2110.02861).
+    """A matrix in 4 bits (nf4, QLoRA, arXiv 2305.14314) or in 8 (arXiv 2110.02861).
 
-    A zero comes back as a zero.
+    A zero is dequantized to exactly zero.
 
     Attributes:
-        kind: Which of the two.
+        kind: nf4 or int8.
         shape: Shape of the matrix.
-        dtype: Its dtype, float32, bfloat16 or float16.
+        dtype: Dtype of the matrix: float32, bfloat16 or float16.
         codes: uint8, one or two numbers in each.
         scales: float32, the largest magnitude of every block of numbers.
     """
@@ -45,11 +45,11 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Return the bytes of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
     def dequantized(self) -> Tensor:
-        """The matrix, contiguous, on the device of the codes."""
+        """Return the matrix, contiguous, on the device of the codes."""
         if self.kind == "nf4":
             flat = _from_4_bits(self.codes, self.scales, self.dtype)
         else:
@@ -58,7 +58,7 @@ class Quantized:
 
 
 def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
-    """Quantize a matrix on the device where it lies. It is not modified."""
+    """Quantize a matrix, which is not modified, on its own device."""
     flat = matrix.reshape(-1)
     if kind == "nf4":
         codes, scales = _to_4_bits(flat)
@@ -68,7 +68,7 @@ def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
 
 
 def quantized_bytes(numel: int, kind: QuantizedKind) -> int:
-    """What a matrix of so many numbers takes, exactly."""
+    """Return the exact bytes of a quantized matrix of `numel` numbers."""
     codes_bytes = numel if kind == "int8" else -(-numel // 2)
     return codes_bytes + _SCALE_BYTES * -(-numel // BLOCK[kind])
 
@@ -78,20 +78,20 @@ def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
     Args:
         flat: float32, bfloat16 or float16, finite. Not modified.
-        signed: Whether any may be negative.
+        signed: Whether any number may be negative.
 
     Returns:
-        Codes, uint8, as many as numbers, and scales, float32, one for each block.
+        Codes, uint8, one for each number, and scales, float32, one for each block.
     """
     code = _dynamic_map(flat.device, signed=signed)
     codes, state = _functional().quantize_blockwise(flat, code=code, blocksize=BLOCK["int8"])
-    # On CPUs codes come from a table too coarse for numbers below 2^-16 of the scale, zero too.
+    # CPUs take codes from a table too coarse for numbers below 2^-16 of the scale, zero included.
     codes.masked_fill_(flat == 0, _ZERO[signed])
     return codes, state.absmax
 
 
 def from_8_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, signed: bool) -> Tensor:
-    """The numbers that `to_8_bits` was given, nearly; zeros exactly."""
+    """Return the numbers that `to_8_bits` was given, rounded; zeros are exact."""
     state = _functional().QuantState(
         absmax=scales,
         code=_dynamic_map(codes.device, signed=signed),
@@ -104,7 +104,7 @@ def from_8_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, signed: bo
 
 def _to_4_bits(flat: Tensor) -> tuple[Tensor, Tensor]:
     if flat.numel() % 2:
-        # Two numbers share a byte. On CPUs an odd one out would go a way that wants a compiler.
+        # Two numbers share a byte. On CPUs an odd count would take a path that needs a compiler.
         flat = torch.cat([flat, flat.new_zeros(1)])
     codes, state = _functional().quantize_4bit(flat, blocksize=BLOCK["nf4"], quant_type="nf4")
     return codes, state.absmax
@@ -124,14 +124,14 @@ def _from_4_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _functional() -> Any:
-    """`bitsandbytes.functional`."""
-    # It reports the lack of a kernel for inference, which nobody here asks for.
+    """Return `bitsandbytes.functional`."""
+    # It warns that a kernel for inference is missing, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes.functional")
 
 
 @functools.cache
 def _dynamic_map(device: torch.device, *, signed: bool) -> Tensor:
-    """The 256 numbers that 8 bits stand for, float32, rising."""
+    """Return the 256 numbers that 8 bits stand for, float32, rising."""
     code: Tensor = _functional().create_dynamic_map(signed=signed).to(device)
     return code

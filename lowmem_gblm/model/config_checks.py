@@ -1,8 +1,8 @@
-"""What a configuration claims, held against the headers before anything of that size is built.
+"""What config.json declares, checked against the headers before memory of that size is taken.
 
 A config.json of a few hundred bytes can ask for a thousand million blocks, or for tables of sines
-as large as the machine. The headers have been checked against the files, so they tell how large
-the model is.
+as large as the machine. The headers have been checked against the files, so they tell the size
+of the model.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_v
 from lowmem_gblm.model.conversion import NameConversion
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint, TensorEntry
 
-# What names of config.json end in, and the most there may be: far beyond every model there is,
+# Endings of names in config.json, and the most that is accepted: far beyond every known model,
 # as the largest have 130 blocks, 512 experts, 22000 labels and ten million positions.
 _MOST = (
     (re.compile(r"(layers?|blocks?|depth)$"), 2000),
     (re.compile(r"(experts|labels|types|heads|stages|levels|codebooks)$"), 100_000),
     (re.compile(r"(positions|position_embeddings|seq_len|seq_length|ctx)$"), 1 << 27),
 )
-# What a model computes for itself may take this much, or as much as its weights.
+# Buffers that a model computes for itself may take this much, or as much as its weights.
 MAX_BUFFER_BYTES = 1 << 30
 _SIZES = ("hidden_size", "vocab_size")
 
 
 def check_counts(path: Path, raw: dict[str, Any]) -> None:
-    """Refuse numbers of which something is made for every one, before transformers sees them.
+    """Raise unless counts are plausible, before transformers builds something for each.
 
     Args:
         path: config.json, for the message.
-        raw: Its content.
+        raw: The content of config.json.
 
     Raises:
-        CheckpointError: More blocks, experts or labels than any model has.
+        CheckpointError: config.json has more blocks, experts or labels than any model has.
     """
     for name, count in _numbers("", raw):
         most = next((most for ending, most in _MOST if ending.search(name)), count)
@@ -50,7 +50,7 @@ def check_counts(path: Path, raw: dict[str, Any]) -> None:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
-    """Every integer of a JSON value, with the nearest name above it."""
+    """Yield every integer of a JSON value, with the nearest name above it."""
     pending = [(name, value)]
     while pending:
         name, value = pending.pop()
@@ -63,11 +63,11 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
 
 def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
-    """Hold the depth of a model against the number of tensors; its sizes must be numbers.
+    """Raise unless the sizes of a model are numbers, and its depth fits the number of tensors.
 
     Raises:
         UnsupportedModel: The configuration does not say how large the model is.
-        CheckpointError: It has more blocks than there are tensors.
+        CheckpointError: The configuration has more blocks than there are tensors.
     """
     text = config.get_text_config()
     for name in _SIZES:
@@ -89,16 +89,16 @@ def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) ->
 
 
 def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -> None:
-    """Hold every parameter against the headers.
+    """Raise unless every parameter fits the headers.
 
     Args:
-        model: All of it on `meta`, buffers too.
+        model: The model, on `meta` with its buffers.
         prefix: Name of the list of its decoder blocks.
-        checkpoint: What it is to be filled from; where it is only described, nothing is compared.
+        checkpoint: The weights of the model; if they are only described, nothing is compared.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or holds no floating-point
-            numbers; or what the model computes for itself is larger than itself.
+            numbers; or the buffers of the model are larger than its weights.
     """
     if checkpoint.on_disk:
         conversion = NameConversion(model)
@@ -136,7 +136,7 @@ def _check_tensor(entry: TensorEntry, target: str, expected: Tensor) -> None:
 def _check_complete(
     model: PreTrainedModel, prefix: str, conversion: NameConversion, found: set[str], folder: Path
 ) -> None:
-    """Every parameter needs a tensor, or is tied to or split off one that is there."""
+    """Raise unless every parameter has a tensor, or is tied to or split off one that exists."""
     tied = model.all_tied_weights_keys
     missing = [
         name

@@ -1,4 +1,4 @@
-"""Between the names on disk and the names in the module. The only file that touches the young API.
+"""Between names on disk and in the module. The only file that touches transformers' conversion API.
 
 Transformers may rename, stack, split or transpose what a checkpoint holds (`block_sparse_moe
 .experts.3.w1.weight` on disk is a slice of `mlp.experts.gate_up_proj` in the module). Loading goes
@@ -30,18 +30,18 @@ from transformers.utils import logging as transformers_logging
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown
 
 _PROBE = 8
-# No parameter is called that; a megabyte would keep the patterns of transformers busy for long.
+# No parameter has so long a name, and a megabyte would keep the patterns of transformers busy.
 _LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """What one 2-D tensor on disk (or one leading index of a 3-D one) is in the module.
+    """The place in the module of one 2-D tensor on disk (or one leading index of a 3-D one).
 
     Attributes:
-        disk_index: Leading index on disk, None where the tensor on disk is 2-D.
+        disk_index: Leading index on disk, None if the tensor on disk is 2-D.
         parameter: Full name of the parameter in the module.
-        expert: Leading index in the module, None where the parameter is 2-D.
+        expert: Leading index in the module, None if the parameter is 2-D.
         rows: Rows of the stored matrix.
         columns: Columns of the stored matrix.
         transposed: Whether rows on disk are columns in the module.
@@ -56,10 +56,10 @@ class Region:
 
 
 class NameConversion:
-    """Renames and converts the tensors of one checkpoint for one model.
+    """The renaming and conversion of the tensors of one checkpoint for one model.
 
     Args:
-        model: The meta model, parameters on meta.
+        model: The model, parameters on `meta`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -68,11 +68,11 @@ class NameConversion:
         self._shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def in_module(self, names_on_disk: Iterable[str]) -> dict[str, str | None]:
-        """The module's name of every tensor on disk; None for those the model does not use."""
+        """Return the name in the module of every tensor on disk; None if the model ignores it."""
         return {name: target for name, target, _ in self._rename(names_on_disk)}
 
     def taken_over(self, names_on_disk: Iterable[str]) -> dict[str, str]:
-        """The module's name of those tensors that alone become a parameter, without conversion."""
+        """Return the name in the module of each tensor that is one parameter, unconverted."""
         renamed = list(self._rename(names_on_disk))
         sources = Counter(target for _, target, _ in renamed)
         return {
@@ -82,7 +82,7 @@ class NameConversion:
         }
 
     def is_split_off(self, parameter: str) -> bool:
-        """Whether a parameter may be made from a tensor that others are made from, too."""
+        """Return whether a parameter may share its tensor on disk with other parameters."""
         splitting = (one for one in self._converters() if len(one.target_patterns) > 1)
         return any(target in parameter for one in splitting for target in one.target_patterns)
 
@@ -90,7 +90,7 @@ class NameConversion:
         return (one for one in self._conversions if isinstance(one, WeightConverter))
 
     def _rename(self, names_on_disk: Iterable[str]) -> Iterator[tuple[str, str | None, str | None]]:
-        """Name on disk, name in the module or None, and the pattern of its conversion or None."""
+        """Yield name on disk, name in the module or None, and pattern of its conversion or None."""
         conversions = copy.deepcopy(self._conversions)
         renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -110,7 +110,7 @@ class NameConversion:
 
         Args:
             tensors: CPU tensors; where dtype and device agree their memory is shared, not copied.
-            device: Where the parameters go.
+            device: Device of the parameters.
 
         Raises:
             CheckpointError: A tensor does not have the shape the architecture expects.
@@ -133,12 +133,12 @@ class NameConversion:
             raise CheckpointError(f"{name} could not be converted: {_sentence(message)}")
 
     def regions(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Region]]:
-        """For tensors on disk, given with their shapes: the part of the module each one becomes.
+        """Return the parts of the module that tensors on disk, given with shapes, become.
 
         Only 2-D and 3-D tensors are in the result.
 
         Raises:
-            UnsupportedModel: A conversion that is neither a slice nor a transposition.
+            UnsupportedModel: A conversion is neither a slice nor a transposition.
         """
         in_module, taken_over = self.in_module(shapes), self.taken_over(shapes)
         plain: dict[str, list[Region]] = {}
@@ -156,7 +156,7 @@ class NameConversion:
         return plain
 
     def _probe(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Region]]:
-        """Send coordinates through the reverse conversion and see where they come out."""
+        """Find regions by sending coordinates through the reverse conversion."""
         meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         targets = {name for name in self.in_module(shapes).values() if name is not None}
         self._check_whole(shapes)
@@ -192,7 +192,7 @@ class NameConversion:
                 raise UnsupportedModel(f"{name} is split into several parameters of the model")
 
     def _revert(self, target: str, axis: int) -> dict[str, Tensor]:
-        """What the reverse conversion makes of a parameter that holds its own coordinates.
+        """Return what the reverse conversion makes of a parameter that holds its own coordinates.
 
         Only the probed axis has its real length, so this takes little memory. A code is
         (number of the parameter, expert, position on the axis) as one integer.
@@ -232,7 +232,7 @@ class NameConversion:
 
 
 def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors named as in the module, named and shaped as `save_pretrained` would store them."""
+    """Return tensors named as in the module as `save_pretrained` would name and shape them."""
     with _quietly():
         return dict(revert_weight_conversion(model, dict(tensors)))
 
@@ -253,7 +253,7 @@ def _identity(parameter: str, shape: tuple[int, ...]) -> list[Region]:
 
 
 def _slice(name: str, codes: Tensor, length: int) -> tuple[slice, int]:
-    """The slice, and the expert, that a run of codes stands for."""
+    """Return the slice, and the expert, that a run of codes stands for."""
     positions = codes & ((1 << 40) - 1)
     expert, start = divmod(int(positions[0]), length)
     step = int(positions[1] - positions[0]) if len(positions) > 1 else 1
@@ -264,13 +264,13 @@ def _slice(name: str, codes: Tensor, length: int) -> tuple[slice, int]:
 
 
 def _sentence(message: str) -> str:
-    """What an error of transformers says, which may follow the whole traceback."""
+    """Return the message of an error of transformers without its traceback."""
     lines = message.splitlines() or [""]
     return shown(lines[-2] if lines[0].startswith("Traceback") else lines[0], _LONGEST_NAME)
 
 
 class _quietly:
-    """Without the library's progress bars."""
+    """A context without the library's progress bars."""
 
     def __enter__(self) -> None:
         self._was_active = transformers_logging.is_progress_bar_enabled()

@@ -1,8 +1,8 @@
-"""The tensors that a checkpoint would hold, from its config.json alone: to plan before a download.
+"""The tensors that a checkpoint would hold, from config.json alone: to plan before a download.
 
 The meta model knows every parameter and buffer, and transformers knows how it would store them:
-names, shapes and dtypes are those that `save_pretrained` writes, so a plan made from them is the
-plan made from the headers.
+names, shapes and dtypes are those that `save_pretrained` writes, so a plan from config.json is the
+plan from the headers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lowmem_gblm.storage.checkpoint.reader import (
 
 
 def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint as its headers say; as config.json says, where a shard is not there.
+    """Return the checkpoint as its headers say; as config.json says, if a shard is missing.
 
     A folder that holds its weights in a form that is refused is refused here, too.
 
@@ -42,10 +42,10 @@ def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkp
 
 
 def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """What the headers would say, if the weights were there; tied weights are stored once.
+    """Return the checkpoint that config.json describes; tied weights are stored once.
 
     Args:
-        folder: Has a config.json; nothing else is looked at, but for code that is trusted.
+        folder: Holds a config.json; no other file is read, but for code that is trusted.
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Returns:
@@ -54,7 +54,7 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
     Raises:
         CheckpointError: There is no valid config.json, or the weights are quantized.
-        UnsupportedModel: Not a decoder-only language model that transformers knows.
+        UnsupportedModel: The model is not a decoder-only one that transformers knows.
     """
     nothing = Checkpoint.described(folder, ())
     config = load_config(nothing, trust_remote_code=trust_remote_code)
@@ -63,7 +63,7 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """In what the weights are stored, as far as config.json tells."""
+    """Return the dtype that the weights are stored in, as far as config.json tells."""
     for one in (config, config.get_text_config()):
         if isinstance(one.dtype, torch.dtype):
             return one.dtype
@@ -71,7 +71,7 @@ def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
 
 
 def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save_pretrained` would store, on `meta`."""
+    """Return the tensors that `save_pretrained` would store, on `meta`."""
     tied = model.all_tied_weights_keys.keys()
     kept = {name: value for name, value in model.state_dict().items() if name not in tied}
     try:
@@ -96,7 +96,7 @@ def _entries(folder: Path, stored: dict[str, Tensor]) -> Iterator[TensorEntry]:
 
 
 def _lacks_weights(folder: Path) -> bool:
-    """Whether nothing is there to be read, or not all of it: an interrupted download."""
+    """Return whether weights are missing, all or some of them (an interrupted download)."""
     if (folder / INDEX).is_file():
         return any(not os.path.lexists(folder / shard) for shard in _plain_shards(folder))
     held = (*PICKLES, "*.safetensors")
@@ -104,7 +104,7 @@ def _lacks_weights(folder: Path) -> bool:
 
 
 def _plain_shards(folder: Path) -> set[str]:
-    """Shards that the index names; what is no file name is left for `Checkpoint` to refuse."""
+    """Return the shards that the index names; other values are left for `Checkpoint` to refuse."""
     named = read_json(folder / INDEX).get("weight_map")
     shards = named.values() if isinstance(named, dict) else ()
     return {shard for shard in shards if _is_plain(shard)}

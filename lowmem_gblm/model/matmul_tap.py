@@ -1,9 +1,9 @@
-"""The tap: sees every multiplication of activations with a weight of the resident block.
+"""The tap: observes every multiplication of activations with a weight of the resident block.
 
 Inside `with Tap(...)`, each `F.linear`, `addmm` and `matmul` is matched by the address of its
 second operand. `nn.Linear`, GPT-2's `Conv1D` (stored `[in, out]`), Falcon's `x @ W.T` and an
 expert's slice of a fused parameter are thereby one case, and input norms, gram matrices and
-per-sample gradients all hang on this one place.
+per-sample gradients are all computed from what the tap reports.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LISTED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulWeight:
-    """One matrix that a block multiplies activations with.
+    """A matrix that a block multiplies activations with.
 
     Attributes:
         parameter: Name of the parameter inside the block.
         expert: Index into the first dimension of a fused 3-D parameter, or None.
-        in_first: True where the matrix is stored `[in, out]`, False for `[out, in]`.
+        in_first: True if the matrix is stored `[in, out]`, False for `[out, in]`.
     """
 
     parameter: str
@@ -39,7 +39,7 @@ class MatmulWeight:
     in_first: bool
 
     def stored(self, block: nn.Module) -> Tensor:
-        """The matrix inside the block's parameter, 2-D, as stored."""
+        """Return the matrix inside the block's parameter, 2-D, as stored."""
         parameter = block.get_parameter(self.parameter).data
         return parameter if self.expert is None else parameter[self.expert]
 
@@ -49,12 +49,12 @@ class MatmulWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul:
-    """One multiplication: `out_TO` is `input_TI` times the slot's matrix, plus perhaps a bias.
+    """A multiplication: `out_TO` is `input_TI` times the slot's matrix, plus perhaps a bias.
 
     Attributes:
         slot: The matrix.
         input: The activations as the module passed them, [..., in].
-        input_TI: The same, flattened to 2-D and detached from the graph.
+        input_TI: `input`, flattened to 2-D and detached from the graph.
         out: The result, [..., out], still in the graph.
     """
 
@@ -65,19 +65,19 @@ class Matmul:
 
 
 class Observer(Protocol):
-    """What may hang on a tap."""
+    """An observer of the multiplications that a tap reports."""
 
     def observe(self, product: Matmul) -> None:
-        """Called at every multiplication, in the order of the forward pass."""
+        """Take one multiplication; called in the order of the forward pass."""
 
 
 class Tap(TorchFunctionMode):
-    """Reports the multiplications of one resident block to its observers.
+    """A mode that reports the multiplications of one resident block to its observers.
 
     Args:
         block: The resident block: its parameters hold data.
         slots: The matrices to look for.
-        observers: Who is told.
+        observers: Called with every multiplication.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Tap(TorchFunctionMode):
 
     @property
     def last(self) -> MatmulWeight | None:
-        """The slot of the last product of the last forward, if it is the same for all samples.
+        """Return the slot of the last product of a forward, if it is the same for all samples.
 
-        That is taken for granted where every matrix, slices for experts aside, was met once.
+        It is taken to be the same if every matrix, slices for experts aside, was seen once.
         """
         met = [slot for slot in self._met if slot.expert is None]
         alone = {slot for slot in self._sizes if slot.expert is None}
@@ -125,20 +125,20 @@ class Tap(TorchFunctionMode):
         return met[-1]
 
     def skip(self, slot: MatmulWeight | None) -> None:
-        """From now on, do not compute the product with this slot: NaN stands for it.
+        """Stop computing the product with this slot: its output is NaN from now on.
 
-        Its gradient still flows. Only for the last product of a block, and where nobody needs its
-        value.
+        Its gradient is still computed. Only for the last product of a block, if its value is
+        not needed.
         """
         self._skipped = slot
 
     @property
     def has_seen_all(self) -> bool:
-        """Whether every matrix was met; of alike experts, one."""
+        """Return whether every matrix was seen; for experts that are alike, one of them."""
         return not self._never_met()
 
     def check_all_seen(self) -> None:
-        """Raise `UnsupportedModel` if a matrix was never met, nor that of another expert."""
+        """Raise `UnsupportedModel` if neither a matrix nor that of a like expert was ever seen."""
         unseen = self._never_met()
         if unseen:
             listed = ", ".join(unseen[:_LISTED]) + (", …" if len(unseen) > _LISTED else "")
@@ -183,12 +183,12 @@ class Tap(TorchFunctionMode):
 
 
 def _kind(slot: MatmulWeight) -> str:
-    """What alike experts have in common: one that gets no token is no sign of anything."""
+    """Return what alike experts have in common: an expert without tokens may still be supported."""
     return _EXPERT.sub(".*.", slot.parameter)
 
 
 class _Skipped(torch.autograd.Function):
-    """A product that is not computed, for those who need its gradient only."""
+    """A product that is not computed; only its gradient is."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_IO: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class _Skipped(torch.autograd.Function):
 def operands(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Activations and the matrix `[in, out]` they are multiplied with, if `func` does that."""
+    """Return activations and the matrix `[in, out]` that `func` multiplies; None if it does not."""
     if func is nn.functional.linear:
         given = [*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)]
         return given[0], given[1].mT

@@ -25,7 +25,7 @@ from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
 MAX_CONFIG_BYTES = 4 << 20
 _OWN_CLASS = AutoModelForCausalLM.__name__
 
-# What transformers raises when config.json makes no sense, or a model cannot run as it is run here.
+# What transformers raises if config.json makes no sense, or if a model cannot run around stubs.
 # A device error may be any of these: ask `is_device_error` first.
 FOREIGN_ERRORS = (
     ValueError,
@@ -47,18 +47,18 @@ FOREIGN_ERRORS = (
 def build_meta_model(
     checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a checkpoint with every parameter on `meta`, in eval mode.
+    """Return the model of a checkpoint with every parameter on `meta`, in eval mode.
 
     It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
-    configuration asks for, and only if that fits the headers as it is returned.
+    configuration asks for; then, only if that fits the headers, with real buffers.
 
     Args:
         checkpoint: The model.
-        dtype: Of its parameters.
-        trust_remote_code: Whether Python code that comes with it may run.
+        dtype: Dtype of the parameters.
+        trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
-        UnsupportedModel: Not a decoder-only language model that transformers knows.
+        UnsupportedModel: The model is not a decoder-only one that transformers knows.
         CheckpointError: See `load_config` and `lowmem_gblm.model.config_checks`.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
@@ -77,7 +77,7 @@ def build_meta_model(
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a checkpoint.
+    """Return the configuration of a checkpoint.
 
     Raises:
         UnsupportedModel: The architecture is unknown, or needs code from the checkpoint that is
@@ -117,12 +117,12 @@ def _check_quantized(folder: Path, raw: dict[str, Any]) -> None:
 def _build(
     config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Attention and experts as transformers chooses: config.json may name code on the Hub."""
+    """Build a model with default attention and experts: config.json may name code on the Hub."""
     try:
         with _silence():
             build = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
             if trust_remote_code and _OWN_CLASS in getattr(config, "auto_map", {}):
-                # `from_config` would take the code that it has met first in this process.
+                # `from_config` would take the code that it has seen first in this process.
                 own = get_class_from_dynamic_module(
                     config.auto_map[_OWN_CLASS], config.name_or_path
                 )
@@ -145,7 +145,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without what transformers prints about a configuration; what it raises says it, too."""
+    """Run the body without the warnings of transformers, whose exceptions say the same."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -157,10 +157,10 @@ def _silence() -> Iterator[None]:
 
 
 def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
-    """The list of decoder blocks.
+    """Return the list of decoder blocks.
 
     Raises:
-        UnsupportedModel: There is none of the length that the configuration says.
+        UnsupportedModel: No list has the length that the configuration says.
     """
     depth = model.config.get_text_config().num_hidden_layers
     if depth < 1:
@@ -175,14 +175,14 @@ def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
 
 
 def module_name(model: nn.Module, wanted: nn.Module) -> str:
-    """Full name of a module inside a model."""
+    """Return the full name of a module inside a model."""
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[wanted]
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of somebody else's error."""
+    """Return the first sentence of an error that another library raised."""
     lines = str(error).splitlines() or [type(error).__name__]
-    # Some begin with a heading.
+    # Messages of some libraries begin with a heading.
     first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     return shown(first.split(". ")[0], 400)

@@ -1,4 +1,4 @@
-"""Opening a model: headers, configuration, and where and in what it is computed."""
+"""Opening a model: headers, configuration, and the device and dtype of the computation."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class OpenModel:
         return self.checkpoint.folder
 
     def boundary_bytes(self, seqlen: int) -> int:
-        """Size of the hidden states of one sample."""
+        """Return the bytes of the hidden states of one sample."""
         return seqlen * int(self.streamed.config.hidden_size) * self.streamed.dtype.itemsize
 
     @property
     def positions(self) -> int | None:
-        """How many positions the model was made for; None if its configuration does not say."""
+        """Return the number of positions of the model; None if its configuration does not say."""
         found = getattr(self.streamed.config, "max_position_embeddings", None)
         return found if isinstance(found, int) else None
 
@@ -42,20 +42,19 @@ class OpenModel:
 def open_model(
     model: str, resources: Resources, *, to_plan: bool = False, unfinished: bool = False
 ) -> OpenModel:
-    """Read headers and configuration; no weight is loaded.
+    """Return a model after reading headers and configuration; no weight is loaded.
 
-    Args:
-        to_plan: The weights need not be there, nor the device.
-        unfinished: It may be one that is being pruned in place.
+    With `to_plan`, weights and device may be missing; with `unfinished`, the model may be one
+    that is being pruned in place.
 
     Raises:
         CheckpointError: The model cannot be used.
-        RequestError: The device is not there.
-        JobError: It is being pruned in place, and that has not been finished.
+        RequestError: The device does not exist.
+        JobError: The model is being pruned in place, and that has not been finished.
     """
     trusted = resources.trust_remote_code
     if to_plan or is_on_hub(model):
-        # What cannot be used is refused before its weights are downloaded.
+        # An unusable model is refused before its weights are downloaded.
         folder = locate(model, weights=False, code=trusted)
         checkpoint = read_or_describe(folder, trust_remote_code=trusted)
     if not to_plan:
@@ -77,10 +76,10 @@ def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
 
 
 def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
-    """The device meant by "auto", "cpu", "cuda" or "cuda:1".
+    """Return the device meant by "auto", "cpu", "cuda" or "cuda:1".
 
     Raises:
-        RequestError: No such device here.
+        RequestError: This machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +98,7 @@ def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
 
 
 def _ready(device: torch.device) -> torch.device:
-    """A GPU by its number, as the current one and at work: what it takes of the host counts."""
+    """Return a GPU by number, current and in use: the host memory it takes is counted then."""
     torch.cuda.init()
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
@@ -110,9 +109,9 @@ def _ready(device: torch.device) -> torch.device:
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """In what to compute: as asked, else in the dtype that most of the checkpoint is in.
+    """Return the dtype to compute in: as asked, else the one of most of the checkpoint.
 
-    CPUs multiply float16 some hundred times slower than float32, so there it becomes float32.
+    CPUs multiply float16 some hundred times slower than float32, so float32 replaces it there.
 
     Raises:
         RequestError: float16 was asked for on a CPU.

@@ -1,4 +1,4 @@
-"""What in a decoder block can be pruned, from headers and the meta model alone."""
+"""The prunable weights of decoder blocks, from headers and the meta model alone."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _ROUTER = re.compile(r"^(gate|shared_expert_gate)$|router", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class PrunableWeight:
-    """One matrix to prune: a 2-D tensor on disk, or one expert's slice of a 3-D one.
+    """A matrix to prune: a 2-D tensor on disk, or one expert's slice of a 3-D one.
 
     Attributes:
         name: Name of the tensor on disk.
         disk_index: Leading index on disk, or None.
-        slot: Where the block multiplies with it.
-        rows, columns: Which part of the slot's stored matrix it is.
-        in_first_on_disk: Whether it lies on disk as `[in, out]`.
-        out_features, in_features: Its size.
+        slot: The matrix that the block multiplies with.
+        rows, columns: The part of the slot's stored matrix that this one is.
+        in_first_on_disk: Whether it is stored on disk as `[in, out]`.
+        out_features, in_features: Size of the matrix.
     """
 
     name: str
@@ -46,21 +46,21 @@ class PrunableWeight:
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
+        """Return the number of weights."""
         return self.out_features * self.in_features
 
     @property
     def inputs(self) -> slice:
-        """Which of the slot's inputs are this matrix's."""
+        """Return the inputs of the slot that are multiplied with this matrix."""
         return self.rows if self.slot.in_first else self.columns
 
     def on_disk(self, tensor: Tensor) -> Tensor:
-        """The matrix as an [out, in] view of the tensor read from disk."""
+        """Return the matrix as an [out, in] view of the tensor read from disk."""
         matrix = tensor if self.disk_index is None else tensor[self.disk_index]
         return matrix.mT if self.in_first_on_disk else matrix
 
     def in_slot(self, stored: Tensor) -> Tensor:
-        """The matrix as an [out, in] view of something that has the slot's stored shape."""
+        """Return the matrix as an [out, in] view of a tensor of the slot's stored shape."""
         part = stored[self.rows, self.columns]
         return part.mT if self.slot.in_first else part
 
@@ -71,11 +71,10 @@ def prunable_weights(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> list[list[PrunableWeight]]:
-    """What can be pruned in every block, from headers and the meta model alone.
+    """Return the prunable weights of every block, from headers and the meta model alone.
 
-    Args:
-        include: Globs over names on disk; without any, everything prunable is pruned.
-        exclude: Globs over names on disk that stay dense.
+    `include` and `exclude` are globs over names on disk. Without `include` everything prunable
+    is pruned; what `exclude` matches stays dense.
 
     Raises:
         RequestError: A glob matches nothing, or the globs leave nothing to prune.
@@ -84,7 +83,7 @@ def prunable_weights(
     found = [_alike_or_found(checkpoint, streamed, index, known) for index in range(streamed.depth)]
     if include or exclude:
         prunable = list(dict.fromkeys(weight.name for block in found for weight in block))
-        # What stays dense anyway may be excluded, too.
+        # A tensor that stays dense anyway may be excluded, too.
         check_globs("include", include, prunable, "tensor that can be pruned")
         check_globs("exclude", exclude, [*prunable, *checkpoint.tensors], "tensor of the model")
     blocks = [
@@ -101,9 +100,9 @@ def _alike_or_found(
     index: int,
     known: dict[Hashable, list[PrunableWeight]],
 ) -> list[PrunableWeight]:
-    """What can be pruned in a block: as in an earlier one that has the same tensors, or found anew.
+    """Return the prunable weights of a block, reusing those of an earlier block like it.
 
-    Only the names differ between blocks that are alike, and finding takes 0.2 s with 128 experts.
+    Blocks that are alike differ in names only, and a search takes 0.2 s with 128 experts.
     """
     names = {_numberless(name, index): name for name in streamed.block_tensors[index]}
     on_disk = frozenset((one, checkpoint.tensors[name].shape) for one, name in names.items())
@@ -116,7 +115,7 @@ def _alike_or_found(
 
 
 def _numberless(name: str, index: int) -> str:
-    """A name on disk without the number of its block."""
+    """Return a name on disk without the number of its block."""
     return name.replace(f".{index}.", ".*.", 1)
 
 
@@ -153,7 +152,7 @@ def _prunable_weight(
 
 
 def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
-    """How a weight that multiplies activations is stored: True for `[in, out]`; None if it is not.
+    """Return whether a weight is stored `[in, out]`; None if activations are not multiplied by it.
 
     Routers stay dense: they decide where tokens go, and are small.
     """

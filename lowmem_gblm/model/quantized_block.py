@@ -3,8 +3,8 @@
 Every parameter that activations are multiplied with becomes a *stand-in*: its shape, dtype, device
 and the direction of its strides, without its memory. Inside `with PackedWeights`, a product with
 a stand-in is done with the matrix, dequantized for that product only, and once more where the
-backward pass needs it. QLoRA (arXiv 2305.14314) does so for its frozen weights; there the layers
-are replaced, here the model's own forward runs on, and the tap sees what it always sees.
+backward pass needs it. QLoRA (arXiv 2305.14314) does so for its frozen weights by replacing
+layers; here the model's own forward runs, and the tap reports the usual products.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def pack_block(
 ) -> PackedWeights:
     """Bring a block to the device with the matrices of its slots packed.
 
-    They go there one at a time: the device never holds the block in full. Of a fused parameter
-    every expert is packed, whichever of them are named.
+    The matrices are copied one at a time: the device never holds the full block. Of a fused
+    parameter every expert is packed, whichever of them are named.
 
     Args:
-        block: Its parameters are on the CPU in the dtype that is computed in. Modified: those of
-            the slots become stand-ins, all else moves to the device.
+        block: Parameters are on the CPU in the dtype that is computed in. Modified: the parameters
+            of the slots become stand-ins, all else moves to the device.
         slots: The matrices that the block multiplies with.
-        kind: In which precision.
-        device: Where it computes.
+        kind: The precision.
+        device: The device that the block computes on.
 
     Returns:
-        What must be entered around the block's forward.
+        The context to hold around the block's forward.
     """
     in_first = {slot.parameter: slot.in_first for slot in slots}
     stand_ins = {name: _stand_in(block.get_parameter(name).data, device) for name in in_first}
@@ -61,15 +61,15 @@ def pack_block(
 
 
 class PackedWeights(TorchFunctionMode):
-    """The packed matrices of one block; within its `with`, what is multiplied with stand-ins.
+    """The packed matrices of one block; a context in which they replace the stand-ins.
 
-    To be entered before a `Tap`, which then finds the stand-ins where it looks for parameters.
-    What is saved for the backward pass is no dequantized matrix but where to find it; the backward
+    To be entered before a `Tap`, which finds the stand-ins in the place of the parameters.
+    For the backward pass a reference is saved instead of the dequantized matrix; the backward
     pass may run outside of the `with`. The weights get no gradients.
 
     Args:
-        kind: In which precision they are held.
-        stand_ins: For every slot its stand-in, 2-D, as stored.
+        kind: The precision.
+        stand_ins: The stand-in of every slot, 2-D, as stored.
     """
 
     def __init__(self, kind: QuantizedKind, stand_ins: Mapping[MatmulWeight, Tensor]) -> None:
@@ -108,29 +108,29 @@ class PackedWeights(TorchFunctionMode):
 
     @property
     def slots(self) -> list[MatmulWeight]:
-        """The slots whose matrices are packed."""
+        """Return the slots whose matrices are packed."""
         return list(self._stand_ins)
 
     @property
     def nbytes(self) -> int:
-        """What the packed matrices take on the device."""
+        """Return the bytes of the packed matrices on the device."""
         return sum(matrix.nbytes for matrix in self._matrices.values())
 
     def set(self, slot: MatmulWeight, matrix: Tensor) -> None:
-        """Pack a matrix, any device, 2-D, as stored, in the place of the slot's. Not modified."""
+        """Pack a matrix, any device, 2-D, as stored, for a slot; it is not modified."""
         stand_in = self._stand_ins[slot]
         assert matrix.shape == stand_in.shape, f"{slot} has another shape"
         self._matrices.pop(slot, None)
         self._matrices[slot] = quantize(matrix.to(stand_in.device, stand_in.dtype), self._kind)
 
     def stored(self, slot: MatmulWeight) -> Tensor:
-        """What the block multiplies with: the slot's matrix, 2-D, as stored, on the device."""
+        """Return the slot's dequantized matrix, 2-D, as stored, on the device."""
         return self._matrices[slot].dequantized()
 
     def _multiply(
         self, slot: MatmulWeight, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """The very same operation with the matrix in the place of its stand-in."""
+        """Run the same operation with the matrix in the place of its stand-in."""
         matrix = self.stored(slot)
 
         def real(value: Any) -> Any:
@@ -149,7 +149,7 @@ class PackedWeights(TorchFunctionMode):
             del self._addresses[matrix.data_ptr()]
 
     def _fold(self, saved: Tensor) -> _Folded | _Kept:
-        """What to keep for the backward pass of what autograd wants to keep."""
+        """Return what to keep instead of a tensor that autograd saves for the backward pass."""
         slot = self._addresses.get(saved.data_ptr())
         if slot is None or not _is_whole(saved, self._stand_ins[slot].shape):
             return _Kept(saved, saved._version)
@@ -159,13 +159,13 @@ class PackedWeights(TorchFunctionMode):
         if isinstance(kept, _Folded):
             matrix = self.stored(kept.slot)
             return matrix.mT if kept.turned else matrix
-        # Whoever hooks in where tensors are saved takes this check away from autograd.
+        # Hooks on saved tensors switch off autograd's own check of the version.
         if kept.tensor._version != kept.version:
             raise UnsupportedModel("the block changes a tensor that its backward pass needs")
         return kept.tensor
 
     def _refuse_numbers_of_stand_ins(self, func: Any, given: list[Any], out: Any) -> None:
-        """Raise if something was computed from a stand-in: views of it are all that is allowed."""
+        """Raise if numbers were computed from a stand-in; only views of it are allowed."""
         used = [slot for tensor in _tensors(given) if (slot := self._slot_of(tensor)) is not None]
         if used and any(self._slot_of(tensor) is None for tensor in _tensors([out])):
             name = getattr(func, "__name__", func)
@@ -180,7 +180,7 @@ class PackedWeights(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Folded:
-    """Stands in the graph for a matrix: which one, and whether transposed."""
+    """A saved matrix: its slot, and whether it is transposed."""
 
     slot: MatmulWeight
     turned: bool
@@ -188,18 +188,18 @@ class _Folded:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Any other tensor that was saved, as it was at the time."""
+    """Any other saved tensor, with its version at that time."""
 
     tensor: Tensor
     version: int
 
 
 def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:
-    """A tensor like a parameter, on the device, of little more than one row of memory.
+    """Return a tensor like a parameter, on the device, of little more than one row of memory.
 
-    All rows are one, and every expert begins one number later, so that it has its own address.
-    That strides run along the rows tells which way round it is used. What is computed from it by
-    mistake is NaN.
+    All rows share one row of memory, and every expert begins one number later, so that it has its
+    own address. Strides run along the rows, so a transposed view can be told apart. The numbers are
+    NaN: a product computed with them by mistake shows.
     """
     experts = len(parameter) if parameter.ndim == 3 else 1
     numbers = parameter.new_full(
@@ -209,7 +209,7 @@ def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:
 
 
 def _matrices(stand_in: Tensor) -> list[tuple[int | None, Tensor]]:
-    """The matrices of a parameter, each with its expert."""
+    """Return the matrices of a parameter, each with its expert."""
     return [(None, stand_in)] if stand_in.ndim == 2 else list(enumerate(stand_in))
 
 
@@ -218,12 +218,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _is_whole(view: Tensor, shape: torch.Size) -> bool:
-    """Whether a view has all of a matrix of that shape, either way round."""
+    """Return whether a view has all of a matrix of that shape, either way round."""
     return view.shape in (shape, shape[::-1])
 
 
 def _is_turned(view: Tensor, shape: torch.Size) -> bool:
-    """Whether a view of all of a matrix of that shape is its transpose."""
+    """Return whether a view of all of a matrix of that shape is its transpose."""
     return view.shape != shape or view.stride(-1) != 1
 
 

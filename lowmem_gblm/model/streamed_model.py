@@ -1,8 +1,8 @@
 """The streamed model: a Hugging Face model on `meta` whose decoder blocks are filled one at a time.
 
 The model's *own* forward tells how each block is called (rotary embeddings, masks per layer type,
-anything else): stubs stand where the blocks were and write down their arguments. Embeddings, final
-norm, head and loss are the model's own code too. There is no table of architectures.
+anything else): stubs replace the blocks and record their arguments. Embeddings, final norm, head
+and loss are the model's own code too. There is no table of architectures.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _IGNORED = -100
 
 
 class StreamedModel:
-    """Everything of the model but the weights of its decoder blocks.
+    """A model without the weights of its decoder blocks.
 
     Args:
-        checkpoint: Where the tensors are.
-        device: Where it computes.
-        dtype: In what it computes.
+        checkpoint: The checkpoint with the tensors.
+        device: The device that it computes on.
+        dtype: The dtype that it computes in.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
     Attributes:
         block_tensors: For every block, the names on disk of its tensors.
-        rest_tensors: The names on disk of everything else the model uses.
+        rest_tensors: The names on disk of all other tensors the model uses.
         conversion: Renaming and conversion between disk and module.
 
     Raises:
@@ -79,31 +79,31 @@ class StreamedModel:
 
     @property
     def depth(self) -> int:
-        """Number of decoder blocks."""
+        """Return the number of decoder blocks."""
         return len(self._layers)
 
     @property
     def attention_matrices(self) -> bool:
-        """Whether attention makes its [heads, T, T] probabilities, or never holds them whole."""
+        """Return whether attention holds its complete [heads, T, T] probabilities."""
         return bool(self._model.config._attn_implementation == "eager")
 
     @property
     def config(self) -> PretrainedConfig:
-        """Configuration of the text model."""
+        """Return the configuration of the text model."""
         return self._model.config.get_text_config()
 
     def block(self, index: int) -> nn.Module:
-        """The module of one block; its parameters are on `meta` unless it is resident."""
+        """Return the module of one block; its parameters are on `meta` unless it is resident."""
         block: nn.Module = self._layers[index]
         return block
 
     def block_prefix(self, index: int) -> str:
-        """What the names of the block's parameters begin with."""
+        """Return the beginning of the names of the block's parameters."""
         return f"{self._prefix}.{index}."
 
     @contextmanager
     def filled(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Within, everything outside the blocks is there: embeddings, norms, head.
+        """Run the body with all that is outside the blocks loaded: embeddings, norms, head.
 
         Raises:
             CheckpointError: A tensor that the model needs is missing.
@@ -121,6 +121,7 @@ class StreamedModel:
         return (module for module in self._model.modules() if module not in inside)
 
     def fill(self, checkpoint: Checkpoint) -> None:
+        """Load all that is outside the blocks onto the device, tied weights included."""
         self.conversion.load(
             {name: checkpoint.read_finite(name) for name in self.rest_tensors}, self.device
         )
@@ -140,8 +141,7 @@ class StreamedModel:
     def load_block(self, index: int, tensors: dict[str, Tensor], *, on_host: bool = False) -> None:
         """Fill a block from tensors named as on disk.
 
-        Args:
-            on_host: Leave it in host memory, where it cannot be run, for `pack_block`.
+        With `on_host` the block stays in host memory, where it cannot be run, for `pack_block`.
         """
         self.conversion.load(tensors, torch.device("cpu") if on_host else self.device)
         block = self.block(index)
@@ -161,13 +161,13 @@ class StreamedModel:
         return self._packed[index]
 
     def free_block(self, index: int) -> None:
-        """Give the memory of a block's parameters back. Buffers stay: they are not on disk."""
+        """Free the memory of a block's parameters. Buffers stay: they are not on disk."""
         self._packed.pop(index, None)
         for module in self.block(index).modules():
             _free(module)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """The hidden states [1, T, hidden] that enter block 0 for one sample of token ids [T].
+        """Return the hidden states [1, T, hidden] that enter block 0, from token ids [T].
 
         The first sample of a length also records how each block is called; the second one must
         be called with equal arguments.
@@ -191,10 +191,9 @@ class StreamedModel:
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """Run one resident block on hidden states [1, T, hidden]; returns the same shape.
+        """Run one resident block on hidden states [1, T, hidden]; return the same shape.
 
-        Args:
-            tap: Sees the multiplications.
+        `tap` observes the multiplications.
 
         Raises:
             UnsupportedModel: Code that comes with the checkpoint fails.
@@ -211,7 +210,7 @@ class StreamedModel:
 
     @contextmanager
     def _own_code_errors(self, index: int) -> Iterator[None]:
-        """What the code of a stranger raises as a sentence; what ours does stays what it is."""
+        """Run the body; an error raised by code of the checkpoint becomes a sentence."""
         try:
             yield
         except FOREIGN_ERRORS as error:
@@ -223,14 +222,11 @@ class StreamedModel:
             ) from error
 
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of one sample from the hidden states after the last block.
+        """Return the mean next-token cross-entropy of one sample, a float32 scalar.
 
         Args:
-            hidden: [1, T, hidden].
+            hidden: [1, T, hidden], after the last block.
             tokens_T: Token ids.
-
-        Returns:
-            float32 scalar.
         """
         with torch.no_grad():
             return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
@@ -238,7 +234,7 @@ class StreamedModel:
     def loss_and_gradient(
         self, hidden: Tensor, tokens_T: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """The loss as in `loss`, and its gradient [1, T, hidden] by `hidden`, times `scale`."""
+        """Return the loss, and its gradient [1, T, hidden] by `hidden` times `scale`."""
         hidden = hidden.detach().requires_grad_()
         pieces: list[Tensor] = []
 
@@ -263,11 +259,10 @@ class StreamedModel:
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
-        """Final norm, head and loss, in chunks of tokens so that the logits stay small.
+        """Compute final norm, head and loss, in chunks of tokens so that the logits stay small.
 
-        Args:
-            visit: Called for every chunk with its part of the loss and its normed hidden states,
-                while their graph is alive.
+        `visit` is called for every chunk with its part of the loss and its normed hidden states,
+        while their graph is alive.
 
         Returns:
             The loss, and the normed hidden states [1, T, hidden] with their graph.
@@ -292,7 +287,7 @@ class StreamedModel:
         return total, normed
 
     def _logits(self, output: Any, chunk: Tensor, tokens: Tensor) -> Tensor:
-        """What the model's own forward makes of a decoder that returns `chunk`."""
+        """Return the logits of the model's own forward with a decoder that returns `chunk`."""
         output = copy.copy(output)
         output.last_hidden_state = chunk
 
@@ -307,7 +302,7 @@ class StreamedModel:
         return logits
 
     def _group(self, checkpoint: Checkpoint) -> tuple[list[list[str]], list[str]]:
-        """Names on disk of the tensors of each block, and of the others the model uses."""
+        """Return names on disk of the tensors of each block, and of the others the model uses."""
         blocks: list[list[str]] = [[] for _ in range(self.depth)]
         rest: list[str] = []
         for name, target in self.conversion.in_module(checkpoint.tensors).items():
@@ -324,7 +319,7 @@ class StreamedModel:
 
 
 def _free(module: nn.Module) -> None:
-    """Give the memory of a module's own parameters back. Buffers stay: they are not on disk."""
+    """Free the memory of a module's own parameters. Buffers stay: they are not on disk."""
     for name, value in module.named_parameters(recurse=False):
         on_meta = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
         setattr(module, name, on_meta)

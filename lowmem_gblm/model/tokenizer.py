@@ -24,14 +24,14 @@ _LONGEST_REASON = 400
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize:
-    """The tokenizer of a model folder, as a function from text to token ids.
+    """Return the tokenizer of a model folder, as a function from text to token ids.
 
     Args:
         folder: The model folder.
-        trust_remote_code: Whether Python code that comes with it may run.
+        trust_remote_code: Whether Python code that comes with the folder may run.
 
     Raises:
-        CheckpointError: The folder has none that works. The function raises it, too.
+        CheckpointError: The folder has no tokenizer that works. The function raises it, too.
     """
     from transformers import AutoTokenizer
 
@@ -63,7 +63,7 @@ def _check_code(folder: Path, *, trusted: bool) -> None:
     """Raise if the tokenizer asks for code that may not run."""
     path = folder / "tokenizer_config.json"
     content: dict[str, Any] = {}
-    # What cannot be read is for transformers to refuse.
+    # A file that cannot be read is for transformers to refuse.
     with suppress(CheckpointError):
         content = read_json(path)
     check_remote_code(path, content, trusted=trusted)
@@ -71,10 +71,10 @@ def _check_code(folder: Path, *, trusted: bool) -> None:
 
 @contextmanager
 def _tokenizer_errors(folder: Path) -> Iterator[None]:
-    """Whatever a broken tokenizer raises, as a `CheckpointError`."""
+    """Run the body; whatever a broken tokenizer raises becomes a `CheckpointError`."""
     try:
         yield
-    # GeneratorExit comes where an interruption has kept the block from being entered.
+    # GeneratorExit comes if an interruption has kept the body from being entered.
     except (KeyboardInterrupt, GeneratorExit, MemoryError, CheckpointError):
         raise
     # The library raises bare Exceptions, and its panics are not even Exceptions.
@@ -96,7 +96,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _mute() -> Iterator[None]:
-    """Without what is written to stderr, by other languages too: a panic reports itself there."""
+    """Run the body without stderr, even of other languages: a panic reports itself there."""
     sys.stderr.flush()
     stderr = os.dup(2)
     try:

@@ -1,4 +1,4 @@
-"""What a run will take, by arithmetic alone: choices, bytes, FLOPs, seconds; or a refusal."""
+"""The needs of a run, by arithmetic alone: choices, bytes, FLOPs, seconds; or a refusal."""
 
 from lowmem_gblm.planning.messages import gibibytes
 from lowmem_gblm.planning.plan import Budget, Plan, Requirements

@@ -30,7 +30,7 @@ def as_globs(name: str, value: Any) -> tuple[str, ...]:
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Return whether a tensor of this name is to be pruned; without `include`, every one is."""
+    """Return whether a tensor of this name is to be pruned; without `include`, all are."""
     if include and not any(fnmatchcase(name, glob) for glob in include):
         return False
     return not any(fnmatchcase(name, glob) for glob in exclude)
@@ -43,7 +43,7 @@ def check_globs(option: str, globs: Sequence[str], names: Sequence[str], what: s
         option: Name of the option that the globs were given with.
         globs: The globs.
         names: Names of tensors on disk.
-        what: What the names are those of, for the message.
+        what: The kind of the names, for the message.
     """
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
     if idle:
@@ -52,7 +52,7 @@ def check_globs(option: str, globs: Sequence[str], names: Sequence[str], what: s
             f"{', '.join(map(shown, nearest_names(glob, names)))}"
             for glob in idle
         )
-        raise RequestError(f"{said}. Give globs over whole names, as '*.mlp.*'")
+        raise RequestError(f"{said}. Give globs over complete names, as '*.mlp.*'")
 
 
 def nearest_names(glob: str, names: Sequence[str], most: int = 3) -> list[str]:

@@ -1,4 +1,4 @@
-"""How much memory every pass takes, part by part."""
+"""The memory that every pass takes, part by part."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
 
-# What Python and the libraries load on the way, and what the allocator keeps for itself.
+# Loaded later by Python and the libraries, or kept by the allocator for itself.
 _PROCESS_BYTES = 24 << 20
-# What the allocator keeps between the blocks where it takes only very large pieces from the system:
-# from this size of a boundary on (`memory.settle_allocator`).
+# Kept by the allocator between blocks if it takes only very large pieces from the system: from
+# this size of a boundary on (`memory.settle_allocator`).
 _HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
-# What CUDA takes of a GPU for itself.
+# Taken of a GPU by CUDA itself.
 _CUDA_BYTES = 512 << 20
 # Tokenizer, text, and the code that reads them.
 _TEXT_BYTES = 40 << 20
@@ -19,18 +19,18 @@ _TEXT_BYTES = 40 << 20
 _PIECE_BYTES = 1 << 24
 # float32 tensors of the numbers that are decided at once.
 _DECIDING = 6
-# What the allocator holds beyond what is in use, as a factor of what comes and goes.
+# The allocator holds more than what is in use: a factor of the tensors that come and go.
 _ALLOCATOR_SLACK = 1.1
 # Hidden-sized and feature-sized tensors of one sample that are alive at once.
 _FORWARD_HIDDEN, _FORWARD_FEATURES = 6, 1.0
 _GRAPH_HIDDEN, _GRAPH_FEATURES = 14, 2.5
 # Tensors of one chunk of logits alive at once in the loss: logits, log-softmax, gradients.
 _LOGITS_ALIVE = 4
-# Tensors [heads, T, T] alive at once where attention makes them: forward, and in a graph.
+# Tensors [heads, T, T] alive at once if attention computes them: forward, and in a graph.
 _ATTENTION_FORWARD, _ATTENTION_GRAPH = 2, 4
-# Bytes of a weight in 4 and 8 bits, with a float32 scale for every 64 or 256 of them.
+# Bytes of a weight in 4 and 8 bits, with a float32 scale for every 64 or 256 weights.
 _PACKED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 4 / 256}
-# Samples on their way to the device: the one that is computed with and the next.
+# Samples on their way to the device: the current one and the next.
 _ARRIVING = 2
 
 Parts = dict[str, int]
@@ -38,11 +38,11 @@ Parts = dict[str, int]
 
 @dataclass
 class Footprint:
-    """What one pass takes at its fullest moment.
+    """The memory that one pass takes at its fullest moment.
 
     Attributes:
-        name: Of the pass.
-        host, gpu: Bytes by what they are for.
+        name: Name of the pass.
+        host, gpu: Bytes by purpose.
     """
 
     name: str
@@ -51,22 +51,21 @@ class Footprint:
 
     @property
     def host_bytes(self) -> int:
-        """All of the host memory."""
+        """Return the bytes of host memory."""
         return sum(self.host.values())
 
     @property
     def gpu_bytes(self) -> int:
-        """All of the GPU's memory."""
+        """Return the bytes of GPU memory."""
         return sum(self.gpu.values())
 
 
 def footprints(
     sizes: ModelSizes, work: Workload, choices: Choices, base_bytes: int
 ) -> list[Footprint]:
-    """Of all passes, in order.
+    """Return the footprints of all passes, in order.
 
-    Args:
-        base_bytes: Resident memory of the process before any tensor is loaded.
+    `base_bytes` is the resident memory of the process before any tensor is loaded.
     """
     passes = (*work.schedule.stages, "finish")
     made = {
@@ -93,7 +92,7 @@ def footprints(
 
 
 def _outside(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    """Embeddings and head: the model without its blocks."""
+    """Add embeddings and head: the model without its blocks."""
     converted = sizes.rest_weights * work.itemsize
     at.host["embeddings and head"] = sizes.rest_bytes
     if work.on_gpu:
@@ -154,7 +153,7 @@ def _blocks(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) 
     read = _pinned(block) if work.on_gpu else block
     at.host["blocks as read"] = read * (1 + (choices.read_ahead and sizes.depth > 1))
     if work.resident_bits is not None:
-        # The rest of the block stays as it is, and one matrix is unpacked at a time.
+        # The remaining tensors of the block stay unpacked, and one matrix is unpacked at a time.
         packed = int(weights * _PACKED_BYTES[work.resident_bits]) + max(0, block - 2 * weights)
         _computing(at, work)["packed block"] = packed + 2 * sizes.largest_matrix * work.itemsize
         if not work.shares_memory:
@@ -169,12 +168,12 @@ def _blocks(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) 
 
 
 def _pinned(size_bytes: int) -> int:
-    """What torch takes for pinned memory: the next power of two."""
+    """Return the bytes that torch takes for pinned memory: the next power of two."""
     return 1 << max(0, size_bytes - 1).bit_length()
 
 
 def accumulator_bytes(sizes: ModelSizes, choices: Choices) -> int:
-    """float32 sums of the largest part of a block that is accumulated at once."""
+    """Return the bytes of float32 sums of the largest part of a block accumulated at once."""
     numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
     parts = slices_within(numbers, choices.accumulator_bytes)
     return max(sum(numbers[item] for item in part) for part in parts)
@@ -188,7 +187,7 @@ def _activations(at: Footprint, sizes: ModelSizes, work: Workload) -> None:
 
 
 def _deciding(sizes: ModelSizes, work: Workload) -> int:
-    """One matrix: its statistics, what the method takes, and a copy on a GPU."""
+    """Return the bytes for one matrix: statistics, needs of the method, and a copy on a GPU."""
     per_weight, per_gram = work.deciding
     needed = per_weight * sizes.largest_matrix + per_gram * sizes.widest_input**2
     needed += _DECIDING * min(work.slab, sizes.largest_matrix) * FLOAT32_BYTES
@@ -201,13 +200,13 @@ def _deciding(sizes: ModelSizes, work: Workload) -> int:
 
 
 def _forward(sizes: ModelSizes, work: Workload) -> int:
-    """One sample without a graph."""
+    """Return the bytes of one sample without a graph."""
     numbers = _FORWARD_HIDDEN * sizes.hidden_size + _FORWARD_FEATURES * sizes.feature_widths
     return _slack(work.seqlen * numbers * work.itemsize + _attention(sizes, work, graph=False))
 
 
 def _graph(sizes: ModelSizes, work: Workload) -> int:
-    """One sample with its graph, and the gradient that is worked on."""
+    """Return the bytes of one sample with its graph, and the current piece of a gradient."""
     numbers = _GRAPH_HIDDEN * sizes.hidden_size + _GRAPH_FEATURES * sizes.feature_widths
     tile = min(sizes.largest_matrix, work.tile)
     needed = work.seqlen * numbers * work.itemsize + 2 * tile * FLOAT32_BYTES
@@ -222,7 +221,7 @@ def _attention(sizes: ModelSizes, work: Workload, *, graph: bool) -> int:
 
 
 def _carried(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    """Hidden states on their way between the device and the work folder."""
+    """Add hidden states on their way between the device and the work folder."""
     one = boundary_bytes(sizes, work)
     streams = 2 if at.name == "reverse" else 1
     carried = streams * one * _ARRIVING + min(choices.behind_bytes, 2 * one) + one
@@ -232,7 +231,7 @@ def _carried(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices)
 
 
 def boundary_bytes(sizes: ModelSizes, work: Workload) -> int:
-    """Hidden states of one sample."""
+    """Return the bytes of the hidden states of one sample."""
     return work.seqlen * sizes.hidden_size * work.itemsize
 
 

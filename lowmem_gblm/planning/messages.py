@@ -1,4 +1,4 @@
-"""What a plan has to say to a person: why it is so, and what is missing where nothing fits."""
+"""The sentences of a plan: why it was chosen, and what is missing if nothing fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN_PARTS = 4
 
 
 def gibibytes(count: int) -> str:
-    """A number of bytes as a person reads it: "41.2 GiB", "3.5 MiB"."""
+    """Return a number of bytes as text: "41.2 GiB", "3.5 MiB"."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -32,7 +32,7 @@ def gibibytes(count: int) -> str:
 def reasons(
     sizes: ModelSizes, work: Workload, choices: Choices, waits: DiskUse, room: int
 ) -> Iterator[str]:
-    """Sentences about everything that is not as one would do it with room for all."""
+    """Yield a sentence for every choice that is not the one with room for everything."""
     if room:
         place = "all" if room >= waits.stored else gibibytes(room)
         yield (
@@ -47,7 +47,7 @@ def reasons(
     if stores(work, choices) and choices.gradient_precision != "float32":
         bits = {"bfloat16": "bfloat16", "int8": "8 bit"}[choices.gradient_precision]
         yield (
-            f"gradient magnitudes wait in {bits}, for lack of disk space: "
+            f"gradient magnitudes are stored in {bits}, for lack of disk space: "
             f"some decisions will be others than in float32"
         )
     if "gradient" in work.needs and choices.accumulator_bytes is not None:
@@ -61,7 +61,7 @@ def reasons(
     if not choices.read_ahead and sizes.depth > 1:
         yield "no block is read ahead, for lack of host memory: the computation waits for the disk"
     elif work.on_gpu and work.resident_bits is None and not choices.copy_ahead and sizes.depth > 1:
-        yield "the next block waits in host memory, for lack of GPU memory"
+        yield "the next block is stored in host memory, for lack of GPU memory"
 
 
 def refusal(
@@ -72,12 +72,12 @@ def refusal(
     sizes: ModelSizes,
     fits: Sequence[str],
 ) -> str:
-    """What is missing, of what it is made up, and what would fit instead."""
+    """Return what is missing, its parts, and what would fit instead."""
     most = max(leanest, key=lambda at: at.host_bytes)
     most_gpu = max(leanest, key=lambda at: at.gpu_bytes)
     disk = {
         "output": sizes.total_bytes * work.writes,
-        "waiting between passes": max(0, minimum.disk_bytes - sizes.total_bytes * work.writes),
+        "stored between passes": max(0, minimum.disk_bytes - sizes.total_bytes * work.writes),
     }
     needs = (
         ("host memory", minimum.host_bytes, budget.host_bytes, most.host, f" in {most.name}"),

@@ -1,4 +1,4 @@
-"""A plan: what was chosen, what it will take, and what the least would be."""
+"""A plan: what was chosen, what it will take, and the least that a run could take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Budget:
     """Bytes that may be used; None for no limit.
 
     Attributes:
-        host_bytes: Resident memory of the whole process.
+        host_bytes: Resident memory of the complete process.
         gpu_bytes: Memory of the GPU, that of its context included.
-        disk_bytes: Of the output and the work folder together.
+        disk_bytes: Bytes of the output and the work folder together.
     """
 
     host_bytes: int | None = None
@@ -26,7 +26,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Bytes of the three things a run takes."""
+    """The bytes of host memory, GPU memory and disk space that a run takes."""
 
     host_bytes: int
     gpu_bytes: int
@@ -35,7 +35,7 @@ class Requirements:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a run is done and what it will take.
+    """The choices of a run and what it will take.
 
     Attributes:
         stages: In order.
@@ -50,9 +50,9 @@ class Plan:
         spill_bytes: Most that lies in the work folder at once.
         output_bytes: Size of the new checkpoint.
         read_bytes: Tensor data read from the checkpoint.
-        written_bytes: Written to the output and to the work folder.
+        written_bytes: Bytes written to the output and to the work folder.
         flops: Multiplications and additions with weights of decoder blocks.
-        seconds: Of every pass; None where the machine was not measured.
+        seconds: Seconds of every pass; None if the machine was not measured.
     """
 
     stages: tuple[str, ...]
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def total_seconds(self) -> float | None:
-        """Of the whole run."""
+        """Return the seconds of the run."""
         return None if self.seconds is None else sum(self.seconds.values())
 
     def as_json(self) -> dict[str, Any]:

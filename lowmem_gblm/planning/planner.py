@@ -38,8 +38,8 @@ def plan(
     """Choose how a run is done, and predict what it will take.
 
     Args:
-        sizes: Of the model.
-        work: To be done.
+        sizes: The sizes of the model.
+        work: The work to be done.
         base_bytes: Resident memory of the process before any tensor is loaded.
         budget: What may be used.
         speed: Of the machine; without it there is no time in the plan.
@@ -47,7 +47,7 @@ def plan(
         kept: Choices of an earlier attempt at the same job: what lies on the disk stays as it is.
 
     Raises:
-        BudgetError: Nothing fits: says what is missing, and which alternative would fit.
+        BudgetError: Nothing fits; names what is missing, and which alternative would fit.
     """
     found = _fitting(sizes, work, base_bytes, budget, kept)
     minimum = _minimum(sizes, work, base_bytes, kept)
@@ -64,7 +64,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Fitting:
-    """Choices that fit, and what comes of them."""
+    """Choices that fit, and what follows from them."""
 
     choices: Choices
     footprints: list[Footprint]
@@ -91,7 +91,7 @@ def _fitting(
                     boundary_interval=kept.boundary_interval,
                 )
             ]
-            # The journal counts on what it has written down to be on the disk.
+            # The journal counts on what it lists to be on the disk.
             left = 0
         found = _waiting_somewhere(sizes, work, ways, made, left, budget)
         if found is not None:
@@ -107,10 +107,10 @@ def _waiting_somewhere(
     left: int | None,
     budget: Budget,
 ) -> _Fitting | None:
-    """Where boundaries and gradient magnitudes can wait, in the most exact way that fits.
+    """Return the most exact way to store boundaries and gradient magnitudes that fits, or None.
 
-    That is the disk; host memory, of which so much is left over, where the disk does not suffice.
-    Then nothing can be resumed, which a run that overwrites its model must be.
+    They are stored on the disk; where it is too small, in the host memory that is `left`. A run in
+    host memory cannot be resumed, so a run that overwrites its model only uses the disk.
     """
     for choices in ways:
         waits = disk_use(step_table(sizes, work, choices), sizes, work, choices)
@@ -128,7 +128,7 @@ def _exceeds(needed: int, allowed: int | None) -> bool:
 
 
 def _in_memory(sizes: ModelSizes, work: Workload) -> Iterator[Choices]:
-    """What concerns memory, fastest first: a second pass over a block costs most."""
+    """Yield the choices on memory, fastest first: a second pass over a block costs most."""
     one = boundary_bytes(sizes, work)
     whole = sum(sizes.slots) * FLOAT32_BYTES
     behind = (max(whole, 2 * one), 2 * one) if work.schedule.stores_gradients else (2 * one,)
@@ -140,7 +140,7 @@ def _in_memory(sizes: ModelSizes, work: Workload) -> Iterator[Choices]:
 
 
 def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
-    """Limits for accumulators: all at once, then in 2, 3, … parts."""
+    """Return limits for accumulators: all at once, then in 2, 3, … parts."""
     if "gradient" not in work.needs:
         return [None]
     numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
@@ -155,7 +155,7 @@ def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
 
 
 def _on_disk(sizes: ModelSizes, work: Workload, choices: Choices) -> Iterator[Choices]:
-    """What concerns the work folder: exact precision first, then boundaries computed again."""
+    """Yield the choices on disk space: exact precision first, then recomputed boundaries."""
     kinds = work.stores if stores(work, choices) else work.stores[:1]
     most = largest_interval(sizes.depth) if work.schedule.keeps_boundaries else 1
     intervals = range(1, most + 1)
@@ -172,7 +172,7 @@ def largest_interval(depth: int) -> int:
 
 
 def _frugal(sizes: ModelSizes, work: Workload) -> Choices:
-    """The choices that take least memory."""
+    """Return the choices that take least memory."""
     *_, last = _in_memory(sizes, work)
     return last
 

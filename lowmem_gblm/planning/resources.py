@@ -1,4 +1,4 @@
-"""How a model is opened and what the machine gives: the options that every command has.
+"""Opening a model and limits of the machine: the options that every command has.
 
 A field that is declared with `option` is an option of the command line, of the Python API and of
 the record of a run.
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
     """Return the bytes meant by "22GiB", "24g" or "800MB" (KiB and K are 1024 bytes, KB is 1000).
 
     Raises:
-        RequestError: Not a size, or a number without a unit.
+        RequestError: The text is no size, or a number without a unit.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is not None and not match[2]:
@@ -44,14 +44,14 @@ def option(
     metavar: str | None = None,
     repeat: bool = False,
 ) -> Any:
-    """A field of a request.
+    """Return the field of a request for an option.
 
     Args:
-        default: What holds if the person says nothing.
+        default: The value without the option.
         help: One line for `--help`.
         identity: Whether another value gives another result.
         choices: The values allowed, if they can be listed.
-        parse: Turns the typed string into the value.
+        parse: A function from the typed string to the value.
         metavar: Placeholder in `--help`.
         repeat: Whether the option may be given several times.
     """
@@ -63,7 +63,7 @@ def option(
 
 
 def options(request_class: type) -> list[Field[Any]]:
-    """The fields that were declared with `option`."""
+    """Return the fields that were declared with `option`."""
     return [one for one in fields(request_class) if "help" in one.metadata]
 
 
@@ -79,7 +79,7 @@ def check_choices(request: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """How a model is opened, and what the machine gives."""
+    """The options for opening a model, and the limits of the machine."""
 
     device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1", metavar="DEVICE")
     dtype: str = option(
@@ -110,11 +110,11 @@ class Resources:
         parse=parse_bytes, metavar="SIZE",
     )  # fmt: skip
     work_dir: Path | None = option(
-        None, "folder for what waits between passes [OUTPUT.work]", identity=False, parse=Path,
+        None, "folder for what is stored between passes [OUTPUT.work]", identity=False, parse=Path,
         metavar="DIR",
     )  # fmt: skip
 
     @property
     def resident_kind(self) -> Literal["nf4", "int8"] | None:
-        """In what the matrices of the resident block are held; None: as they are computed."""
+        """Return the kind of packed matrices of the resident block; None if unpacked."""
         return None if self.compute_weights == "auto" else cast(Any, self.compute_weights)

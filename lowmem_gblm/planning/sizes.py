@@ -1,4 +1,4 @@
-"""What a plan is made from: the sizes of the model, the work to be done, and what can be chosen."""
+"""What a plan follows from: the sizes of the model, the work to be done, and the choices."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class ModelSizes:
 
     Attributes:
         block_bytes: Bytes on disk of every decoder block.
-        rest_bytes: Bytes on disk of everything else the model uses.
-        rest_weights: The same in numbers.
+        rest_bytes: Bytes on disk of all other tensors the model uses.
+        rest_weights: The number of weights of these tensors.
         total_bytes: Bytes on disk of all tensors.
-        side_bytes: Bytes of everything else that an output has: side files, headers, the record.
+        side_bytes: Bytes of an output beside its tensors: side files, headers, the record.
         prunable: Prunable weights of every block.
         slots: Weights of every matrix that the largest block multiplies with.
         gram_entries: Entries of all gram matrices of the largest block.
-        columns: Inputs of all its matrices.
-        active_fraction: Share of the weights that one token meets (below 1 with routed experts).
+        columns: Inputs of all matrices of the largest block.
+        active_fraction: Share of the weights that one token uses (below 1 with routed experts).
         largest_matrix: Weights of the largest prunable matrix.
         widest_input: Inputs of the widest prunable matrix.
-        feature_widths: Sum of the outputs of a block's prunable matrices that one token meets.
+        feature_widths: Sum of the outputs of a block's prunable matrices that one token uses.
         hidden_size: Width of a boundary.
         heads: Attention heads.
-        attention_matrices: Whether attention makes its [heads, T, T] probabilities (eager) or not.
+        attention_matrices: Whether attention holds its [heads, T, T] probabilities (eager) or not.
         vocab_size: Width of the logits.
     """
 
@@ -59,19 +59,19 @@ class ModelSizes:
 
     @property
     def depth(self) -> int:
-        """Number of decoder blocks."""
+        """Return the number of decoder blocks."""
         return len(self.block_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is to be done with the model.
+    """The work to be done with the model.
 
     Attributes:
         schedule: The stages.
         needs: Statistics of the method.
         deciding: Bytes that the method takes per weight of a matrix and per entry of its gram.
-        nsamples, seqlen: N and T.
+        nsamples, seqlen: The numbers N and T.
         itemsize: Bytes of one number of the computation.
         on_gpu: Whether blocks are computed on a GPU.
         shares_memory: Whether a resident block shares the memory of what was read.
@@ -80,7 +80,7 @@ class Workload:
         logits_chunk: Logits computed at once.
         tile: Numbers of a sample's gradient that are worked on at once.
         slab: Numbers of a matrix that are decided at once.
-        stores: The precisions in which gradient magnitudes may wait.
+        stores: The precisions in which gradient magnitudes may be stored.
         writes: Whether a checkpoint is written.
         rewrites: Whether pruned blocks are written over the dense ones, each through a file in
             the work folder.
@@ -105,16 +105,16 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How the work is done. Only `gradient_precision` changes numbers, and says so.
+    """The way in which the work is done; only `gradient_precision` changes numbers.
 
     Attributes:
-        read_ahead: Two blocks in host memory: the resident one and the next.
-        copy_ahead: Two blocks on the GPU, too.
-        behind_bytes: How much may be on its way to the work folder beside the computation.
-        boundary_interval: Boundaries 0, k, 2k, … are kept; those between are computed again.
+        read_ahead: Whether host memory holds two blocks: the resident one and the next.
+        copy_ahead: Whether the GPU holds two blocks, too.
+        behind_bytes: Bytes that may be on their way to the work folder beside the computation.
+        boundary_interval: Boundaries 0, k, 2k, … are kept; all others are computed again.
         accumulator_bytes: Most that the gradient accumulators of a block take at once; None for
             all of a block. Every part after the first takes another forward and backward pass.
-        gradient_precision: Precision of the gradient magnitudes that wait between two sweeps.
+        gradient_precision: Precision of the gradient magnitudes stored between two sweeps.
     """
 
     read_ahead: bool = True
@@ -126,20 +126,20 @@ class Choices:
 
 
 def stores(work: Workload, choices: Choices) -> bool:
-    """Whether gradient magnitudes wait in the work folder: of all blocks, or of parts of one."""
+    """Return whether gradient magnitudes are stored in the work folder, all or those of a part."""
     sliced = "gradient" in work.needs and choices.accumulator_bytes is not None
     return work.schedule.stores_gradients or sliced
 
 
 def stored_bytes(weights: int, precision: GradientPrecision) -> int:
-    """What the gradient magnitudes of so many weights take while they wait."""
+    """Return the bytes of the stored gradient magnitudes of a number of weights."""
     return int(weights * _STORED_BYTES[precision])
 
 
 def slices_within(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Put things of these sizes into parts of at most `limit`, in order; by their positions.
+    """Return parts, each a list of positions of `sizes` that add up to at most `limit`, in order.
 
-    A thing larger than the limit is a part of its own. None for everything at once.
+    A size larger than the limit is a part of its own. With None there is a single part.
     """
     if limit is None:
         return [list(range(len(sizes)))]

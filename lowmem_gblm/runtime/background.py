@@ -1,4 +1,4 @@
-"""One piece of work beside the rest, in a thread of its own."""
+"""One piece of work at a time beside the rest, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def worker(name: str) -> ThreadPoolExecutor:
 
 
 class SerialWorker:
-    """Does one thing at a time in its thread; the next one begins when the last is done.
+    """A thread that does one piece of work at a time, the next after the last.
 
     Args:
-        name: Of the thread.
+        name: Name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -24,24 +24,24 @@ class SerialWorker:
         self._last: Future[None] | None = None
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Wait for the last piece of work, then begin this one; returns what tells when it is done.
+        """Begin a piece of work once the last one is done; return its future.
 
         Raises:
-            Exception: What the last one raised.
+            Exception: The exception of the last piece.
         """
         self.settle()
         self._last = self._thread.submit(work, *arguments)
         return self._last
 
     def settle(self) -> None:
-        """Wait until the last piece of work is done. Several threads may wait.
+        """Wait until the last piece of work is done; several threads may wait.
 
         Raises:
-            Exception: What it raised.
+            Exception: The exception of the last piece.
         """
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Let the work under way end."""
+        """Wait for the current piece of work, and end the thread."""
         self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""What this machine gives: host memory, GPU memory, disk space."""
+"""The free memory and disk space of this machine: host memory, GPU memory, disk space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
 
 # Older versions of torch raise a plain RuntimeError.
 _ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
-# How the drivers of accelerators begin what torch raises as a plain RuntimeError.
+# Drivers of accelerators begin so the messages that torch raises as a plain RuntimeError.
 _DEVICE_ERROR = re.compile(
     r"(CUDA|HIP|XPU|MPS|NCCL|cu(BLAS|DNN|SOLVER|SPARSE|RAND)|roc(BLAS|SOLVER)|MIOpen|Triton)\b.*"
     r"(error|failed|failure|out of memory|STATUS)",
@@ -39,12 +39,12 @@ _DISK_MARGIN_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """What the system and the limits of this process's cgroups leave, taken together.
+    """Host memory that the system and the limits of this process's cgroups leave.
 
     Attributes:
         total_bytes: The smallest of the machine's memory and the limits.
-        available_bytes: What can be taken now without swapping or being killed; file cache that
-            can be dropped is free.
+        available_bytes: Bytes that can be taken now without swapping or being killed; file cache
+            that can be dropped is free.
     """
 
     total_bytes: int
@@ -59,7 +59,7 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def host_memory() -> HostMemory:
-    """What there is now: of the whole machine, or of the container around this process."""
+    """Return the host memory now, of the machine or of the container around this process."""
     system = psutil.virtual_memory()
     total, available = float(system.total), float(system.available)
     for folder, limits, used in _own_cgroups():
@@ -70,15 +70,14 @@ def host_memory() -> HostMemory:
 
 
 def free_host_bytes() -> int:
-    """Most resident memory that this process can grow to without swapping, less a margin.
+    """Return the resident memory that this process can grow to without swapping, less a margin.
 
-    What it has already counts as free, because a budget counts the whole process; but only its
-    private part: the files it maps are in the cache that counts as free anyway.
+    The memory it has already counts as free, because a budget counts the complete process; but
+    only its private part: the files it maps are in the cache that counts as free anyway.
 
-    The margin of 5 % of the memory, at least 512 MiB, is for everybody else (programs that grow,
-    buffers of the kernel) and for the file cache, which reading ahead and writing behind live on.
-    It is never more than a quarter of what could be had, or a small container would be left with
-    nothing.
+    The margin of 5 % of the memory, at least 512 MiB, is for other programs that grow, buffers of
+    the kernel, and the file cache, which reading ahead and writing behind depend on. It is never
+    more than a quarter of the free memory, or a small container would be left with nothing.
     """
     memory = host_memory()
     free = memory.available_bytes + _private_bytes()
@@ -87,10 +86,10 @@ def free_host_bytes() -> int:
 
 
 def free_gpu_bytes(device: torch.device) -> int:
-    """Most GPU memory that this process can grow to, its CUDA context included; 0 for a CPU.
+    """Return the GPU memory that this process can grow to, CUDA context included; 0 for a CPU.
 
-    The margin of 2 % is for what others on the GPU may still take, and for kernels, which are
-    loaded when they are first used.
+    The margin of 2 % is for other processes on the GPU, and for kernels, which are loaded when they
+    are first used.
     """
     if device.type != "cuda":
         return 0
@@ -111,21 +110,21 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def same_disk(one: Path, other: Path) -> bool:
-    """Whether two folders, which need not exist yet, share a file system."""
+    """Return whether two folders, which need not exist yet, share a file system."""
     return nearest_folder(one).stat().st_dev == nearest_folder(other).stat().st_dev
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path, if it is a folder; else the nearest one above it that is there."""
+    """Return the path if it is a folder, else the nearest existing one above it."""
     absolute = path.absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
 def _own_cgroups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
-    """The cgroups that limit this process, each with the files of its limits and of its use.
+    """Yield the cgroups that limit this process, each with the files of its limits and its use.
 
-    Inside a container the path may be one of the host, of which only the root is to be seen. What
-    is not there limits nothing.
+    Inside a container the path may be one of the host, of which only the root is visible. A
+    missing file limits nothing.
     """
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
@@ -145,7 +144,7 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
 
 
 def _number(path: Path, otherwise: float) -> float:
-    """The number in a file; `otherwise` where it says "max", or is not there."""
+    """Return the number in a file; `otherwise` if it says "max", or is missing."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -153,7 +152,7 @@ def _number(path: Path, otherwise: float) -> float:
 
 
 def _file_cache(folder: Path) -> int:
-    """Bytes of files that a cgroup keeps in memory; it can drop them."""
+    """Return the bytes of files that a cgroup keeps in memory; it can drop them."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
@@ -164,6 +163,6 @@ def _file_cache(folder: Path) -> int:
 
 
 def _private_bytes() -> int:
-    """Resident memory of this process; without mapped files, where the system tells."""
+    """Return the resident memory of this process; without mapped files, if the system tells."""
     info = psutil.Process().memory_info()
     return int(info.rss - getattr(info, "shared", 0))

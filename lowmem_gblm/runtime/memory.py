@@ -1,4 +1,4 @@
-"""How much memory this process has used at most, as the operating system counts it."""
+"""The memory of this process as the operating system counts it: now, its peak, its limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from lowmem_gblm.errors import BudgetError
 
-# What the driver and the kernels take of a GPU beside torch's allocator.
+# The driver and the kernels take this of a GPU beside torch's allocator.
 CUDA_CONTEXT_BYTES = 512 << 20
 
 _STATUS = Path("/proc/self/status")
@@ -27,7 +27,7 @@ _FROM_SYSTEM_BYTES = 1 << 25
 
 
 def host_peak_bytes() -> int:
-    """Largest resident set since the process began, or since `reset_host_peak`."""
+    """Return the largest resident set since the process began, or since `reset_host_peak`."""
     if _STATUS.exists():
         match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
         if match:
@@ -36,26 +36,26 @@ def host_peak_bytes() -> int:
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """Largest memory taken of a GPU since `reset_gpu_peak`, CUDA's own included; 0 for a CPU."""
+    """Return the peak of a GPU since `reset_gpu_peak`, CUDA's own included; 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT_BYTES
 
 
 def reset_gpu_peak(device: torch.device) -> None:
-    """Begin to count a GPU's memory anew."""
+    """Reset the peak of a GPU's memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def limit_gpu(device: torch.device, limit_bytes: int) -> None:
-    """Let torch take no more of a GPU than keeps the whole process below a limit.
+    """Limit torch's share of a GPU so that the complete process stays below a limit.
 
     Beyond it, torch raises its out-of-memory error, even if the GPU has more. A CPU has no such
     limit.
 
     Args:
-        device: Which one.
+        device: The GPU; on a CPU nothing is done.
         limit_bytes: For the tensors, what torch keeps for reuse, and the CUDA context.
 
     Raises:
@@ -74,7 +74,7 @@ def limit_gpu(device: torch.device, limit_bytes: int) -> None:
 
 
 def reset_host_peak() -> None:
-    """Begin to count anew, so that several runs in one process are told apart.
+    """Reset the peak of host memory, so that several runs in one process are told apart.
 
     Only Linux can; elsewhere, and where the kernel forbids it, the peak stays that of the process.
     """
@@ -91,26 +91,26 @@ def start_measuring() -> None:
 
 
 def settle_allocator(boundary_bytes: int = 0) -> None:
-    """Fix the size from which glibc takes tensors from the system and gives them back at once.
+    """Fix the size from which glibc takes tensors from the system and returns them at once.
 
-    Left alone it raises that size as it goes, and keeps pieces in between. Tensors of large models
-    are better kept for reuse, which saves a page fault for every 4 KiB; for small ones, what lies
-    around would be more than what is in use.
+    By default glibc raises that size as it goes, and keeps pieces in between. Tensors of large
+    models are better kept for reuse, which saves a page fault for every 4 KiB; with small ones, the
+    kept pieces would be more than the memory in use.
 
     Args:
-        boundary_bytes: Size of the hidden states of one sample; 0 while it is not known: what is
-            built before then must not leave holes for tensors either.
+        boundary_bytes: Size of the hidden states of one sample; 0 while it is not known: tensors
+            built before then must not leave holes either.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         small = boundary_bytes < _SMALL_BOUNDARY_BYTES
         set_option(_M_MMAP_THRESHOLD, _FROM_SYSTEM_SMALL_BYTES if small else _FROM_SYSTEM_BYTES)
-        # What is free at the end of the heap stays until `give_back_freed`.
+        # Free memory at the end of the heap stays until `give_back_freed`.
         set_option(_M_TRIM_THRESHOLD, _KEPT_AT_END_BYTES)
 
 
 def give_back_freed() -> None:
-    """Return what was freed to the system.
+    """Return freed memory to the system.
 
     glibc keeps it, in ever more pieces: without this, memory grows with the number of blocks.
     Other allocators are left alone.
@@ -121,5 +121,5 @@ def give_back_freed() -> None:
 
 
 def host_resident_bytes() -> int:
-    """Resident set now."""
+    """Return the resident set now, in bytes."""
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will still take."""
+"""The progress of a run, and an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowmem_gblm.runtime.signals import StopFlag
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of a run: so many steps, together so much of the cost of the whole run."""
+    """A part of a run: a number of steps, and their share of the cost of the run."""
 
     name: str
     steps: int
@@ -22,13 +22,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """News: a step of a stage has been taken.
+    """The news that a step of a stage has been taken.
 
     Attributes:
         stage: Name of the stage.
-        step, steps: Steps taken of it, and in all.
+        step, steps: Steps taken of the stage, and in all.
         stage_s: Seconds since the stage began.
-        left_s: Estimated seconds to the end of the run; None before anything can be said.
+        left_s: Estimated seconds to the end of the run; None before there is an estimate.
         peak_bytes: Largest resident memory so far.
     """
 
@@ -44,17 +44,17 @@ Listener = Callable[[Tick], None]
 
 
 class Progress:
-    """Counts the steps of a run's stages and tells a listener.
+    """A count of the steps of a run's stages, reported to a listener.
 
     Args:
-        stages: What will be done, in order.
-        listener: Told after every step; None for nobody.
-        stop: What `check` and `step` look at; None where nothing stops the run.
+        stages: The stages of the run, in order.
+        listener: Called after every step; None for no reports.
+        stop: The flag that `check` and `step` look at; None if nothing stops the run.
 
     Attributes:
-        seconds: Seconds each stage has taken.
-        check: Raises what a stop was requested with; called before every sample and piece of work.
-        waited_seconds: How many of them the computation stood still for data to arrive or leave.
+        seconds: Seconds of each stage.
+        check: Raises the requested error of `stop`; called before every sample and piece of work.
+        waited_seconds: Seconds of each stage in which the computation waited for data.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Progress:
         self._skipped_cost = 0.0
         self._earlier: dict[str, float] = {}
         self._start = time.monotonic()
-        # Spent on what costs nothing: it says nothing of how fast the rest will be.
+        # Spent on stages without cost: no measure of how fast the rest will be.
         self._free_s = 0.0
         self._stage: Stage | None = None
         self._waited = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Everything within belongs to the named stage."""
+        """Run the body as the named stage."""
         self._stage = self._stages[name]
         self._step = 0
         self._waited = 0.0
@@ -96,27 +96,27 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, the computation stands still for data."""
+        """Run the body as a time in which the computation waits for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
 
     def skip(self, count: int, *, whole: bool = False) -> None:
-        """So many steps of the current stage were done by an earlier attempt; or all, if any."""
+        """Count steps of the current stage that an earlier attempt has done; or all, if any was."""
         assert self._stage is not None, "a step belongs to a stage"
         count = self._stage.steps if whole and count else count
         self._step += count
         self._skipped_cost += self._stage.cost * count / self._stage.steps
 
     def restore(self, name: str, seconds: float) -> None:
-        """An earlier attempt has spent this time on a stage."""
+        """Add the time that an earlier attempt has spent on a stage."""
         self._earlier[name] = self._earlier.get(name, 0.0) + seconds
 
     def step(self) -> None:
-        """One step of the current stage is done.
+        """Count a finished step of the current stage and report it.
 
         Raises:
-            BaseException: What a stop was requested with, as by `check`.
+            BaseException: The requested error of `stop`, as by `check`.
         """
         assert self._stage is not None, "a step belongs to a stage"
         self.check()
@@ -140,5 +140,5 @@ class Progress:
         )
 
     def total_seconds(self) -> float:
-        """Seconds since the run began, with those of earlier attempts."""
+        """Return the seconds since the run began, and those of earlier attempts."""
         return round(time.monotonic() - self._start + sum(self._earlier.values()), 3)

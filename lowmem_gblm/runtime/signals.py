@@ -31,7 +31,7 @@ _DEFAULTS: dict[int, Any] = {
 
 
 class StopRequested(KeyboardInterrupt):
-    """What SIGINT and SIGTERM raise.
+    """The exception of SIGINT and SIGTERM.
 
     A `KeyboardInterrupt` itself that passes through `exec` makes Python end the process by a signal
     instead of an exit code; an instance of a subclass does not.
@@ -45,12 +45,12 @@ class StopFlag:
         self._requested: list[BaseException] = []
 
     def request(self, error: BaseException) -> None:
-        """Request a stop; of several requests the first one counts."""
+        """Request a stop by raising `error`; of several requests the first one counts."""
         # Appending needs no lock, which a signal handler would wait for in vain.
         self._requested.append(error)
 
     def check(self) -> None:
-        """Raise what was requested, if a stop was."""
+        """Raise the requested error, if a stop was requested."""
         if self._requested:
             raise self._requested[0]
 
@@ -63,7 +63,7 @@ class _Handler:
 
     Attributes:
         run: The flag of the run under way; without a run the first signal raises.
-        came: How many signals have come.
+        came: The number of signals so far.
     """
 
     def __init__(self, again: Callable[[int], None]) -> None:
@@ -84,15 +84,15 @@ class _Handler:
 
 @contextmanager
 def raise_on_signals(last_words: str, *, ends: bool) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM raise `StopRequested`, and the second end the process.
+    """Run the body; the first SIGINT or SIGTERM raises `StopRequested`, the second ends all.
 
-    A signal is never lost: where a library drops or replaces what was raised, it is raised at the
+    A signal is never lost: if a library drops or replaces the exception, it is raised again at the
     end. A signal that was ignored before stays ignored. Only the main thread is concerned.
 
     Args:
-        last_words: What the second signal writes to stderr.
-        ends: Whether the process ends afterwards: then signals are ignored from there on, for the
-            sake of its exit code. Otherwise the handlers from before are put back.
+        last_words: Text that the second signal writes to stderr.
+        ends: Whether the process ends afterwards: signals are ignored from then on, for the sake of
+            its exit code. Otherwise the former handlers are put back.
     """
     if not _is_main_thread():
         yield
@@ -121,11 +121,11 @@ def raise_on_signals(last_words: str, *, ends: bool) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(stop: StopFlag) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM request a stop, and say so on stderr.
+    """Run the body; the first SIGINT or SIGTERM requests a stop and says so on stderr.
 
-    The second one ends the process within `raise_on_signals`. Elsewhere, as in a notebook, handlers
+    Within `raise_on_signals` the second one ends the process. Elsewhere, as in a notebook, handlers
     that are not Python's own are left alone, and the second signal does what it did before. A
-    signal that no check has met is raised at the end. Only the main thread is concerned.
+    signal that no check has seen is raised at the end. Only the main thread is concerned.
     """
     if not _is_main_thread():
         yield

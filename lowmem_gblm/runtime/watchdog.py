@@ -1,6 +1,6 @@
-"""Stops a run before its memory, or that of the whole system, runs out.
+"""A watch that stops a run before its memory, or that of the system, runs out.
 
-A plan is a prediction. Where it is wrong, the system would swap until nothing answers, or kill
+A plan is a prediction. If it is wrong, the system would swap until nothing answers, or kill
 this process or another one: an error with a sentence is better.
 """
 
@@ -16,7 +16,7 @@ from lowmem_gblm.runtime.signals import StopFlag
 
 INTERVAL_S = 0.05
 
-# Asking about the whole system takes ten times as long as asking about this process.
+# Asking about the system takes ten times as long as asking about this process.
 _SYSTEM_EVERY = 4
 _FLOOR = 0.02
 _FLOOR_BYTES = 256 << 20
@@ -27,9 +27,9 @@ class HostWatch:
     """A thread that looks every 50 ms, and requests a stop once host memory gets short.
 
     Args:
-        limit_bytes: Most resident memory of this process; None: only the system is watched.
-        stop: The flag of the run; it gets a `BudgetError`.
-        planned_bytes: What the plan said, for the message; None without a plan.
+        limit_bytes: Most resident memory of this process; None if only the system is watched.
+        stop: The flag of the run; a `BudgetError` is requested.
+        planned_bytes: The planned memory, for the message; None without a plan.
         interval_s: Time between two looks.
     """
 
@@ -66,7 +66,7 @@ class HostWatch:
             looks += 1
 
     def _look(self, *, at_system: bool) -> str | None:
-        """Return why the run must stop, if it must."""
+        """Return why the run must stop; None if it need not."""
         resident = host_resident_bytes()
         if self._limit_bytes is not None and resident > self._limit_bytes:
             return (
@@ -89,7 +89,7 @@ class HostWatch:
 
 
 def _runs_short(memory: HostMemory, resident_bytes: int) -> bool:
-    """Return whether next to nothing is left, and it is this process that could change it."""
+    """Return whether next to nothing is left, and this process holds a sizeable part of it."""
     floor = min(_FLOOR_BYTES, _FLOOR * memory.total_bytes)
     used = memory.total_bytes - memory.available_bytes
     return memory.available_bytes < floor and resident_bytes >= _SIZEABLE * used

@@ -1,1 +1,1 @@
-"""Files: reading a checkpoint, writing the pruned one, and what lies in the work folder between."""
+"""Files: reading a checkpoint, writing the pruned checkpoint, and the work folder of a job."""

@@ -1,7 +1,7 @@
 """The only file that renames.
 
-A file or folder appears under its final name whole or not at all: it is written beside it under a
-temporary name, flushed to the disk, renamed, and the folder is flushed too.
+A file or folder appears under its final name complete or not at all: it is written beside it with
+a temporary name, flushed to the disk, renamed, and the folder is flushed too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TEMPORARY = ".tmp"
 
 
 class Writable(Protocol):
-    """What can be written to at its end."""
+    """A file whose end can be written to."""
 
     def write(self, data: bytes | memoryview, /) -> int:
-        """Take all of it."""
+        """Append all of `data`; return the number of bytes."""
 
 
 def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
@@ -37,7 +37,7 @@ def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in the place of another, or where there is none: one of the two is always there.
+    """Write `data` to `path`, in the place of any former file; one of the two is always there.
 
     Raises:
         OSError: The disk is full or failing; the temporary file is removed.
@@ -55,19 +55,19 @@ def _publish(growing: PendingFile, write: Callable[[Writable], object]) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """Return where a file is written before it gets its name."""
     return path.with_name(path.name + TEMPORARY)
 
 
 class PendingFile:
-    """A file that is written little by little, and has its name only when it is whole.
+    """A file that is written piece by piece, and has its name only when it is complete.
 
     Args:
-        path: The name it will have.
-        replaces: Whether a file of that name may be there: one of ours that has become untrue.
+        path: The final name.
+        replaces: Whether a file of this tool that has become untrue may be at `path`.
 
     Raises:
-        FileExistsError: `path` exists, and is not to be replaced.
+        FileExistsError: `path` exists, and `replaces` is False.
     """
 
     def __init__(self, path: Path, *, replaces: bool = False) -> None:
@@ -79,7 +79,7 @@ class PendingFile:
         self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def append(self, data: memoryview) -> int:
-        """Write at the end; returns where that was.
+        """Write `data` at the end; return its offset in bytes.
 
         Raises:
             OSError: The disk is full or failing.
@@ -95,12 +95,12 @@ class PendingFile:
         return start
 
     def write(self, data: bytes | memoryview, /) -> int:
-        """Likewise; returns how much that was, as other files do."""
+        """Append all of `data`; return the number of bytes, as other files do."""
         self.append(memoryview(data))
         return len(data)
 
     def publish(self) -> None:
-        """Give it its name. Nothing can be written any more.
+        """Give the file its name; nothing can be written any more.
 
         Raises:
             OSError: The disk is full or failing.
@@ -112,7 +112,7 @@ class PendingFile:
         self._close()
 
     def discard(self) -> None:
-        """Remove it, unless it has been published."""
+        """Remove the file, unless it has been published."""
         if self.descriptor >= 0:
             self._temporary.unlink(missing_ok=True)
             self._close()
@@ -128,7 +128,7 @@ def publish_json(path: Path, value: Any) -> None:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """The same in the place of another file, or where there is none."""
+    """Write `path` as readable JSON, in the place of any former file."""
     replace_file(path, _as_json(value))
 
 
@@ -140,8 +140,8 @@ def publish_folder(partial: Path, final: Path) -> None:
     """Give a finished folder its final name.
 
     Raises:
-        JobError: `final` exists by now; the folder has its former name.
-        OSError: The disk is failing; likewise.
+        JobError: `final` exists by now; the folder keeps its former name.
+        OSError: The disk is failing; the folder keeps its former name.
     """
     _check_still_absent(final)
     flush_folder(partial)
@@ -161,7 +161,7 @@ def publish_folder(partial: Path, final: Path) -> None:
 def _check_still_absent(final: Path) -> None:
     if os.path.lexists(final):
         raise JobError(
-            f"{final} exists by now: it was made by somebody else during the run. Move it away, "
+            f"{final} exists by now: another process made it during the run. Move it away, "
             f"then give the same command again; what is done is kept"
         )
 

@@ -32,7 +32,7 @@ _WORDS = (
 
 @contextmanager
 def blamed(path: Path) -> Iterator[None]:
-    """Within, an error of the system names `path`, unless it names a file itself."""
+    """Run the body; an error of the system in it names `path`, unless it names a file itself."""
     try:
         yield
     except OSError as error:
@@ -41,17 +41,17 @@ def blamed(path: Path) -> Iterator[None]:
 
 
 def is_trouble(error: OSError) -> bool:
-    """Whether a disk is full or failing."""
+    """Return whether an error says that a disk is full or failing."""
     return error.errno in _FULL or error.errno in _FAILING
 
 
 def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
-    """The same as a sentence.
+    """Return the error as one with a sentence for the user.
 
     Args:
-        error: Of the system.
-        needs: How much is still needed and how much is free, and where; empty if it is not known.
-        way_out: What the person can do, once the disk is in order.
+        error: The error of the system.
+        needs: How much is still needed and how much is free, and where; empty if not known.
+        way_out: What the user can do, once the disk is in order.
     """
     path = Path(str(error.filename or "a file of this run"))
     failed = f"{_what(path)} could not be written to {path}"
@@ -71,7 +71,7 @@ def to_resume(work_folder: Path, *, kept: bool) -> str:
     if not kept:
         return "give the same command again; nothing was done yet that could be kept"
     command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
-    return f"give the same command again, or {command}, which goes on from what is done"
+    return f"give the same command again, or {command}, which resumes from what is done"
 
 
 def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
@@ -84,7 +84,7 @@ def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
 
 
 def _what(path: Path) -> str:
-    """What a file holds."""
+    """Return what a file holds, as its name tells."""
     name = path.name.removesuffix(".tmp")
     for pattern, words in _WORDS:
         if match := re.fullmatch(pattern, name):

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, the embedded one, or the Hub."""
+"""The place of a model: a folder, the embedded model, or the Hub."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _EMBEDDED = "demo"
 def locate(
     model: str, *, weights: bool = True, code: bool = False, unfinished: bool = False
 ) -> Path:
-    """The folder of a model.
+    """Return the folder of a model; a model of the Hub is downloaded.
 
     Args:
         model: A folder; "demo" for the embedded model; or a Hub id, which is downloaded into the
             Hub's own cache (safetensors and side files only).
-        weights: Whether they are wanted; without them, of a Hub id only config.json is
-            downloaded. What the cache has already is in the folder all the same.
-        code: Whether Python code that comes with it is wanted, too.
-        unfinished: Whether it may be one that is being pruned in place.
+        weights: Whether the weights are wanted; otherwise only config.json of a Hub id is
+            downloaded. Files that the cache has already are in the folder all the same.
+        code: Whether Python code that comes with the model is wanted, too.
+        unfinished: Whether the model may be one that is being pruned in place.
 
     Raises:
-        CheckpointError: None of these.
-        JobError: It is being pruned in place, and that has not been finished.
+        CheckpointError: `model` is none of these.
+        JobError: The model is being pruned in place, and that has not been finished.
     """
     wanted = [*(_WANTED if weights else _DESCRIPTION), *([PATTERN] if code else [])]
     found = _found(model, wanted)
@@ -42,7 +42,7 @@ def locate(
 
 
 def is_on_hub(model: str) -> bool:
-    """Whether a model is neither here nor the embedded one, and may be the id of one on the Hub."""
+    """Return whether `model` may be a Hub id: neither a folder nor the embedded model."""
     return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
 
 

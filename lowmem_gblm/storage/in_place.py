@@ -2,7 +2,7 @@
 
     MODEL/PRUNING-IN-PLACE                     there until all is done (`in_place_marker`)
     MODEL/*.safetensors                        names, headers and sizes stay as they are
-    MODEL.work/overwrites-00003.safetensors    what the pruned tensors of block 3 are to become
+    MODEL.work/overwrites-00003.safetensors    the new values of the pruned tensors of block 3
 
 A block takes four steps, each on the disk before the next one begins:
 
@@ -11,9 +11,9 @@ A block takes four steps, each on the disk before the next one begins:
     3. they are written over the old ones in the shards
     4. their file is removed
 
-Killed before 2, a run finds the dense block as it was, and prunes it again. From 2 on that step is
-done and never repeated, and it is the last one that reads the block: nobody needs the old tensors
-any more, so that 3 can be done as often as needed, and is done again by the next run.
+Killed before 2, a run finds the dense block unchanged, and prunes it again. From 2 on the step
+is done and never repeated, and it is the last step that reads the block: the old tensors are not
+needed any more, so 3 can be repeated as often as needed, and is repeated by the next run.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ _HUB_MODEL = "models--"
 
 
 class InPlaceWriter:
-    """A checkpoint that becomes the pruned one; to a run it is what `CheckpointWriter` is.
+    """A checkpoint whose blocks are overwritten; a run uses it like a `CheckpointWriter`.
 
     Args:
         source: The checkpoint.
         pruned: Names on disk of the tensors of every decoder block that are to be pruned.
-        job: Its work folder, which nobody else uses, and its number.
-        keep: Files of the work folder that the journal has; what is left of them is written over
+        job: The job; no other process uses its work folder.
+        keep: Files of the work folder that the journal has; the remaining ones are written over
             the old tensors now, and any other such file is removed.
 
     Attributes:
         shards: All shards, each with its `bytes` and its `sha256`; empty before `write_rest`.
-        bytes_written: Into the shards.
+        bytes_written: Bytes written into the shards.
 
     Raises:
         JobError: A file in `keep` is damaged, or the model was replaced in the meantime.
@@ -89,23 +89,22 @@ class InPlaceWriter:
         self._writer = SerialWorker("write-block")
 
     def close(self, *, keep: bool) -> None:
-        """Leave everything for another attempt to `keep`; or nothing was or is left to be done."""
+        """Stop writing; the marker stays for another attempt to `keep`, or is removed."""
         self._writer.close()
         if not keep:
             self.withdraw()
 
     def withdraw(self) -> None:
-        """The model is whole, or as it was: the marker goes."""
+        """Remove the marker: the model is complete, or unchanged."""
         self._marker.remove()
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
         """Publish the pruned tensors of decoder block `index` in a thread of its own.
 
-        Args:
-            tensors: On the CPU, dtypes as in the source; not to be modified before it is done.
+        `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
 
         Returns:
-            What tells when it is done.
+            A future that is done when the file has its name.
 
         Raises:
             OSError: An earlier block could not be written.
@@ -116,36 +115,36 @@ class InPlaceWriter:
         """Wait until the last block has been published.
 
         Raises:
-            OSError: It could not be.
+            OSError: The last block could not be published.
         """
         self._writer.settle()
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
-        """The files of these blocks, which have been published, for the journal."""
+        """Return the files of these published blocks, each with `bytes` and `sha256`."""
         return {name: self._published[name] for name in map(_file_name, blocks)}
 
     def committed(self, blocks: Sequence[int]) -> None:
-        """The journal has these blocks: write them over the old ones.
+        """Write these blocks, which the journal has, over the old ones.
 
         Raises:
-            OSError: The disk is full or failing; the next run will do it.
+            OSError: The disk is full or failing; the next run repeats this.
         """
         for name in map(_file_name, blocks):
             self._marker.tell(overwritten=True)
             self._overwrite(self._work_folder / name)
 
     def write_rest(self, check: Callable[[], None]) -> None:
-        """Read all shards as they are now: nothing is left to be written.
+        """Read all shards for their hashes; nothing is left to be written.
 
         Args:
-            check: Called before every piece; it raises if the run is to stop.
+            check: Called before every piece; raises if the run is to stop.
         """
         files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
         self.shards = {name: _summary(file, check) for name, file in sorted(files.items())}
         self._source.bytes_read += self._source.nbytes()
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json: the model is whole.
+        """Write `record` as pruning.json and remove the marker: the model is complete.
 
         Returns:
             `record`.
@@ -155,7 +154,7 @@ class InPlaceWriter:
         return record
 
     def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """In a thread of its own."""
+        """Publish the file of a block; called in a thread of its own."""
         entries = self._entries(index)
         path = self._work_folder / _file_name(index)
         write = partial(write_tensors, tensors=tensors)
@@ -174,12 +173,12 @@ class InPlaceWriter:
                 raise JobError(
                     f"{self._source.folder} is not the model that was being pruned: block {index} "
                     f"does not hold what was written over it. If the model was put back or fetched "
-                    f"anew, remove {self._source.folder / MARKER_FILE} and {self._work_folder} to "
-                    f"begin anew"
+                    f"again, remove {self._source.folder / MARKER_FILE} and {self._work_folder} to "
+                    f"start over"
                 )
 
     def _repair(self, keep: Mapping[str, dict[str, Any]]) -> None:
-        """Finish what an earlier run has begun to write over the old tensors."""
+        """Finish the writes over old tensors that an earlier run has begun."""
         for path in sorted(self._work_folder.glob(_file_name("*"))):
             if path.name not in keep:
                 path.unlink()
@@ -190,7 +189,7 @@ class InPlaceWriter:
             self._overwrite(path)
 
     def _overwrite(self, path: Path) -> None:
-        """Write all tensors of a file over those of their names, then remove it."""
+        """Write all tensors of a file over those of the same names, then remove the file."""
         with ExitStack() as opened:
             new = opened.enter_context(_opened(path, os.O_RDONLY))
             shards: dict[Path, int] = {}
@@ -207,16 +206,16 @@ class InPlaceWriter:
         path.unlink()
 
 
-# What a run writes to.
+# Either kind of output that a run writes to.
 BlockWriter = CheckpointWriter | InPlaceWriter
 
 
 def check_confirmed(model: str, *, confirmed: bool) -> None:
-    """Raise `RequestError` unless MODEL is a folder and the person knows what will become of it.
+    """Raise `RequestError` unless MODEL is a folder and the user has confirmed the overwriting.
 
     Args:
-        model: As it was asked for.
-        confirmed: Whether the person has said that the dense model may go.
+        model: MODEL, as the user gave it.
+        confirmed: Whether the user has said that the dense model may go.
     """
     if not Path(model).is_dir():
         raise RequestError(
@@ -227,30 +226,29 @@ def check_confirmed(model: str, *, confirmed: bool) -> None:
         raise RequestError(
             f"--in-place overwrites the weights in {model}, block by block: the dense "
             f"model is gone then, and a run that is interrupted leaves a folder that is good for "
-            f"nothing until the run has been gone on with. If that is what you want, type "
+            f"nothing until the run has been resumed and finished. If that is what you want, type "
             f"--in-place --overwrite-my-only-copy"
         )
 
 
 def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool) -> None:
-    """Raise `RequestError` if the shards of these tensors should not or cannot be overwritten.
+    """Raise `RequestError` if the shards of tensors should not or cannot be overwritten.
 
-    Args:
-        shared: Whether they may be those of somebody else, too.
+    If `shared`, other users may be reading the shards, too.
     """
     for file in sorted({source.tensors[name].file for name in names}):
         also = _elsewhere(file)
         if also and not shared:
             raise RequestError(
                 f"{_named(file)} {also}: --in-place would prune it for whoever else uses it, too. "
-                f"Give a copy of the model; or add --in-place-shared, if nobody else needs it"
+                f"Give a copy of the model; or add --in-place-shared, if no one else needs it"
             )
         _check_writable(file)
     _check_writable(source.folder)
 
 
 def overwritten_blocks(work_folder: Path) -> list[int]:
-    """Blocks of which the journal of a job has the new tensors."""
+    """Return the blocks of which the journal of a job has the new tensors."""
     entries = read_journal(work_folder, in_place=True)
     return sorted(_block_of(name) for entry in entries for name in entry["shards"])
 
@@ -264,7 +262,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _elsewhere(file: Path) -> str | None:
-    """Where else a file is in use, as far as it can be seen from here."""
+    """Return where else a file is in use, as far as this process can see; None if nowhere."""
     real = Path(os.path.realpath(file))
     if file.is_symlink():
         return f"is a symbolic link to {shown(real)}"
@@ -288,7 +286,7 @@ def _block_of(file_name: str) -> int:
 
 
 def _summary(file: Path, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Return its `bytes` and its `sha256`; `check` is called before every piece."""
+    """Return `bytes` and `sha256` of a file; `check` is called before every piece."""
     hashed = sha256()
     with open(file, "rb") as opened:
         while piece := _read(opened, file):
@@ -319,7 +317,7 @@ def _opened(file: Path, flags: int) -> Iterator[int]:
 
 
 def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> None:
-    """Write the bytes of a tensor over those of another one that is as large."""
+    """Write the bytes of a tensor over those of another one of the same size."""
     assert entry.nbytes == place.nbytes, entry.name
     done = 0
     while done < entry.nbytes:

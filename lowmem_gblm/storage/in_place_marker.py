@@ -1,7 +1,7 @@
-"""The file in a model folder that tells everybody: this model is being pruned in place.
+"""The file in a model folder that says: this model is being pruned in place.
 
-It is there from before the first byte is overwritten until after the last one, so that nobody
-takes a folder with some blocks pruned and some not for a model.
+It is there from before the first byte is overwritten until after the last one, so that a
+folder with some blocks pruned and some not is not taken for a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
 _INTACT = """\
 lowmem-gblm is pruning the model in this folder in place. Nothing has been overwritten yet.
 
-If no process is at it any more, this goes on with it:
+If no process is pruning it any more, this resumes the run:
 
     {command}
 
@@ -28,7 +28,7 @@ _PARTLY = """\
 lowmem-gblm is pruning the model in this folder in place. Some of its blocks are pruned and some
 are not: it is good for nothing before all of them are.
 
-If no process is at it any more, this goes on with it:
+If no process is pruning it any more, this resumes the run:
 
     {command}
 
@@ -40,12 +40,12 @@ Job {job}
 
 
 class InPlaceMarker:
-    """The marker of one job.
+    """The marker of one job in a model folder.
 
     Args:
-        model: The folder that it is put into.
-        work_folder: Of the job.
-        job: What identifies it.
+        model: The model folder.
+        work_folder: The work folder of the job.
+        job: The id of the job.
     """
 
     def __init__(self, model: Path, work_folder: Path, job: str) -> None:
@@ -54,7 +54,7 @@ class InPlaceMarker:
         self._work_folder = work_folder.absolute()
 
     def tell(self, *, overwritten: bool) -> None:
-        """Put it there, as true as it is now: the model is as it was, or partly `overwritten`.
+        """Write the marker: the model is unchanged, or partly `overwritten`.
 
         Raises:
             OSError: The disk is full or failing.
@@ -67,12 +67,12 @@ class InPlaceMarker:
         replace_file(self._path, text.encode())
 
     def remove(self) -> None:
-        """The model is whole again."""
+        """Remove the marker."""
         self._path.unlink(missing_ok=True)
 
 
 def is_about(model: Path, job: str) -> bool:
-    """Whether the marker in a model folder is that of a job."""
+    """Return whether the marker in a model folder is that of a job."""
     path = model / MARKER_FILE
     return path.is_file() and f"Job {job}" in path.read_text(errors="replace").splitlines()
 
@@ -90,5 +90,5 @@ def check_complete(folder: Path) -> None:
     if is_unfinished(folder):
         raise JobError(
             f"{folder} is being pruned in place, or was until that was interrupted: some of its "
-            f"blocks may be pruned and others not. {folder / MARKER_FILE} says how to go on with it"
+            f"blocks may be pruned and others not. {folder / MARKER_FILE} says how to resume it"
         )

@@ -1,12 +1,12 @@
-"""A job that can be interrupted at any instant: its identity, and a journal of what is done.
+"""A job that can be interrupted at any instant: its identity, and a journal of finished steps.
 
     OUTPUT.work/
         job.json            what identifies the job, how to type it again, what was chosen
-        journal/000000.json one file per finished step: pass, records, what waits in which file
-        dense-3, …          what waits between passes (`tensor_store`)
+        journal/000000.json one file per finished step: pass, records, what is stored in which file
+        dense-3, …          what is stored between passes (`tensor_store`)
 
-Every file appears whole or not at all (`atomic`), so after a crash the journal ends with the last
-step of which everything is on the disk. A resumed job goes on with the next one.
+Every file appears complete or not at all (`atomic`), so after a crash the journal ends with the
+last step of which everything is on the disk. A resumed job begins with the step after it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 
 
 def check_partial(output: Path, job: Job) -> None:
-    """Raise `JobError` if what was written of an output belongs to a job in another folder."""
+    """Raise `JobError` if the partial output belongs to a job in another folder."""
     number, _, name = owner_of(partial_folder(output)).partition(" ")
     folder = Path(name)
     if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
@@ -53,17 +53,17 @@ class Job:
     """The work folder of one run.
 
     Args:
-        folder: Made if it is not there.
+        folder: The folder; created if it does not exist.
         description: Of this run: `identity`, which must be that of the job found there; its
-            `folder`, `output` and `request`; and what else there is to be kept.
+            `folder`, `output` and `request`; and whatever else is to be kept.
         expected: The description that was found there when this run was planned.
 
     Attributes:
-        entries: Of the journal, oldest first.
-        attempts: This one's number: one more than the last that has finished a step.
+        entries: Entries of the journal, oldest first.
+        attempts: Number of this attempt: one more than the last that has finished a step.
 
     Raises:
-        JobError: Another job is there, another process is using it, or has since it was planned.
+        JobError: Another job is there, another process uses it, or has since this run was planned.
         RequestError: The folder cannot be made.
     """
 
@@ -93,13 +93,13 @@ class Job:
 
     @property
     def id(self) -> str:
-        """What tells this job from any other."""
+        """Return the id of the job."""
         found: str = self._description["id"]
         return found
 
     @property
     def owner(self) -> str:
-        """What the mark of a folder says that belongs to this job."""
+        """Return the mark of a folder that belongs to this job."""
         return f"{self.id} {self.folder.absolute()}"
 
     @property
@@ -114,7 +114,7 @@ class Job:
 
     @property
     def resumed(self) -> bool:
-        """Whether something has been done already."""
+        """Return whether a step has been done already."""
         return bool(self.entries)
 
     def stored(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Job:
         return tables
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Write down that a step is done.
+        """Add to the journal that a step is done.
 
         Raises:
             OSError: The disk is full or failing.
@@ -143,7 +143,7 @@ class Job:
                 path.unlink()
 
     def close(self) -> None:
-        """Leave everything for another process to go on with."""
+        """Close the folder and keep all files, so that another process can resume the job."""
         self._own.close()
 
     def forget(self) -> None:
@@ -152,13 +152,13 @@ class Job:
         self.entries.clear()
 
     def remove(self) -> None:
-        """The job is over: remove its folder."""
+        """Remove the folder of the job, which is over."""
         self._own.remove()
 
     def _found_or_begun(
         self, description: Mapping[str, Any], expected: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """The description of the job that is gone on with; or of a new one, written down."""
+        """Return the description of the job that is resumed; or of a new job, after writing it."""
         earlier = read_description(self.folder)
         found = earlier if has_steps(self.folder) else None
         if found != expected:
@@ -167,7 +167,7 @@ class Job:
                 f"again"
             )
         if found is None:
-            # A marker may speak of the job that was begun before, and has come to nothing.
+            # The marker of an earlier job that has finished no step may name its id.
             begun = {**description, "id": earlier["id"] if earlier else token_hex(8)}
             self._begin(begun)
             return begun

@@ -1,6 +1,6 @@
 """Folders that belong to one job: marked as ours, locked while the process lives.
 
-And model folders, which many may read, and only one that nobody reads may overwrite.
+Model folders are locked, too: many processes may read one, or one process may overwrite it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ MARK = ".lowmem-gblm"
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 for one that is not there."""
+    """Return the bytes of all files in a folder; 0 if the folder does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class OwnedFolder:
-    """A folder for this process alone; made if it is not there.
+    """A folder for this process alone; created if it does not exist.
 
-    The mark tells it from a folder of somebody else's. The lock on the mark is the kernel's, so a
-    dead process does not keep it.
+    The mark tells it from other folders. The lock on the mark is the kernel's, so a dead process
+    does not keep it.
 
     Args:
-        path: Where.
-        owner: What the mark says, for `owner_of`.
+        path: The folder.
+        owner: The text of the mark, which `owner_of` returns.
 
     Raises:
         JobError: The folder exists without the mark, or another process is using it.
@@ -40,7 +40,7 @@ class OwnedFolder:
 
     def __init__(self, path: Path, owner: str = "") -> None:
         self.path = path
-        # An empty one may be our own, left by an attempt that was killed between two operations.
+        # An empty folder may be ours, left by an attempt that was killed between two operations.
         if path.exists() and not (path / MARK).is_file() and not _is_empty(path):
             raise JobError(
                 f"{path} exists and was not made by lowmem-gblm: move it away, or choose another "
@@ -63,7 +63,7 @@ class OwnedFolder:
             raise
 
     def empty(self, but: Collection[str] = ()) -> None:
-        """Remove what an earlier process left there, but for files of these names."""
+        """Remove what an earlier process left in the folder, except files of these names."""
         for child in self.path.iterdir():
             if child.name in but:
                 continue
@@ -73,21 +73,21 @@ class OwnedFolder:
                 child.unlink()
 
     def remove_temporary(self) -> None:
-        """Remove what an earlier process had not finished writing."""
+        """Remove the files that an earlier process had not finished writing."""
         for child in self.path.rglob(f"*{TEMPORARY}"):
             child.unlink()
 
     def close(self) -> None:
-        """Let others use the folder; it stays as it is."""
+        """Unlock the folder for other processes and leave it as it is."""
         self._lock.close()
 
     def release(self, path: Path) -> None:
-        """Give up the folder, by now called `path`, and keep its content."""
+        """Remove the mark from the folder, which is called `path` now, and unlock it."""
         (path / MARK).unlink(missing_ok=True)
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove the folder and what is in it, as far as the disk lets us; the mark goes last."""
+        """Remove the folder and its files, as far as the disk permits; the mark goes last."""
         with suppress(OSError):
             self.empty()
         shutil.rmtree(self.path, ignore_errors=True)
@@ -95,7 +95,7 @@ class OwnedFolder:
 
 
 def owner_of(path: Path) -> str:
-    """What the mark of a folder of ours says; empty where there is none."""
+    """Return the text of the mark of a folder; empty if it has none."""
     mark = path / MARK
     return os.fsdecode(mark.read_bytes()) if mark.is_file() else ""
 
@@ -104,10 +104,10 @@ def owner_of(path: Path) -> str:
 def model_lock(model: Path, *, alone: bool) -> Iterator[None]:
     """Hold a model folder: together with all who read it, or alone, to overwrite it.
 
-    The lock is the kernel's; file systems without locks hold nobody off.
+    The lock is the kernel's; on file systems without locks it excludes no process.
 
     Raises:
-        JobError: Another process overwrites it; or reads it, for who wants to be alone.
+        JobError: Another process overwrites the model; or, if `alone`, reads it.
     """
     descriptor = os.open(model, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Tensors that wait outside the device: hidden states between blocks, gradient magnitudes.
+"""Tensors stored outside the device: hidden states between blocks, gradient magnitudes.
 
-A spill holds as much as it may in host memory and the rest in files of the work folder, one file a
-name, so that memory does not depend on how many blocks or samples there are.
+A store holds as much as it may in host memory and the rest in files of the work folder, one file
+per name, so that memory does not depend on the number of blocks or samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Table = list[tuple[int | str, int, str, list[int]]]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in its file a tensor lies."""
+    """The place of a tensor in its file."""
 
     offset: int
     dtype: torch.dtype
@@ -36,13 +36,13 @@ class _Place:
 class TensorStore:
     """Named tensors: written, read any number of times, dropped when no longer needed.
 
-    What is written again before it is published takes the place of what was there.
+    An item that is written again before it is published replaces the former one.
 
-    Threads may use it at the same time, each for other names or for what has been written.
+    Threads may use the store at the same time, each for other names or for written items.
 
     Args:
-        folder: Where files go; must exist.
-        host_bytes: How much may stay in host memory.
+        folder: The folder for the files; must exist.
+        host_bytes: Bytes that may stay in host memory.
         way_out: What to do where a file is damaged, for the message.
     """
 
@@ -84,7 +84,7 @@ class TensorStore:
         """The tensor, on the CPU; not to be modified.
 
         Raises:
-            JobError: Its file is gone, or has become shorter.
+            JobError: The file is gone, or has become shorter.
         """
         if (name, item) in self._held:
             return self._held[name, item]
@@ -99,15 +99,15 @@ class TensorStore:
         return tensor
 
     def written(self) -> list[str]:
-        """Names that have been written to and are not durable yet."""
+        """Return the names that have been written to and are not durable yet."""
         with self._lock:
             return list(self._growing)
 
     def publish(self, names: Iterable[str]) -> dict[str, Table]:
-        """Make what was written under these names durable; nothing can be added to it then.
+        """Make what was written under these names durable; nothing can be added to them then.
 
         Returns:
-            What `adopt` needs to know of it.
+            The table of every name, as `adopt` takes it.
 
         Raises:
             OSError: The disk is full or failing.
@@ -124,7 +124,7 @@ class TensorStore:
         """Take over files that an earlier run has published.
 
         Raises:
-            JobError: One is missing or has another size.
+            JobError: A file is missing or has another size.
         """
         for name, table in tables.items():
             end = 0
@@ -137,7 +137,7 @@ class TensorStore:
                 raise self._damaged(name)
 
     def drop(self, name: str) -> None:
-        """Forget everything under `name`."""
+        """Remove everything under `name`."""
         with self._lock:
             for key in [key for key in self._held if key[0] == name]:
                 self._room_bytes += self._held.pop(key).nbytes
@@ -152,7 +152,7 @@ class TensorStore:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """What was not published goes."""
+        """Discard all that was not published."""
         for growing in self._growing.values():
             growing.discard()
         self._growing.clear()
@@ -166,7 +166,7 @@ class TensorStore:
         ]
 
     def _opened(self, name: str) -> int:
-        """Its file for reading; another thread may be just about to publish it."""
+        """Open the file of a name for reading; another thread may be just about to publish it."""
         path = self._path(name)
         for candidate in (path, temporary_name(path), path):
             try:
@@ -184,7 +184,7 @@ class TensorStore:
 
 
 def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> bool:
-    """Read all of a view; whether there was so much."""
+    """Read from `offset` until the view is full; return False if the file ends before."""
     done = 0
     while done < len(view):
         with blamed(path):

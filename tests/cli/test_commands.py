@@ -405,7 +405,7 @@ def test_prune_says_what_it_did_and_where(run, llama, small):
 
 def test_plan_writes_nothing(run, llama, small, tmp_path):
     answer = run("plan", llama, *small)
-    assert answer.out.startswith("passes       embed → dense → head → reverse → prune\nhost memory")
+    assert answer.out.startswith("stages       embed → dense → head → reverse → prune\nhost memory")
     assert not list(tmp_path.iterdir())
 
 
@@ -527,4 +527,4 @@ def test_running_out_of_memory_is_a_sentence(error, run, llama, small, monkeypat
 def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatch):
     monkeypatch.setattr("lowmem_gblm.commands.compare.compare", ctrl_c)
     answer = run("compare", llama, "--methods", "wanda", *small)
-    refused(answer, 130, "What is pruned is kept in comparison. To go on", "lowmem-gblm compare")
+    refused(answer, 130, "What is pruned is kept in comparison. To resume", "lowmem-gblm compare")

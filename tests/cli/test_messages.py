@@ -127,7 +127,7 @@ def test_a_file_of_somebody_else_is_refused(
     ("full", "what", "way_out"),
     [
         ("out", "the output", "OUTPUT"),
-        ("out.work", "what waits between passes", "--work-dir"),
+        ("out.work", "what is stored between passes", "--work-dir"),
     ],
 )
 def test_each_of_two_disks_must_have_room(
@@ -164,7 +164,7 @@ def test_hidden_states_that_are_lost_while_they_wait_are_told(
     with pytest.raises(JobError) as caught:
         prune(tmp_path / "out", listener=listener)
     assert str(caught.value) == (
-        f"{waiting} is missing or damaged: look at the disk; to begin anew, remove {waiting.parent}"
+        f"{waiting} is missing or damaged: look at the disk; to start over, remove {waiting.parent}"
     )
 
 

@@ -87,7 +87,7 @@ def test_an_output_in_a_folder_whose_name_is_not_utf8_is_refused(
 def test_a_job_of_another_version_is_refused(edit: Callable[[dict[str, Any]], object]) -> None:
     asked = to_json(PruneRequest(model="model"))
     edit(asked)
-    message = r"was begun by another version of lowmem-gblm, .* \(seed.*\): go on with it with that"
+    message = r"was begun by another version of lowmem-gblm, .* \(seed.*\): resume it with that"
     with pytest.raises(JobError, match=message):
         request_from_json(asked)
 

@@ -212,7 +212,7 @@ def test_a_download_that_was_interrupted_is_described(left: int, tmp_path: Path)
     ("name", "content", "sentence"),
     [
         ("pytorch_model.bin", "", "as pickles"),
-        (SINGLE, "", "is no whole safetensors file"),
+        (SINGLE, "", "is no complete safetensors file"),
         ("adapter.safetensors", "", "has neither"),
         (INDEX, '{"weight_map": {"x": "../x.safetensors"}}', "is not a file of the folder"),
         (INDEX, '{"weight_map": {"x": 3}}', "is not a file of the folder"),

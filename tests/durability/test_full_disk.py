@@ -1,4 +1,4 @@
-"""A disk that fills up or fails: a sentence, an exit code, and a job that can be gone on with."""
+"""A disk that fills up or fails: a sentence, an exit code, and a job that can be resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WHAT = (
 )
 NEEDS = r"[\d.]+ [KMG]?i?B more are needed in \S+ and [\d.]+ [KMG]?i?B are free"
 WAY_OUT = (
-    r"then give the same command again(, or lowmem-gblm resume \S+, which goes on from what is "
+    r"then give the same command again(, or lowmem-gblm resume \S+, which resumes from what is "
     r"done|; nothing was done yet that could be kept)"
 )
 FULL = rf"lowmem-gblm: the disk is full: {WHAT} could not be written to \S+, {NEEDS}: make room, "
@@ -146,7 +146,7 @@ def test_some_of_these_disks_keep_a_job_to_go_on_with(
 ) -> None:
     folder = small_disk(str(200 << 10))
     _, line = prune(folder / "out")
-    assert f"lowmem-gblm resume {folder / 'out.work'}, which goes on from what is done" in line
+    assert f"lowmem-gblm resume {folder / 'out.work'}, which resumes from what is done" in line
 
 
 class Faults:

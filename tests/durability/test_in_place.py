@@ -311,7 +311,7 @@ def test_a_model_that_is_half_pruned_is_refused_by_everything_else(
     assert main([words.get(word, word) for word in command]) == 5
     sentence = (
         f"lowmem-gblm: {model} is being pruned in place, or was until that was interrupted: some "
-        f"of its blocks may be pruned and others not. {model}/{MARKER_FILE} says how to go on with "
+        f"of its blocks may be pruned and others not. {model}/{MARKER_FILE} says how to resume "
         f"it\n"
     )
     assert capsys.readouterr().err.removeprefix("dense: measuring perplexity\n") == sentence
@@ -406,7 +406,7 @@ def test_what_the_journal_has_must_be_there_as_it_was(
             OSError(errno.EIO, "Input/output error"),
             DiskError,
             "the shard could not be written to or read from FILE: look after that disk, then give "
-            "the same command again, or lowmem-gblm resume MODEL.work, which goes on from what is",
+            "the same command again, or lowmem-gblm resume MODEL.work, which resumes from what is",
         ),
         (
             "model.work/overwrites-00001.safetensors",

@@ -102,7 +102,7 @@ def test_a_block_that_is_not_followed_is_found_before_anything_is_overwritten(
             ["MODEL", "--in-place"],
             "--in-place overwrites the weights in MODEL, block by block: the dense model is gone "
             "then, and a run that is interrupted leaves a folder that is good for nothing until "
-            "the run has been gone on with. If that is what you want, type --in-place "
+            "the run has been resumed and finished. If that is what you want, type --in-place "
             "--overwrite-my-only-copy",
         ),
         (
@@ -192,7 +192,7 @@ def test_files_that_others_may_use_are_overwritten_only_if_that_is_said(
             command(model)
         assert str(caught.value) == (
             f"{model}/model.safetensors {why}: --in-place would prune it for whoever else uses "
-            f"it, too. Give a copy of the model; or add --in-place-shared, if nobody else needs it"
+            f"it, too. Give a copy of the model; or add --in-place-shared, if no one else needs it"
         )
     assert content(tmp_path) == before
     run(model, in_place_shared=True)

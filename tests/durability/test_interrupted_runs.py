@@ -31,11 +31,11 @@ from support.crashes import SIGNALS, content, ctrl_c, out_of_memory
 from support.tiny_models import save_tiny
 
 MOMENTS = 20
-KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To go on:"
+KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To resume:"
 NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To begin again:"
 STOPPING = "lowmem-gblm: interrupted: stopping after the current sample. Once more ends at once"
-ENDED = "lowmem-gblm: ended at once. To go on, or to begin again:"
-WHOLE = r"lowmem-gblm: interrupted, but \S+ is whole already\."
+ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
+WHOLE = r"lowmem-gblm: interrupted, but \S+ is complete already\."
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_an_interrupted_resume_says_where_the_job_is(
     monkeypatch.setattr("lowmem_gblm.commands.prune.resume.find_job", ctrl_c)
     assert cli.main(["resume", "my out.work"]) == 130
     error = capsys.readouterr().err
-    assert "What is done is kept in my out.work. To go on:" in error
+    assert "What is done is kept in my out.work. To resume:" in error
     assert error.endswith("\nlowmem-gblm resume 'my out.work'\n")
 
 

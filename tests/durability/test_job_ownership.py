@@ -63,7 +63,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_job_of_another_version_is_not_gone_on_with(run: Run, tmp_path: Path) -> None:
+def test_a_job_of_another_version_is_not_resumed(run: Run, tmp_path: Path) -> None:
     stopped_at(run, tmp_path / "out", "prune", 1)
     path = tmp_path / "out.work" / "job.json"
     found = json.loads(path.read_text())
@@ -73,8 +73,8 @@ def test_a_job_of_another_version_is_not_gone_on_with(run: Run, tmp_path: Path) 
         with pytest.raises(JobError) as caught:
             go_on()
         assert str(caught.value) == (
-            f"{path} is that of another version of lowmem-gblm: finish it with that; to begin "
-            f"anew, remove {path.parent}, unless a model was being pruned in place: its "
+            f"{path} is that of another version of lowmem-gblm: finish it with that; to start "
+            f"over, remove {path.parent}, unless a model was being pruned in place: its "
             f"{MARKER_FILE} says what can be done then"
         )
 
@@ -99,7 +99,7 @@ def test_a_work_folder_is_that_of_one_output(run: Run, tmp_path: Path) -> None:
         run(tmp_path / "two" / "out", work_dir=tmp_path / "work")
     work = tmp_path / "work" / "out.work"
     assert str(caught.value) == (
-        f"{work} holds the job of {tmp_path}/one/out: give another --work-dir, or finish that one "
+        f"{work} holds the job of {tmp_path}/one/out: give another --work-dir, or finish that job "
         f"first (lowmem-gblm resume {work})"
     )
     run(tmp_path / "one" / "out", work_dir=tmp_path / "work")
@@ -114,8 +114,8 @@ def test_what_was_written_of_an_output_is_not_thrown_away_by_another_job(
         run(tmp_path / "out")
     work = tmp_path / "far away" / "out.work"
     assert str(caught.value) == (
-        f"{tmp_path}/out.partial belongs to the job in {work}: go on with that (lowmem-gblm resume "
-        f"'{work}'); to begin anew, remove both"
+        f"{tmp_path}/out.partial belongs to the job in {work}: resume that job (lowmem-gblm resume "
+        f"'{work}'); to start over, remove both"
     )
     assert names(tmp_path) == {"expected", "far away", "out.partial"}
     run(tmp_path / "out", work_dir=tmp_path / "far away")
@@ -275,7 +275,7 @@ def test_a_model_that_was_put_back_is_not_taken_for_the_half_pruned_one(
     assert str(caught.value).startswith(
         f"{copy} is not the model that was being pruned: block 0 does not hold what was written "
         f"over it. If the model was put back or fetched anew, remove {copy}/{MARKER_FILE} and "
-        f"{copy}.work to begin anew"
+        f"{copy}.work to start over"
     )
     assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     (copy / MARKER_FILE).unlink(missing_ok=True)
@@ -388,7 +388,7 @@ def test_what_has_gone_in_the_middle_of_a_run_is_named_with_the_way_on(
     assert str(caught.value) == (
         f"the file shard.safetensors could not be written to or read from /far/shard.safetensors "
         f"(Permission denied): mend that, then give the same command again, or lowmem-gblm resume "
-        f"{tmp_path}/out.work, which goes on from what is done"
+        f"{tmp_path}/out.work, which resumes from what is done"
     )
     run(tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""A job that is killed at any instant is gone on with, and gives the same bytes."""
+"""A job that is killed at any instant is resumed, and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_another_job_in_the_same_place_is_refused(
         run(tmp_path / "out", **{option: value})
     assert sentence in str(caught.value)
     assert f"lowmem-gblm resume {tmp_path}/out.work" in str(caught.value)
-    assert f"to begin anew, remove {tmp_path}/out.work" in str(caught.value)
+    assert f"to start over, remove {tmp_path}/out.work" in str(caught.value)
     run(tmp_path / "out")
 
 
@@ -201,7 +201,7 @@ def test_budgets_may_change_between_attempts(run, tmp_path: Path) -> None:
 def test_with_less_disk_a_begun_job_waits_for_room_and_loses_nothing(run, tmp_path: Path) -> None:
     run(tmp_path / "expected")
     stopped_at(run, tmp_path / "out", "dense", 1)
-    # Host memory could stand in for the disk in a new job, not in one that has files to go on with.
+    # Host memory could stand in for the disk in a new job, not in one that has files already.
     with pytest.raises(BudgetError, match="of disk space"):
         run(tmp_path / "out", disk=1000)
     run(tmp_path / "out")
@@ -248,7 +248,7 @@ def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
     (path,) = tmp_path.glob(place)
     damage(path)
     with pytest.raises(
-        JobError, match=r"missing or damaged: look at the disk; to begin anew, remove "
+        JobError, match=r"missing or damaged: look at the disk; to start over, remove "
     ):
         run(tmp_path / "out")
 
@@ -262,7 +262,7 @@ def test_a_journal_that_lacks_an_entry_is_told(damage, run, tmp_path: Path) -> N
         run(tmp_path / "out")
     assert str(caught.value).startswith(f"{path} is ")
     assert str(caught.value).endswith(
-        f". Look at the disk; to begin anew, remove {tmp_path}/out.work"
+        f". Look at the disk; to start over, remove {tmp_path}/out.work"
     )
 
 
@@ -275,7 +275,7 @@ def test_a_damaged_description_is_told(run, tmp_path: Path) -> None:
             go_on()
         assert str(caught.value).startswith(f"{path} is not JSON: ")
         assert str(caught.value).endswith(
-            f". Look at the disk; to begin anew, remove {tmp_path}/out.work, unless a model was "
+            f". Look at the disk; to start over, remove {tmp_path}/out.work, unless a model was "
             f"being pruned in place: its PRUNING-IN-PLACE says what can be done then"
         )
 

@@ -66,7 +66,7 @@ def test_rounded_stores_agree_and_say_so(store: str, least: float, choose, tmp_p
     lowmem_gblm.prune("demo", tmp_path / "plain", **options)
     choose(Choices(gradient_precision=store))
     record = lowmem_gblm.prune("demo", tmp_path / "other", **options)
-    assert "gradient magnitudes wait in" in record["notes"][0]
+    assert "gradient magnitudes are stored in" in record["notes"][0]
     plain, other = written(tmp_path / "plain"), written(tmp_path / "other")
     same = sum(int(((plain[name] == 0) == (other[name] == 0)).sum()) for name in record["tensors"])
     total = sum(plain[name].numel() for name in record["tensors"])

@@ -100,12 +100,12 @@ def test_metadata_is_no_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no whole safetensors file: 0 bytes"),
-        (bytes(7), "is no whole safetensors file: 7 bytes"),
-        (bytes(40), "40 bytes, of which the header claims 0"),
-        ((10**9).to_bytes(8, "little") + b"{}", "10 bytes, of which the header claims 1000000000"),
-        (b"\xff" * 20, "20 bytes, of which the header claims 18446744073709551615"),
-        (file_of({"x": ENTRY})[:60], "is no whole safetensors file: 60 bytes"),
+        (b"", "is no complete safetensors file: 0 bytes"),
+        (bytes(7), "is no complete safetensors file: 7 bytes"),
+        (bytes(40), "40 bytes, of which the header declares 0"),
+        ((10**9).to_bytes(8, "little") + b"{}", "of which the header declares 1000000000"),
+        (b"\xff" * 20, "20 bytes, of which the header declares 18446744073709551615"),
+        (file_of({"x": ENTRY})[:60], "is no complete safetensors file: 60 bytes"),
         (file_of(b"{not json}"), "is not valid"),
         (file_of(b'{"x": "\xff"}'), "is not valid"),
         (file_of(b"[" * 100_000), "is not valid"),

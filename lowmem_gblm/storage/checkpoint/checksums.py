@@ -1,4 +1,4 @@
-"""Whole files: shards against the record of a run, side files against those of the source."""
+"""Hashes of complete files: shards against the record, side files against those of the source."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def check_hashes(shards: Any) -> None:
 
 
 def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
-    """Shards that are gone or have other bytes; every file is read once, a piece at a time.
+    """Yield a sentence for every shard that is gone or has other bytes; each file is read once.
 
     Raises:
-        CheckpointError: One is not an ordinary file of the folder.
+        CheckpointError: A shard is not an ordinary file of the folder.
     """
     for name, described in shards.items():
         path = folder / name
@@ -51,10 +51,10 @@ def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
 
 
 def side_file_violations(folder: Path, source: Path) -> Iterator[str]:
-    """Side files of the source that an output lacks or has otherwise; a model card may be edited.
+    """Yield a sentence for every side file that an output lacks or has otherwise, but for `.md`.
 
     Raises:
-        CheckpointError: One is not an ordinary file of its folder.
+        CheckpointError: A side file is not an ordinary file of its folder.
     """
     for path in side_files(source):
         name = path.relative_to(source)

@@ -1,12 +1,12 @@
-"""Which files may be read: ordinary ones that lie in the model folder.
+"""The files that may be read: ordinary files that lie in the model folder.
 
-A checkpoint comes from strangers, and a link in it can point at anything on this machine: what it
-names would be read, and copied into the output. So a file is read only if, links followed, it lies
+A checkpoint is untrusted, and a link in it can point at anything on this machine: its target
+would be read, and copied into the output. So a file is read only if, links followed, it lies
 
-    in the model folder, wherever that is: the person named it, so it may be a link itself;
+    in the model folder, wherever that is: the user named it, so it may be a link itself;
     in the `blobs` of the Hub cache that the model folder is a snapshot of
         (…/snapshots/REVISION/x.safetensors -> ../../blobs/HASH);
-    in a folder that the person has allowed with the environment variable LOWMEM_GBLM_LINKS
+    in a folder that the user has allowed with the environment variable LOWMEM_GBLM_LINKS
         (several are joined by a colon, as in PATH).
 
 A pipe or a device may block for ever, or never end: it is refused before it is opened.
@@ -40,14 +40,14 @@ _KINDS = {
 
 
 def ordinary_file(folder: Path, path: Path) -> int:
-    """The size in bytes of a file that may be read.
+    """Return the size in bytes of a file that may be read.
 
     Args:
-        folder: The model folder that it belongs to.
+        folder: The model folder that the file belongs to.
         path: The file.
 
     Raises:
-        CheckpointError: It is missing, no ordinary file, or lies elsewhere.
+        CheckpointError: The file is missing, not an ordinary file, or lies elsewhere.
     """
     try:
         real = Path(os.path.realpath(path, strict=True))
@@ -68,13 +68,13 @@ def ordinary_file(folder: Path, path: Path) -> int:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Everything but weights: config, tokenizer, generation config, licence, README, …
+    """Yield all files but weights, such as config, tokenizer, generation config and licence.
 
-    Caches, version control, what is being written or was pruned into a folder in it are left out,
-    and so are linked folders and the record of the model's own pruning.
+    Left out are caches, version control, folders that this tool writes or has written, linked
+    folders and the record of the model's own pruning.
 
     Raises:
-        OSError: A folder is gone or cannot be listed: what is in it would be missed silently.
+        OSError: A folder is gone or cannot be listed: its files would be left out silently.
     """
     for place, folders, files in os.walk(folder, onerror=_not_listed):
         folders[:] = sorted(
@@ -109,7 +109,7 @@ def _why(path: Path, error: OSError | ValueError) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders that files may lie in."""
+    """Return the folders that files may lie in."""
     home = Path(os.path.realpath(folder))
     places = [home]
     places += [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]

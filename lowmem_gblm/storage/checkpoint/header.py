@@ -41,7 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`, row-major."""
+    """The place of one tensor: `nbytes` bytes from `offset` of `file`, row-major."""
 
     name: str
     dtype: torch.dtype
@@ -52,10 +52,10 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file of a model folder.
+    """Return the tensors of one safetensors file of a model folder, by name.
 
     Raises:
-        CheckpointError: Says what is wrong, where, what was expected and what was found.
+        CheckpointError: The file is refused; names tensor and file, what was expected and found.
     """
     size = ordinary_file(path.parent, path)
     with open(path, "rb") as file:
@@ -64,15 +64,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def header_length(path: Path, beginning: bytes, size: int) -> int:
-    """How long the header is, from the first eight bytes of a file of `size` bytes.
+    """Return the length of the header in bytes, from the first eight of a file of `size` bytes.
 
     Raises:
-        CheckpointError: It cannot be in this file, or is larger than any header.
+        CheckpointError: The header would not fit into the file, or is larger than any header.
     """
     length = int.from_bytes(beginning, "little")
     if not 2 <= length <= size - _LENGTH_BYTES:
         raise CheckpointError(
-            f"{path} is no whole safetensors file: {size} bytes, of which the header claims "
+            f"{path} is no complete safetensors file: {size} bytes, of which the header declares "
             f"{length}"
         )
     if length > MAX_JSON_BYTES:
@@ -83,12 +83,12 @@ def header_length(path: Path, beginning: bytes, size: int) -> int:
 
 
 def parse_header(path: Path, text: bytes, size: int) -> dict[str, TensorEntry]:
-    """The tensors that a header describes, each within the file and apart from the others.
+    """Return the tensors that a header describes, each within the file and apart from the others.
 
     Args:
-        path: The file, for the entries and for messages; it is not touched.
-        text: Its header.
-        size: Bytes of the whole file.
+        path: The file, for the entries and for messages; it is not opened.
+        text: The header.
+        size: Bytes of the complete file.
 
     Raises:
         CheckpointError: See `read_header`.
@@ -154,7 +154,7 @@ def _dtype(where: str, name: Any) -> torch.dtype:
 
 
 def _integers(value: Any) -> tuple[int, ...] | None:
-    """A tuple of non-negative integers, or None. (bool is an int subclass and would pass.)"""
+    """Return a tuple of non-negative integers, or None; bool, a subclass of int, is refused."""
     if not isinstance(value, list):
         return None
     if any(type(item) is not int or not 0 <= item <= MAX_NUMEL for item in value):
@@ -163,7 +163,7 @@ def _integers(value: Any) -> tuple[int, ...] | None:
 
 
 def _check_layout(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
-    """Data must follow the header without gap, overlap or tail."""
+    """Raise `CheckpointError` unless data follows the header without gap, overlap or tail."""
     position = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:

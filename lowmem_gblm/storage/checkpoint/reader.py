@@ -1,6 +1,6 @@
 """Reading a safetensors checkpoint: headers first, then single tensors by `pread`.
 
-A checkpoint comes from strangers, so every header is checked against the file it is in before a
+A checkpoint is untrusted, so every header is checked against the file it is in before a
 byte of data is believed. Tensors are read into buffers of their own: a mapped file would count as
 resident memory for as long as it stays mapped.
 """
@@ -46,11 +46,11 @@ class Checkpoint:
         folder: The model folder.
         tensors: Every tensor by name, in the order of the files.
         bytes_read: Tensor data read so far.
-        on_disk: Whether the tensors are there to be read; False for `described` ones.
+        on_disk: Whether the tensors can be read; False for a `described` checkpoint.
 
     Raises:
-        CheckpointError: The folder is missing, holds only pickles, a file in it is not one that
-            may be read, or a header, index or size is not what the format demands.
+        CheckpointError: The folder is missing, holds only pickles, holds a file that may not be
+            read, or a header, index or size is not what the format demands.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,11 +74,11 @@ class Checkpoint:
 
     @classmethod
     def described(cls, folder: Path, entries: Iterable[TensorEntry]) -> Checkpoint:
-        """A checkpoint whose tensors are only said to exist: enough for a plan, never to be read.
+        """Return a checkpoint of described tensors: enough for a plan, never to be read.
 
         Args:
             folder: The model folder; of its files, none is opened.
-            entries: What its headers would say.
+            entries: The tensors that its headers would describe.
         """
         made = cls.__new__(cls)
         made.folder, made.bytes_read, made.on_disk = folder, 0, False
@@ -89,16 +89,16 @@ class Checkpoint:
         return f"Checkpoint({str(self.folder)!r}, {len(self.tensors)} tensors)"
 
     def nbytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of data of the named tensors; of all, without names."""
+        """Return the bytes of data of the named tensors; of all tensors if `names` is None."""
         chosen = self.tensors if names is None else names
         return sum(self.tensors[name].nbytes for name in chosen)
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor as it lies on disk: its own dtype and shape, on the CPU.
+        """Return the tensor as it is on disk: its own dtype and shape, on the CPU.
 
         Args:
-            name: Which one.
-            into: uint8 CPU memory of just its size; without it, new memory is taken.
+            name: Name of the tensor.
+            into: uint8 CPU memory of just the tensor's bytes; if None, new memory is taken.
 
         Raises:
             CheckpointError: The file has become shorter since its header was read.
@@ -110,10 +110,10 @@ class Checkpoint:
         return buffer.view(entry.dtype).view(entry.shape)
 
     def read_finite(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The same; for a tensor that is computed with.
+        """Return the tensor as `read` does, after a check that every number is finite.
 
         Raises:
-            NonFiniteError: A NaN or an infinity is in it.
+            NonFiniteError: The tensor holds a NaN or an infinity.
         """
         tensor = self.read(name, into)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
@@ -130,7 +130,7 @@ class Checkpoint:
         return tensor
 
     def first_bytes(self, name: str, count: int) -> bytes:
-        """The first bytes of a tensor, to tell it from others.
+        """Return the first `count` bytes of a tensor, to tell it from others.
 
         Raises:
             CheckpointError: The file has become shorter since its header was read.
@@ -140,7 +140,7 @@ class Checkpoint:
         return raw_bytes(buffer).tobytes()
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor, a few at a time; a piece is valid until the next is asked for.
+        """Yield the bytes of a tensor in pieces; a piece is valid until the next one is asked for.
 
         Raises:
             CheckpointError: The file has become shorter since its header was read.
@@ -155,7 +155,7 @@ class Checkpoint:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, as bytes that can be read and written."""
+    """Return the memory of a contiguous CPU tensor, as bytes that can be read and written."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -179,7 +179,7 @@ def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> Non
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
-    """Shard file names, each with the tensors the index promises in it (None: no index)."""
+    """Return shard file names, each with the tensors the index promises in it (None: no index)."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
     if os.path.lexists(folder / INDEX):
@@ -205,10 +205,10 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def shards_of_index(path: Path, index: dict[str, Any]) -> dict[str, set[str]]:
-    """Tensor names by shard, from the content of `model.safetensors.index.json`.
+    """Return tensor names by shard, from the content of `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: There are none, or a shard is not the name of a file in the folder.
+        CheckpointError: The index is empty, or a shard is not the name of a file in the folder.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

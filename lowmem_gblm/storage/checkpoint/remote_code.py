@@ -1,6 +1,6 @@
-"""Python code that comes with a checkpoint: it can do whatever the person who runs it can do.
+"""Python code that comes with a checkpoint: it can do whatever the user can do.
 
-It runs only where that person has said so, and only code that lies in the model folder, where it
+It runs only where the user has said so, and only if it lies in the model folder, where it
 can be read before and where it becomes part of the output.
 """
 
@@ -19,16 +19,16 @@ _AUTO_MAP = "auto_map"
 
 
 def check_remote_code(path: Path, content: Mapping[str, Any], *, trusted: bool) -> None:
-    """Raise if a configuration asks for code that may not run.
+    """Raise unless all code that a configuration asks for may run.
 
     Args:
-        path: The file of the model folder that it is from.
-        content: What it says.
+        path: The file of the model folder that the configuration is from.
+        content: The configuration.
         trusted: Whether code from the folder may run.
 
     Raises:
-        UnsupportedModel: It needs code, and that is not trusted or comes from elsewhere.
-        CheckpointError: The code is missing, or is a link to somewhere else.
+        UnsupportedModel: The code is not trusted, or comes from elsewhere.
+        CheckpointError: The code is missing, or is a link out of the folder.
     """
     if _AUTO_MAP not in content:
         return
@@ -49,7 +49,7 @@ def check_remote_code(path: Path, content: Mapping[str, Any], *, trusted: bool) 
 
 
 def configuration_hash(folder: Path, *, trusted: bool) -> str:
-    """SHA-256 of what tells how the model computes: config.json, and its code if that runs."""
+    """Return the SHA-256 of what the model computes: config.json, and the code if it may run."""
     found = sha256((folder / "config.json").read_bytes())
     for path in side_files(folder) if trusted else ():
         if path.match(PATTERN):
@@ -59,7 +59,7 @@ def configuration_hash(folder: Path, *, trusted: bool) -> str:
 
 
 def _classes(auto_map: Any) -> Iterator[str]:
-    """Every class that is named; what is no name is left for transformers to refuse."""
+    """Yield every class that is named; values that are no names are left to transformers."""
     pending = [auto_map]
     while pending:
         value = pending.pop()

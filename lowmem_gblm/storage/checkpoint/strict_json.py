@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded in size, strictly UTF-8, every name once, every number a number.
+"""Untrusted JSON: bounded in size, strictly UTF-8, every name once, every number a number.
 
 Python's own reader is more generous than the format: it takes NaN, turns 1e999 into infinity, lets
 the last of two equal names win, guesses UTF-16, and makes half surrogate pairs that no file can
@@ -23,11 +23,11 @@ MAX_DIGITS = 4000
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Return the JSON object in a file of a model folder.
 
     Raises:
-        CheckpointError: Missing, no ordinary file of its folder, too large, not JSON, or not an
-            object.
+        CheckpointError: The file is missing, not an ordinary file of its folder, too large, not
+            JSON, or not an object.
     """
     size = ordinary_file(path.parent, path)
     if size > max_bytes:
@@ -39,7 +39,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object that is the content of `path`. Raises `CheckpointError`."""
+    """Return the JSON object that is the content of `path`; raise `CheckpointError` if none is."""
     try:
         value = strict_json(content)
     except ValueError as error:
@@ -50,10 +50,10 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def strict_json(content: bytes) -> Any:
-    """The value that a text stands for.
+    """Return the value that a JSON text stands for.
 
     Raises:
-        ValueError: Says what is wrong, in one line.
+        ValueError: The text is refused; the message is one line.
     """
     brackets = content.count(b"{") + content.count(b"[")
     if brackets > MAX_BRACKETS:
@@ -98,7 +98,7 @@ def _finite(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    """Infinity, which transformers writes into configurations, and nothing else."""
+    """Return infinity, which transformers writes into configurations; refuse NaN."""
     if name == "NaN":
         raise ValueError("it holds a NaN, which is no number")
     return float(name)

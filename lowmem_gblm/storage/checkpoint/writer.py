@@ -35,14 +35,14 @@ _PIECE_BYTES = 1 << 20
 
 
 class CheckpointWriter:
-    """The checkpoint being written.
+    """A checkpoint that is being written.
 
     Args:
         final: The folder that will appear.
         source: The checkpoint being pruned.
         blocks: Names on disk of the tensors of every decoder block.
-        owner: The job, as `storage.job.check_partial` knows it.
-        keep: Shards that an earlier attempt has finished; anything else it left is removed.
+        owner: The job, as `storage.job.check_partial` reads it from the mark.
+        keep: Shards that an earlier attempt has finished; all other files it left are removed.
 
     Attributes:
         shards: Finished shards, each with its `bytes` and its `sha256`.
@@ -74,10 +74,10 @@ class CheckpointWriter:
         self._writer = SerialWorker("write-block")
 
     def withdraw(self) -> None:
-        """The job is given up: nothing is to be told about it."""
+        """Do nothing: a job that is given up has nothing to undo here."""
 
     def close(self, *, keep: bool) -> None:
-        """Without `publish`, what was written stays for another attempt, or goes."""
+        """Stop writing; an unpublished output is kept for another attempt, or removed."""
         self._writer.close()
         if self.partial.exists() and not keep:
             self._folder.remove()
@@ -85,17 +85,16 @@ class CheckpointWriter:
             self._folder.close()
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
-        """The shards of these blocks, which have been written, for the journal."""
+        """Return the entries of `shards` for these written blocks, for the journal."""
         return {shard: self.shards[shard] for shard in map(self._shard, blocks)}
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
         """Publish the shard of decoder block `index` in a thread of its own.
 
-        Args:
-            tensors: On the CPU, dtypes as in the source; not to be modified before it is done.
+        `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
 
         Returns:
-            What tells when it is done.
+            A future that is done when the shard has its name.
 
         Raises:
             OSError: An earlier block could not be written.
@@ -108,18 +107,18 @@ class CheckpointWriter:
         """Wait until the last block has been written.
 
         Raises:
-            OSError: It could not be.
+            OSError: The last block could not be written.
         """
         self._writer.settle()
 
     def committed(self, blocks: Iterable[int]) -> None:
-        """The journal has these blocks: nothing more is to be done for them."""
+        """Do nothing: once the journal has these blocks, their shards are final."""
 
     def write_rest(self, check: Callable[[], None]) -> None:
         """Write the shard of everything that no block holds, and copy the side files.
 
         Args:
-            check: Called before every piece; it raises if the run is to stop.
+            check: Called before every piece; raises if the run is to stop.
         """
         self.settle()
         copy = partial(self._copy_tensors, check=check)
@@ -127,7 +126,7 @@ class CheckpointWriter:
         copy_side_files(self._source.folder, self.partial, check)
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json, then the index; then the folder gets its name.
+        """Write `record` as pruning.json, then the index; then rename the folder.
 
         Returns:
             `record`.
@@ -139,7 +138,7 @@ class CheckpointWriter:
         return record
 
     def _clean(self) -> None:
-        """Remove what an earlier attempt left and had not finished."""
+        """Remove the files that an earlier attempt left unfinished."""
         self._folder.empty(but=self.shards)
         for shard, finished in self.shards.items():
             path = self.partial / shard
@@ -147,7 +146,7 @@ class CheckpointWriter:
                 self._folder.close()
                 raise JobError(
                     f"{path} was written by an interrupted run and is missing or damaged: look at "
-                    f"the disk; to begin anew, remove {self.partial} and the work folder"
+                    f"the disk; to start over, remove {self.partial} and the work folder"
                 )
 
     def _shard(self, index: int) -> str:
@@ -179,13 +178,14 @@ class CheckpointWriter:
 
 
 class Hashing:
-    """A file that knows the SHA-256 of what was written into it."""
+    """An open file that hashes with SHA-256 all that is written into it."""
 
     def __init__(self, file: Writable, hashed: Any) -> None:
         self._file = file
         self._hashed = hashed
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append `data` to the file and to what is hashed."""
         self._hashed.update(data)
         self._file.write(data)
 
@@ -197,12 +197,12 @@ def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData)
     """Create a safetensors file.
 
     Args:
-        path: Its name.
-        entries: What is in it; where that lies in the source does not matter.
-        write_data: Writes their data, in this order.
+        path: Name of the file.
+        entries: Its tensors; their place in the source does not matter.
+        write_data: Writes the data of the tensors, in this order.
 
     Returns:
-        Its `bytes` and its `sha256`.
+        The `bytes` and the `sha256` of the file.
 
     Raises:
         OSError: The disk is full or failing.
@@ -220,7 +220,7 @@ def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData)
 
 
 def summary_of(source: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]:
-    """The `bytes` and the `sha256` of a shard that holds these tensors as the source has them."""
+    """Return `bytes` and `sha256` of a shard that holds these tensors as the source has them."""
     header = _header(entries)
     hashed = sha256(header)
     for entry in entries:
@@ -231,7 +231,7 @@ def summary_of(source: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]
 
 
 def partial_folder(final: Path) -> Path:
-    """Where an output is written until it is whole."""
+    """Return the folder that an output is written to until it is complete."""
     return final.with_name(f"{final.name}.partial")
 
 
@@ -242,7 +242,7 @@ def check_absent(final: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, check: Callable[[], None]) -> None:
-    """Copy everything but weights: config, tokenizer, generation config, licence, README, …
+    """Copy all files but weights, such as config, tokenizer, generation config and licence.
 
     Symbolic links (as in a Hub cache) are followed; caches and version control are left out.
     `check` is called before every piece.
@@ -267,7 +267,7 @@ def _read(file: BinaryIO, path: Path) -> bytes:
 
 
 def _header(entries: Iterable[TensorEntry]) -> bytes:
-    """The safetensors header, padded to eight bytes; one metadata key, so its order is stable."""
+    """Return the safetensors header, padded to 8 bytes; one metadata key keeps it deterministic."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:
@@ -285,7 +285,7 @@ def _header(entries: Iterable[TensorEntry]) -> bytes:
 def write_tensors(
     file: Hashing, entries: list[TensorEntry], *, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Write the data of these entries from tensors of their names, on the CPU."""
+    """Write the data of these entries from CPU tensors of the same names."""
     for entry in entries:
         tensor = tensors[entry.name]
         assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name

@@ -173,7 +173,7 @@ INDEXES = [
         case(
             "a shard that is a pickle",
             write(FIRST, pickle.dumps([1] * 99)),
-            rf"{SHARD} is no whole safetensors file: .*",
+            rf"{SHARD} is no complete safetensors file: .*",
         ),
         case(
             "a shard by two names",
