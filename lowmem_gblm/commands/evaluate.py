@@ -30,11 +30,10 @@ from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
 from lowmem_gblm.storage.in_place_marker import check_complete
 from lowmem_gblm.storage.locking import OwnedFolder, model_lock, owner_of
-from lowmem_gblm.storage.tensor_store import TensorStore
 from lowmem_gblm.sweeps.boundaries import embed
 from lowmem_gblm.sweeps.context import SweepContext
 from lowmem_gblm.sweeps.dense import dense_sweep, losses
-from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.offload import Offload, open_store
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
 _ON_DISK = Path("/var/tmp")
@@ -132,7 +131,7 @@ def _losses(
     checkpoint, streamed, choices = opened.checkpoint, opened.streamed, planned.choices
     weights = prunable_weights(checkpoint, streamed) if request.resident_kind else None
     with (
-        TensorStore(folder, planned.host_spill_bytes) as store,
+        open_store(folder, planned.host_spill_bytes) as store,
         Offload(store, streamed.device, progress, choices.behind_bytes) as offload,
     ):
         run = SweepContext(

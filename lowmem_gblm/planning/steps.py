@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from lowmem_gblm.planning.schedule import Schedule, Stage
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
@@ -48,6 +48,12 @@ class Key:
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.index}"
+
+    @classmethod
+    def named(cls, name: str) -> Key:
+        """Return the key that `str` has made this name of."""
+        kind, _, index = name.rpartition("-")
+        return cls(cast(Kind, kind), int(index))
 
     @property
     def is_per_sample(self) -> bool:

@@ -26,23 +26,23 @@ class Writable(Protocol):
         """Append all of `data`; return the number of bytes."""
 
 
-def publish_file(path: Path, write: Callable[[Writable], object]) -> None:
-    """Create `path` with what `write` puts into the open file.
+def publish_file(path: Path, write: Callable[[Writable], object], holds: str = "") -> None:
+    """Create `path` with what `write` puts into the open file; `holds` says what that is.
 
     Raises:
         FileExistsError: `path` exists; nothing is ever overwritten.
         OSError: The disk is full or failing; the temporary file is removed.
     """
-    _publish(PendingFile(path), write)
+    _publish(PendingFile(path, holds), write)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, holds: str = "") -> None:
     """Write `data` to `path`, in the place of any former file; one of the two is always there.
 
     Raises:
         OSError: The disk is full or failing; the temporary file is removed.
     """
-    _publish(PendingFile(path, replaces=True), lambda file: file.write(data))
+    _publish(PendingFile(path, holds, replaces=True), lambda file: file.write(data))
 
 
 def _publish(growing: PendingFile, write: Callable[[Writable], object]) -> None:
@@ -64,17 +64,19 @@ class PendingFile:
 
     Args:
         path: The final name.
+        holds: What the file holds, for the sentence about a disk that fails.
         replaces: Whether a file of this tool that has become untrue may be at `path`.
 
     Raises:
         FileExistsError: `path` exists, and `replaces` is False.
     """
 
-    def __init__(self, path: Path, *, replaces: bool = False) -> None:
+    def __init__(self, path: Path, holds: str = "", *, replaces: bool = False) -> None:
         if path.exists() and not replaces:
             raise FileExistsError(f"{path} exists already")
         self.path = path
         self.size_bytes = 0
+        self._holds = holds
         self._temporary = temporary_name(path)
         self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
@@ -85,7 +87,7 @@ class PendingFile:
             OSError: The disk is full or failing.
         """
         start = self.size_bytes
-        with blamed(self.path):
+        with blamed(self.path, self._holds):
             while data:
                 count = os.pwrite(self.descriptor, data, self.size_bytes)
                 if count == 0:
@@ -105,7 +107,7 @@ class PendingFile:
         Raises:
             OSError: The disk is full or failing.
         """
-        with blamed(self.path):
+        with blamed(self.path, self._holds):
             os.fsync(self.descriptor)
             os.rename(self._temporary, self.path)
             flush_folder(self.path.parent)
@@ -122,14 +124,14 @@ class PendingFile:
         self.descriptor = -1
 
 
-def publish_json(path: Path, value: Any) -> None:
+def publish_json(path: Path, value: Any, holds: str) -> None:
     """Create `path` as readable JSON, in the key order of `value`."""
-    publish_file(path, lambda file: file.write(_as_json(value)))
+    publish_file(path, lambda file: file.write(_as_json(value)), holds)
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any, holds: str) -> None:
     """Write `path` as readable JSON, in the place of any former file."""
-    replace_file(path, _as_json(value))
+    replace_file(path, _as_json(value), holds)
 
 
 def _as_json(value: Any) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,28 +14,21 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used
 # Anything else, such as a folder without permission, is wrong from the start and says so itself.
 _FAILING = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENXIO, errno.ENODEV}
 
-_WORDS = (
-    (r"model(?:-\d+-of-\d+)?\.safetensors", "the shard"),
-    (r"overwrites-0*(\d+)\.safetensors", "the new weights of block {}"),
-    (r"\.lowmem-gblm", "the mark of the folder"),
-    (r"embedded", "the hidden states before block 0"),
-    (r"(?:dense|pruned)-(\d+)", "the hidden states before block {}"),
-    (r"gradient-(\d+)", "the gradients before block {}"),
-    (r"magnitudes-(\d+)-\d+", "the gradient magnitudes of block {}"),
-    (r"\d{6}\.json|journal", "the journal"),
-    (r"job\.json", "the description of the job"),
-    (r"model\.safetensors\.index\.json", "the index"),
-    (r"pruning\.json", "the record"),
-)
-
 
 @contextmanager
-def blamed(path: Path) -> Iterator[None]:
-    """Run the body; an error of the system in it names `path`, unless it names a file itself."""
+def blamed(path: Path, holds: str = "") -> Iterator[None]:
+    """Run the body; an error of the system in it names `path`, unless it names a file itself.
+
+    Args:
+        path: The file or folder that the body works on.
+        holds: What is in it, for the sentence about the error; without, its name is given.
+    """
     try:
         yield
     except OSError as error:
         error.filename = error.filename or str(path)
+        if holds and not hasattr(error, "holds"):
+            vars(error)["holds"] = holds
         raise
 
 
@@ -54,16 +46,27 @@ def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
         way_out: What the user can do, once the disk is in order.
     """
     path = Path(str(error.filename or "a file of this run"))
-    failed = f"{_what(path)} could not be written to {path}"
+    failed = f"{_what(error, path)} could not be written to {path}"
     if error.errno in _FULL:
         wanting = f"{failed}, {needs}" if needs else failed
         return DiskFull(f"{_FULL[error.errno]}: {wanting}: make room, then {way_out}")
-    failed = f"{_what(path)} could not be written to or read from {path}"
+    failed = f"{_what(error, path)} could not be written to or read from {path}"
     if error.errno in _FAILING:
         return DiskError(
             f"a disk is failing ({error.strerror}): {failed}: look after that disk, then {way_out}"
         )
     return DiskError(f"{failed} ({error.strerror}): mend that, then {way_out}")
+
+
+@contextmanager
+def explained_at(work_folder: Path, *, kept: bool) -> Iterator[None]:
+    """Run the body before a plan is known; an error of the system in it becomes a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise explained(error, "", to_resume(work_folder, kept=kept)) from error
 
 
 def to_resume(work_folder: Path, *, kept: bool) -> str:
@@ -83,10 +86,6 @@ def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
     )
 
 
-def _what(path: Path) -> str:
-    """Return what a file holds, as its name tells."""
-    name = path.name.removesuffix(".tmp")
-    for pattern, words in _WORDS:
-        if match := re.fullmatch(pattern, name):
-            return words.format(*match.groups())
-    return f"the file {name}"
+def _what(error: OSError, path: Path) -> str:
+    """Return what a file holds, as `blamed` was told."""
+    return getattr(error, "holds", "") or f"the file {path.name.removesuffix('.tmp')}"

@@ -149,7 +149,7 @@ class InPlaceWriter:
         Returns:
             `record`.
         """
-        publish_json(self._source.folder / RECORD, record)
+        publish_json(self._source.folder / RECORD, record, "the record")
         self.withdraw()
         return record
 
@@ -158,7 +158,9 @@ class InPlaceWriter:
         entries = self._entries(index)
         path = self._work_folder / _file_name(index)
         write = partial(write_tensors, tensors=tensors)
-        self._published[path.name] = publish_shard(path, entries, write)
+        self._published[path.name] = publish_shard(
+            path, entries, write, f"the new weights of block {index}"
+        )
 
     def _entries(self, index: int) -> list[TensorEntry]:
         return [self._source.tensors[name] for name in self._pruned[index]]
@@ -201,7 +203,7 @@ class InPlaceWriter:
                 _copy(new, entry, shards[target.file], target)
                 self.bytes_written += entry.nbytes
             for file, shard in shards.items():
-                with blamed(file):
+                with blamed(file, "the shard"):
                     os.fsync(shard)
         path.unlink()
 
@@ -296,7 +298,7 @@ def _summary(file: Path, check: Callable[[], None] = lambda: None) -> dict[str, 
 
 
 def _read(opened: BinaryIO, file: Path) -> bytes:
-    with blamed(file):
+    with blamed(file, "the shard"):
         return opened.read(_PIECE_BYTES)
 
 
@@ -330,7 +332,7 @@ def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> N
 
 
 def _write(target: int, data: memoryview, offset: int, file: Path) -> None:
-    with blamed(file):
+    with blamed(file, "the shard"):
         while data:
             count = os.pwrite(target, data, offset)
             if count == 0:

@@ -34,6 +34,8 @@ from lowmem_gblm.storage.job_state import (
 )
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 
+_DESCRIBES = "the description of the job"
+
 
 def check_partial(output: Path, job: Job) -> None:
     """Raise `JobError` if the partial output belongs to a job in another folder."""
@@ -133,7 +135,7 @@ class Job:
             OSError: The disk is full or failing.
         """
         entry = entry | {"attempt": self.attempts}
-        publish_json(entry_path(self.folder, len(self.entries)), entry)
+        publish_json(entry_path(self.folder, len(self.entries)), entry, "the journal")
         self.entries.append(entry)
 
     def clean(self, stored: Collection[str]) -> None:
@@ -178,7 +180,7 @@ class Job:
         self._own.remove_temporary()
         if any(found[name] != here[name] for name in ("folder", "output")):
             found |= here
-            replace_json(self.folder / DESCRIPTION, found)
+            replace_json(self.folder / DESCRIPTION, found, _DESCRIBES)
         return found
 
     def _check_output(self, found: Mapping[str, Any], output: str) -> None:
@@ -195,4 +197,4 @@ class Job:
         self._own.empty(but=[DESCRIPTION])
         (self.folder / JOURNAL).mkdir()
         flush_folder(self.folder)
-        replace_json(self.folder / DESCRIPTION, description)
+        replace_json(self.folder / DESCRIPTION, description, _DESCRIBES)

@@ -55,7 +55,7 @@ class OwnedFolder:
             self._lock.close()
             raise JobError(f"another process is using {path}: wait for it, or end it") from None
         try:
-            with blamed(path / MARK):
+            with blamed(path / MARK, "the mark of the folder"):
                 self._lock.truncate(0)
                 self._lock.write(os.fsencode(owner))
         except OSError:

@@ -7,7 +7,7 @@ per name, so that memory does not depend on the number of blocks or samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -44,12 +44,20 @@ class TensorStore:
         folder: The folder for the files; must exist.
         host_bytes: Bytes that may stay in host memory.
         way_out: What to do where a file is damaged, for the message.
+        holds: Says what is stored under a name.
     """
 
-    def __init__(self, folder: Path, host_bytes: int = 0, way_out: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host_bytes: int = 0,
+        way_out: str = "",
+        holds: Callable[[str], str] = str,
+    ) -> None:
         self._folder = folder
         self._room_bytes = host_bytes
         self._way_out = way_out
+        self._holds = holds
         self._held: dict[tuple[str, int | str], torch.Tensor] = {}
         self._places: dict[tuple[str, int | str], _Place] = {}
         self._growing: dict[str, PendingFile] = {}
@@ -65,7 +73,7 @@ class TensorStore:
             room = size <= self._room_bytes
             self._room_bytes -= size * room
             if not room and name not in self._growing:
-                self._growing[name] = PendingFile(self._path(name))
+                self._growing[name] = PendingFile(self._path(name), self._holds(name))
         if room:
             tensor = tensor.to("cpu", copy=True)
             with self._lock:
@@ -92,7 +100,9 @@ class TensorStore:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         descriptor = self._opened(name)
         try:
-            if not _fill(descriptor, raw_bytes(tensor), place.offset, self._path(name)):
+            if not _fill(
+                descriptor, raw_bytes(tensor), place.offset, self._path(name), self._holds(name)
+            ):
                 raise self._damaged(name)
         finally:
             os.close(descriptor)
@@ -183,11 +193,11 @@ class TensorStore:
         return JobError(f"{found}; {self._way_out}" if self._way_out else found)
 
 
-def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> bool:
+def _fill(descriptor: int, view: memoryview, offset: int, path: Path, holds: str) -> bool:
     """Read from `offset` until the view is full; return False if the file ends before."""
     done = 0
     while done < len(view):
-        with blamed(path):
+        with blamed(path, holds):
             count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
             return False

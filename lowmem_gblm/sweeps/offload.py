@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from lowmem_gblm.planning.steps import Key
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.storage.tensor_store import TensorStore
+
+
+def open_store(folder: Path, host_bytes: int, what_to_do: str = "") -> TensorStore:
+    """Return the store of a work folder, whose names are those of keys of the table of steps.
+
+    Args:
+        folder: The work folder.
+        host_bytes: How much may be stored in host memory instead.
+        what_to_do: What to do where a file is damaged, for the message.
+    """
+    return TensorStore(folder, host_bytes, what_to_do, lambda name: Key.named(name).holds)
 
 
 class Offload:

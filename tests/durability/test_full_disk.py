@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import lowmem_gblm
 from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import DiskError, DiskFull
 from lowmem_gblm.storage import atomic
-from lowmem_gblm.storage.disk_errors import explained
+from lowmem_gblm.storage.disk_errors import blamed, explained
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
 from support.tiny_models import save_tiny
 
@@ -303,7 +304,9 @@ def test_an_evaluation_on_a_full_disk_says_where_there_is_none(
 def test_every_kind_of_trouble_has_its_sentence(
     number: int, kind: type[Exception], sentence: str
 ) -> None:
-    error = OSError(number, os.strerror(number), "w/000001.json.tmp")
+    error = OSError(number, os.strerror(number))
+    with suppress(OSError), blamed(Path("w/000001.json.tmp"), "the journal"):
+        raise error
     with pytest.raises(kind, match=sentence):
         raise explained(error, "1 B more is needed", "go on")
 

@@ -19,11 +19,10 @@ from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.in_place import BlockWriter, InPlaceWriter
 from lowmem_gblm.storage.in_place_marker import InPlaceMarker
 from lowmem_gblm.storage.job import Job, check_partial
-from lowmem_gblm.storage.tensor_store import TensorStore
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.gradient_store import GradientStore
-from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.offload import Offload, open_store
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
 
@@ -142,7 +141,7 @@ def _assemble(
     scope, planned = setup.scope, setup.plan
     checkpoint, streamed, request = scope.model.checkpoint, scope.model.streamed, scope.request
     choices, folder = planned.choices, setup.paths.work_folder
-    store = within.enter_context(TensorStore(folder, planned.host_spill_bytes, job.start_over))
+    store = within.enter_context(open_store(folder, planned.host_spill_bytes, job.start_over))
     store.adopt(job.stored())
     job.clean(job.stored())
     offload = within.enter_context(Offload(store, streamed.device, progress, choices.behind_bytes))

@@ -35,6 +35,7 @@ from lowmem_gblm.planning.schedule import Activations, Schedule, schedule
 from lowmem_gblm.planning.steps import Step, step_table
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
+from lowmem_gblm.storage.disk_errors import explained_at
 from lowmem_gblm.storage.in_place import check_overwritable, overwritten_blocks
 from lowmem_gblm.storage.job_state import JobState, check_same_job
 from lowmem_gblm.storage.locking import size_on_disk
@@ -190,8 +191,9 @@ def prepare(scope: PruneScope, paths: Paths, tokens_NT: Tensor, job_state: JobSt
         JobError: The job that was begun is another one: every difference is named.
     """
     previous = job_state.description
-    prints = fingerprints_of(scope, tokens_NT)
-    found = identity_of(scope, paths, prints, previous)
+    with explained_at(paths.work_folder, kept=previous is not None):
+        prints = fingerprints_of(scope, tokens_NT)
+        found = identity_of(scope, paths, prints, previous)
     kept = None
     if previous is not None:
         check_same_job(paths.work_folder, previous["identity"], found)

@@ -166,7 +166,7 @@ def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> Non
     try:
         done = 0
         while done < len(view):
-            with blamed(entry.file):
+            with blamed(entry.file, "the shard"):
                 count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
             if count == 0:
                 raise CheckpointError(

@@ -131,8 +131,8 @@ class CheckpointWriter:
         Returns:
             `record`.
         """
-        publish_json(self.partial / RECORD, record)
-        publish_json(self.partial / INDEX, self._index())
+        publish_json(self.partial / RECORD, record, "the record")
+        publish_json(self.partial / INDEX, self._index(), "the index")
         publish_folder(self.partial, self.final)
         self._folder.release(self.final)
         return record
@@ -173,7 +173,7 @@ class CheckpointWriter:
 
     def _write_shard(self, shard: str, names: list[str], write_data: WriteData) -> None:
         entries = [self._source.tensors[name] for name in names]
-        self.shards[shard] = publish_shard(self.partial / shard, entries, write_data)
+        self.shards[shard] = publish_shard(self.partial / shard, entries, write_data, "the shard")
         self.bytes_written += self.shards[shard]["bytes"]
 
 
@@ -193,13 +193,16 @@ class Hashing:
 WriteData = Callable[[Hashing, list[TensorEntry]], None]
 
 
-def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData) -> dict[str, Any]:
+def publish_shard(
+    path: Path, entries: list[TensorEntry], write_data: WriteData, holds: str
+) -> dict[str, Any]:
     """Create a safetensors file.
 
     Args:
         path: Name of the file.
         entries: Its tensors; their place in the source does not matter.
         write_data: Writes the data of the tensors, in this order.
+        holds: What the file holds, for the sentence about a disk that fails.
 
     Returns:
         The `bytes` and the `sha256` of the file.
@@ -214,7 +217,7 @@ def publish_shard(path: Path, entries: list[TensorEntry], write_data: WriteData)
         file.write(header)
         write_data(file, entries)
 
-    publish_file(path, lambda file: write(Hashing(file, hashed)))
+    publish_file(path, lambda file: write(Hashing(file, hashed)), holds)
     size = len(header) + sum(entry.nbytes for entry in entries)
     return {"bytes": size, "sha256": hashed.hexdigest()}
 
