@@ -9,18 +9,25 @@ from typing import Any
 
 import pytest
 
+# Tiny products gain nothing from threads, and lose a lot when the cores are busy. What tests start
+# as processes of their own inherits this; it is read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import hypothesis
 import torch
 from transformers.utils import logging as transformers_logging
 
 import lowmem_gblm
 from support.tiny_models import sample_text, save_tiny
 
-# Tiny products gain nothing from threads, and lose a lot when the cores are busy.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

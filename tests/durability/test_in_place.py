@@ -22,7 +22,7 @@ from lowmem_gblm.storage import in_place
 from lowmem_gblm.storage.in_place_marker import MARKER_FILE
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
-from support.crashes import Killer, Photographer, Stop, content, stopped_at
+from support.crashes import KILL_MATRIX, Killer, Photographer, Stop, content, stopped_at
 from support.tiny_models import save_tiny
 
 SIZE = {"nsamples": 2, "seqlen": 16}
@@ -159,11 +159,10 @@ class Torn:
         self._write(target, data[half:], offset + half, file)
 
 
-@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt", "gradient", "magnitude"])
-@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize(("method", "activations", "every"), KILL_MATRIX)
 @pytest.mark.usefixtures("dense_blocks")
 def test_killed_before_in_or_after_any_durable_operation(
-    method: str, activations: str, run: Run, small: Path, tmp_path: Path,
+    method: str, activations: str, every: int, run: Run, small: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     options = {"method": method, "activations": activations, "include": ("*.mlp.*",)}
@@ -176,7 +175,7 @@ def test_killed_before_in_or_after_any_durable_operation(
     expected = content(model)
     assert expected != content(small)
     assert photographer.operations > 30
-    for photograph in photographer.photographs:
+    for photograph in photographer.photographs[::every]:
         shutil.rmtree(scene)
         photograph.rename(scene)
         if (model / "pruning.json").exists():

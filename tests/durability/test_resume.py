@@ -15,7 +15,7 @@ from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import Choices
-from support.crashes import Killer, Photographer, content, stopped_at
+from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_at
 from support.tiny_models import save_tiny
 
 SIZE = {"nsamples": 2, "seqlen": 16}
@@ -35,10 +35,14 @@ def run(model: Path, text_file: Path):
     return run
 
 
-@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt", "gradient", "magnitude"])
-@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize(("method", "activations", "every"), KILL_MATRIX)
 def test_killed_before_or_after_any_durable_operation(
-    method: str, activations: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    activations: str,
+    every: int,
+    run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"method": method, "activations": activations}
     run(tmp_path / "expected", **options)
@@ -49,7 +53,7 @@ def test_killed_before_or_after_any_durable_operation(
         run(tmp_path / "run" / "out", **options)
     assert content(tmp_path / "run" / "out") == expected
     assert photographer.operations > 20
-    for photograph in photographer.photographs:
+    for photograph in photographer.photographs[::every]:
         output = photograph / "out"
         if not output.exists():
             run(output, **options)

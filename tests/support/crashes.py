@@ -19,6 +19,21 @@ import pytest
 from lowmem_gblm.storage import atomic
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+# A method, its activations, and of which photographs its job is resumed: of all, or of every n-th.
+# A sample of one job is always run; all of the matrix is slow.
+KILL_MATRIX = [
+    pytest.param("gblm", "pruned", 6, id="gblm-pruned-sample"),
+    *(
+        pytest.param(
+            method, activations, every, marks=pytest.mark.slow, id=f"{method}-{activations}"
+        )
+        for method, every in (
+            *(("gblm", 1), ("wanda", 1)),
+            *(("sparsegpt", 3), ("gradient", 3), ("magnitude", 3)),
+        )
+        for activations in ("pruned", "dense")
+    ),
+]
 
 
 def content(folder: Path) -> dict[str, str]:
