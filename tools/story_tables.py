@@ -9,27 +9,27 @@ The order of every table counts: moving an entry changes all stories.
 
 
 def _lines(text: str) -> list[str]:
-    """Splits a text with one sentence per line."""
+    """Split a text with one sentence per line."""
     return text.strip().splitlines()
 
 
 def _rows(table: str) -> list[list[str]]:
-    """Splits a table with one row per line and ``|`` between its columns."""
+    """Split a table with one row per line and ``|`` between its columns."""
     return [[cell.strip() for cell in line.split("|")] for line in _lines(table)]
 
 
 def _pairs(table: str) -> dict[str, str]:
-    """Splits a table of two columns into a dictionary."""
+    """Split a table of two columns into a dictionary."""
     return {key: value for key, value in _rows(table)}
 
 
 def _phrases(text: str) -> list[str]:
-    """Splits a list of phrases at its semicolons."""
+    """Split a list of phrases at its semicolons."""
     return [" ".join(phrase.split()) for phrase in text.split(";")]
 
 
 def _words(text: str) -> list[str]:
-    """Splits a list of words at its blanks."""
+    """Split a list of words at its blanks."""
     return text.split()
 
 
