@@ -79,16 +79,16 @@ def prune(
         output: Folder to create; None with `in_place=True, overwrite_my_only_copy=True`, which
             overwrites the weights of `model` itself.
         listener: Called with a `lowmem_gblm.Tick` after every step.
-        options: Fields of `lowmem_gblm.PruneRequest`.
+        options: Fields of `lowmem_gblm.PruneRequest`, and options of the method.
 
     Raises:
         LowmemGblmError: The run has failed; nothing is left under the name `output`.
     """
     from lowmem_gblm.commands.prune.pipeline import prune as run
-    from lowmem_gblm.commands.request import PruneRequest
+    from lowmem_gblm.commands.request import prune_request
 
     folder = None if output is None else Path(output)
-    return run(PruneRequest(model=fspath(model), output=folder, **options), listener)
+    return run(prune_request(fspath(model), folder, **options), listener)
 
 
 def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
@@ -101,9 +101,9 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
     from lowmem_gblm.commands.plan import plan_request
-    from lowmem_gblm.commands.request import PruneRequest
+    from lowmem_gblm.commands.request import prune_request
 
-    return plan_request(PruneRequest(model=fspath(model), **options)).as_json()
+    return plan_request(prune_request(fspath(model), **options)).as_json()
 
 
 def evaluate(
@@ -139,17 +139,19 @@ def compare(
         text: Text that perplexity is measured on, as for `evaluate`.
         windows: Number of windows of the text; None for all.
         listener: Called after every step.
-        options: Options as for `prune`, shared by all methods.
+        options: Options as for `prune`, shared by all methods; an option of a method goes to those
+            of the list that have it.
 
     Raises:
         LowmemGblmError: As for `prune`.
     """
     from lowmem_gblm.commands.compare import compare as run
-    from lowmem_gblm.commands.request import PruneRequest, evaluation_of
+    from lowmem_gblm.commands.request import PruneRequest, evaluation_of, sort_options
 
-    request = PruneRequest(model=fspath(model), **options)
+    values, method_options = sort_options(options)
+    request = PruneRequest(model=fspath(model), **values)
     evaluation = evaluation_of(request, text=text, windows=windows)
-    return run(request, methods, evaluation, Path(folder), listener)
+    return run(request, methods, evaluation, Path(folder), listener, None, method_options)
 
 
 def verify(

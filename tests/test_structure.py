@@ -30,6 +30,7 @@ ROWS = (
     ("model",),
     ("storage",),
     ("methods", "planning", "runtime"),
+    ("options", "extensions"),
     ("errors",),
 )
 # Rooms and files whose words are not converted yet.

@@ -19,7 +19,7 @@ from typing import Any
 
 from lowmem_gblm import __version__
 from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
-from lowmem_gblm.cli.options import add_options, request_from
+from lowmem_gblm.cli.options import add_options, method_options_of, methods_to_offer, request_from
 from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
 from lowmem_gblm.commands.request import (
     DEMO,
@@ -29,7 +29,8 @@ from lowmem_gblm.commands.request import (
 )
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
 from lowmem_gblm.methods import method_names
-from lowmem_gblm.planning.resources import Resources, options
+from lowmem_gblm.options import options
+from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime.signals import raise_on_signals
 
 _DEMO_FOLDER = "lowmem-gblm-demo"
@@ -196,7 +197,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    request = request_from(PruneRequest, arguments)
+    request = request_from(PruneRequest, arguments, method_options={})
     evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
     methods = [name.strip() for name in arguments.methods.split(",")]
     return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
@@ -238,8 +239,9 @@ def _run_comparison(
 ) -> int:
     from lowmem_gblm.commands.compare import compare
 
+    given = method_options_of(arguments)
     with Console(sys.stderr) as console:
-        rows = compare(request, methods, evaluation, folder, console, console.announce)
+        rows = compare(request, methods, evaluation, folder, console, console.announce, given)
     result = {"model": request.model, "pattern": str(request.target), "rows": rows}
     _print(arguments, result, lambda: comparison_table(rows))
     return 0
@@ -263,7 +265,7 @@ def _print(
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse argv; Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
-    parser = _parser()
+    parser = _parser(methods_to_offer(sys.argv[1:] if argv is None else argv))
     arguments, left = parser.parse_known_args(argv)
     missing = arguments.run is _prune and arguments.output is None
     if missing and left and not left[0].startswith("-"):
@@ -273,7 +275,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of every command, with flags for the options of these methods."""
     parser = Parser(
         prog="lowmem-gblm",
         description="Prune large language models with gradients, one decoder block in memory at "
@@ -292,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
     )
     command.set_defaults(interrupted=_kept)
-    add_options(command, PruneRequest)
+    add_options(command, PruneRequest, methods=methods)
 
     command = _command(commands, "resume", _resume, "resume an interrupted prune")
     command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
@@ -301,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    add_options(command, PruneRequest)
+    add_options(command, PruneRequest, methods=methods)
 
     command = _command(commands, "eval", _eval, "perplexity, streamed")
     command.add_argument("model", metavar="MODEL", help=model_help)
@@ -321,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
     command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
-    add_options(command, PruneRequest, without=("method", *_IN_PLACE))
+    add_options(command, PruneRequest, without=("method", *_IN_PLACE), methods=methods)
 
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from typing import Any
 
+from lowmem_gblm.cli.streams import tell
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.methods import method_names
-from lowmem_gblm.planning.resources import options
+from lowmem_gblm.methods import (
+    find_method,
+    method_names,
+    option_owners,
+    usable_methods,
+)
+from lowmem_gblm.options import flag_of, options
+
+_HELP = ("-h", "--help")
 
 
 def add_options(
@@ -16,6 +25,7 @@ def add_options(
     kind: type[Any],
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
+    methods: Sequence[str] = (),
 ) -> None:
     """Add a flag to a command for every field that is an option.
 
@@ -24,6 +34,7 @@ def add_options(
         kind: Class of the request.
         without: Fields that keep their default.
         only: Fields that get a flag; None for all.
+        methods: Methods whose options get a flag, too.
     """
     for one in options(kind):
         if only is not None and one.name not in only:
@@ -31,24 +42,68 @@ def add_options(
         if one.name in without:
             command.set_defaults(**{one.name: one.default})
             continue
-        described = one.metadata
-        flag = f"--{one.name.replace('_', '-')}"
-        if described["parse"] is bool:
-            command.add_argument(flag, action="store_true", help=described["help"])
-            continue
-        shown = "" if one.default in (None, ()) else " [%(default)s]"
-        help = described["help"]
         if one.name == "method":
-            help = f"one of {', '.join(method_names())}"
-        command.add_argument(
-            flag,
-            default=None if described["repeat"] else one.default,
-            type=_typed(described["parse"]),
-            choices=described["choices"] or None,
-            metavar=None if described["choices"] else described["metavar"],
-            action="append" if described["repeat"] else "store",
-            help=help + shown,
-        )
+            _add(command, one, default=one.default, help=f"one of {', '.join(method_names())}")
+        else:
+            _add(command, one, default=one.default, help=one.metadata["help"])
+    if methods:
+        _add_method_options(command, methods)
+
+
+def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+    """Give a command a flag for every option of these methods.
+
+    Args:
+        command: The command's parser.
+        methods: Names of methods; where two declare an option of one name, the first counts.
+    """
+    owners = option_owners(methods)
+    command.set_defaults(method_options=tuple(owners))
+    for name, having in owners.items():
+        one = next(one for one in options(find_method(having[0]).options) if one.name == name)
+        help = f"{', '.join(having)}: {one.metadata['help']}"
+        # An option that is not given is not one that the method may lack.
+        _add(command, one, default=argparse.SUPPRESS, help=help)
+
+
+def methods_to_offer(argv: Sequence[str]) -> list[str]:
+    """Return the methods whose options are flags: our own, and others that a person names.
+
+    Methods of other packages are imported when they are named, or for the help. One that cannot be
+    used is left out: the command says so when it needs the method.
+    """
+    if any(word in _HELP for word in argv):
+        return usable_methods(report=tell)
+    return usable_methods({part for word in argv for part in word.rpartition("=")[2].split(",")})
+
+
+def method_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of methods that were typed."""
+    return {
+        name: getattr(arguments, name)
+        for name in getattr(arguments, "method_options", ())
+        if hasattr(arguments, name)
+    }
+
+
+def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, help: str) -> None:
+    """Give a command the flag of one option."""
+    described = one.metadata
+    if described["parse"] is bool:
+        default = argparse.SUPPRESS if default is argparse.SUPPRESS else False
+        command.add_argument(flag_of(one.name), action="store_true", default=default, help=help)
+        return
+    repeated = described["repeat"] and default is not argparse.SUPPRESS
+    shown = "" if one.default in (None, ()) else f" [{one.default}]"
+    command.add_argument(
+        flag_of(one.name),
+        default=None if repeated else default,
+        type=_typed(described["parse"]),
+        choices=described["choices"] or None,
+        metavar=None if described["choices"] else described["metavar"],
+        action="append" if described["repeat"] else "store",
+        help=help + shown,
+    )
 
 
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
@@ -56,7 +111,9 @@ def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) ->
     values = {one.name: getattr(arguments, one.name) for one in options(kind)}
     repeated = {one.name for one in options(kind) if one.metadata["repeat"]}
     values |= {name: tuple(values[name] or ()) for name in repeated}
-    return kind(model=arguments.model, **values, **more)
+    if "method_options" in {one.name for one in fields(kind)}:
+        values["method_options"] = method_options_of(arguments)
+    return kind(model=arguments.model, **values | more)
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:

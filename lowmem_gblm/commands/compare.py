@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.commands.evaluate import evaluate
+from lowmem_gblm.commands.method_options import no_option
 from lowmem_gblm.commands.prune.pipeline import prune
 from lowmem_gblm.commands.prune.resume import find_finished
 from lowmem_gblm.commands.request import EvalRequest, PruneRequest
 from lowmem_gblm.errors import RequestError
+from lowmem_gblm.methods import option_owners
 from lowmem_gblm.runtime.progress import Listener
 from lowmem_gblm.storage.checkpoint.writer import check_absent
 
@@ -25,6 +27,7 @@ def compare(
     folder: Path,
     listener: Listener | None = None,
     announce: Announce | None = None,
+    method_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Prune with several methods and measure the perplexity of each result.
 
@@ -37,21 +40,20 @@ def compare(
         folder: Folder for one checkpoint per method, `folder/METHOD`.
         listener: Called after every step.
         announce: Called with a text about what begins.
+        method_options: Options of methods, each for those of `methods` that have it.
 
     Returns:
         A row each for the dense model and every method: `method`, `perplexity`, `sparsity`,
         `seconds` (pruning alone), `host_peak_bytes`, `gpu_peak_bytes`, `output`.
 
     Raises:
+        RequestError: None of the methods has an option.
         JobError: One of the outputs exists already and is something else; nothing has been done
             then.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     say = announce or (lambda text: None)
-    twice = [name for name in methods if list(methods).count(name) > 1]
-    if twice:
-        raise RequestError(f"--methods names the method {twice[0]} twice")
-    requests = [replace(request, method=name, output=folder / name) for name in methods]
+    requests = _requests(request, methods, folder, method_options or {})
     finished = {one.method: find_finished(one) for one in requests}
     for one in requests:
         if finished[one.method] is None:
@@ -73,6 +75,30 @@ def compare(
         sparsity = record["sparsity_measured"]
         rows.append(_row(one.method, result["perplexity"], sparsity, record, one.output))
     return rows
+
+
+def _requests(
+    request: PruneRequest, methods: Sequence[str], folder: Path, method_options: Mapping[str, Any]
+) -> list[PruneRequest]:
+    """Return a request for every method, with those of the options that it has."""
+    twice = [name for name in methods if list(methods).count(name) > 1]
+    if twice:
+        raise RequestError(f"--methods names the method {twice[0]} twice")
+    owners = option_owners(methods)
+    for name in method_options:
+        if name not in owners:
+            raise no_option(name, methods)
+    return [
+        replace(
+            request,
+            method=method,
+            output=folder / method,
+            method_options={
+                name: value for name, value in method_options.items() if method in owners[name]
+            },
+        )
+        for method in methods
+    ]
 
 
 def _row(

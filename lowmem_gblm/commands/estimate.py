@@ -15,7 +15,16 @@ from lowmem_gblm.methods import AT_ONCE, Method
 from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.streamed_model import HEAD_LOGITS
-from lowmem_gblm.planning import Budget, MachineSpeed, ModelSizes, Plan, Workload, gibibytes
+from lowmem_gblm.planning import (
+    ActivationCost,
+    Budget,
+    DecisionCost,
+    MachineSpeed,
+    ModelSizes,
+    Plan,
+    Workload,
+    gibibytes,
+)
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.schedule import Schedule
 from lowmem_gblm.runtime import machine
@@ -31,6 +40,7 @@ from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.writer import partial_folder
 from lowmem_gblm.storage.locking import size_on_disk
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 from lowmem_gblm.sweeps.statistics.gradient import TILE
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -57,7 +67,9 @@ def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> Mode
         side_bytes=_side_bytes(checkpoint),
         prunable=tuple(_numel(block) for block in weights),
         slots=tuple(slot.stored(streamed.block(largest)).numel() for slot in slots),
-        gram_entries=_gram_entries(weights[largest]),
+        squared_inputs=sum(
+            one.in_features**2 for one in _with_inputs_of_their_own(weights[largest])
+        ),
         columns=sum(weight.in_features for weight in weights[largest]),
         active_fraction=fraction,
         largest_matrix=max(weight.numel for weight in every),
@@ -79,8 +91,13 @@ def work_of(
     *,
     nsamples: int,
     seqlen: int,
+    activations: Sequence[type[ActivationStatistic]] = (),
 ) -> Workload:
-    """Return the work to be done; without a method nothing is pruned."""
+    """Return what is to be done; without a method nothing is pruned.
+
+    Args:
+        activations: The statistics of activations that the method needs.
+    """
     streamed = opened.streamed
     on_gpu = streamed.device.type == "cuda"
     dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
@@ -91,10 +108,8 @@ def work_of(
     )
     return Workload(
         schedule=schedule,
-        needs=() if method is None else method.needs,
-        deciding=(
-            (0, 0) if method is None else (method.bytes_per_weight, method.bytes_per_gram_entry)
-        ),
+        activations=_activation_cost(weights, activations),
+        deciding=DecisionCost() if method is None else _decision_cost(method),
         nsamples=nsamples,
         seqlen=seqlen,
         itemsize=streamed.dtype.itemsize,
@@ -232,15 +247,50 @@ def _numel(weights: Sequence[PrunableWeight]) -> int:
     return sum(weight.numel for weight in weights)
 
 
-def _gram_entries(weights: Sequence[PrunableWeight]) -> int:
-    """Return entries of the gram matrices of a block; matrices with the same input share one."""
-    inputs: dict[tuple[str, int | None, bool, int], int] = {}
+def _decision_cost(method: Method) -> DecisionCost:
+    return DecisionCost(
+        bytes_per_weight=method.bytes_per_weight,
+        bytes_per_squared_input=method.bytes_per_squared_input,
+        flops_per_cubed_input=method.flops_per_cubed_input,
+        sweeps_columns=method.sweeps_columns,
+    )
+
+
+def _activation_cost(
+    weights: Sequence[list[PrunableWeight]], statistics: Sequence[type[ActivationStatistic]]
+) -> ActivationCost:
+    """Return what these statistics take in the largest block, as they declare it."""
+    block = max(weights, key=_numel)
+    own = _with_inputs_of_their_own(block)
+    held = [
+        (statistic, weight.out_features, weight.in_features)
+        for statistic in statistics
+        for weight in (own if statistic.shares_inputs else block)
+    ]
+    return ActivationCost(
+        entries=sum(statistic.entries(*shape) for statistic, *shape in held),
+        largest_entries=max(
+            (
+                math.prod(statistic.shape(weight.out_features, weight.in_features))
+                for statistic in statistics
+                for weights_of_block in weights
+                for weight in weights_of_block
+            ),
+            default=0,
+        ),
+        flops_per_token=sum(statistic.flops_per_token(*shape) for statistic, *shape in held),
+    )
+
+
+def _with_inputs_of_their_own(weights: Sequence[PrunableWeight]) -> list[PrunableWeight]:
+    """Return one matrix of a block for every input; several are multiplied with the same input."""
+    found: dict[tuple[str, int | None, bool, int], PrunableWeight] = {}
     for weight in weights:
         path = weight.slot.parameter.removesuffix(".weight")
         owner, _, leaf = path.rpartition(".")
         last = bool(_OUTPUT_PROJECTION.search(leaf))
-        inputs[owner, weight.slot.expert, last, weight.in_features] = weight.in_features**2
-    return sum(inputs.values())
+        found[owner, weight.slot.expert, last, weight.in_features] = weight
+    return list(found.values())
 
 
 def _active_fraction(opened: OpenModel, weights: Sequence[PrunableWeight]) -> float:

@@ -6,18 +6,20 @@ The command line, the Python API and the record of a run all follow from these f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.commands.calibration import NAMED
+from lowmem_gblm.commands.method_options import check_method_options
 from lowmem_gblm.errors import JobError, RequestError, shown
-from lowmem_gblm.methods import check_method_name
+from lowmem_gblm.methods import find_method
 from lowmem_gblm.methods.masks import Pattern, parse_pattern
+from lowmem_gblm.options import check_choices, option
 from lowmem_gblm.planning.globs import as_globs
-from lowmem_gblm.planning.resources import Resources, check_choices, option
+from lowmem_gblm.planning.resources import Resources
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
@@ -30,6 +32,7 @@ class PruneRequest(Resources):
     Attributes:
         model: Folder, Hub id, or "demo".
         output: Folder to create; None in place, and for a plan without one.
+        method_options: Options of the method, by name; those left out have their defaults.
 
     Raises:
         RequestError: A value is out of range, or two contradict each other.
@@ -38,6 +41,7 @@ class PruneRequest(Resources):
     model: str
     output: Path | None = None
     method: str = option("gblm", "how weights are ranked", metavar="METHOD")
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: str | float | Decimal | None = option(
         None, "fraction of zeros, between 0 and 1 [0.5]", metavar="FRACTION"
     )
@@ -49,8 +53,6 @@ class PruneRequest(Resources):
         "what to do with a width that M does not divide: refuse, or keep the tail dense",
         choices=("error", "keep"),
     )
-    gradient_norm: str = option("l1", "how gradients add up over samples", choices=("l1", "l2"))
-    alpha: float = option(100.0, "weight of the gradient term of gblm", parse=float, metavar="A")
     calibration: str | None = option(
         None, "c4, wikitext2, demo, or a .txt .jsonl .json.gz .parquet file [c4]",
         metavar="TEXT",
@@ -93,15 +95,13 @@ class PruneRequest(Resources):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_method_name(self.method)
+        _ = self.options
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_globs(name, getattr(self, name)))
         if self.nsamples < 1:
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:
             raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
-        if not 0 <= self.alpha < float("inf"):
-            raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
         self._check_place()
         self._check_names()
         _ = self.target
@@ -120,14 +120,26 @@ class PruneRequest(Resources):
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
 
     def _check_names(self) -> None:
-        """Raise `RequestError` unless all values fit into JSON, which is UTF-8."""
-        for name, value in to_json(self).items():
+        """Raise `RequestError` for a name or an option that is not UTF-8, as JSON has to be."""
+        for name, value in {**to_json(self), **self.method_options}.items():
             try:
                 "".join(value if isinstance(value, tuple) else str(value)).encode()
             except UnicodeEncodeError:
                 raise RequestError(
                     f"the {name} is not UTF-8: {value!r}. Give it another name, or use a link"
                 ) from None
+
+    @cached_property
+    def options(self) -> Any:
+        """Return the options of the method, defaults included: an instance of its class.
+
+        Raises:
+            RequestError: There is no such method, it has no such option, or a value is out of
+                range.
+        """
+        method = find_method(self.method)
+        check_method_options(method, self.method_options, [one.name for one in fields(self)])
+        return method.options(**self.method_options)
 
     @cached_property
     def target(self) -> Pattern:
@@ -143,6 +155,24 @@ class PruneRequest(Resources):
         asked = self.calibration or (DEMO if self.model == DEMO else "c4")
         is_file = asked not in NAMED and Path(asked).exists()
         return str(Path(asked).resolve()) if is_file else asked
+
+
+def prune_request(model: str, output: Path | None = None, **asked: Any) -> PruneRequest:
+    """Return the request that flat keywords mean: fields of the request, and options of its method.
+
+    Raises:
+        RequestError: A value is out of range, or the method has no such option.
+        TypeError: A keyword is neither a field nor an option of any method.
+    """
+    values, method_options = sort_options(asked)
+    return PruneRequest(model=model, output=output, method_options=method_options, **values)
+
+
+def sort_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of a prune request among flat keywords, and all other keywords."""
+    known = {one.name for one in fields(PruneRequest)}
+    values = {name: value for name, value in asked.items() if name in known}
+    return values, {name: value for name, value in asked.items() if name not in known}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +216,7 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
             asked[name] = str(asked[name].absolute())
     # With its meaning: a model called "demo" has the embedded text, its full name has not.
     asked["calibration"] = request.calibration_text
+    asked["method_options"] = dict(request.method_options)
     if request.sparsity is not None:
         asked["sparsity"] = str(request.sparsity)
     return asked

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_gblm.errors import CheckpointError, RequestError, VerificationError
-from lowmem_gblm.methods.masks import NofM, Pattern, parse_pattern
-from lowmem_gblm.methods.sparsegpt import block_columns
+from lowmem_gblm.commands.promised_groups import contradictions, cut, promised_groups
+from lowmem_gblm.errors import CheckpointError, VerificationError
 from lowmem_gblm.storage.checkpoint.checksums import (
     check_hashes,
     hash_violations,
@@ -32,7 +31,8 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     """Check an output checkpoint.
 
     Always: every shard with the SHA-256 that `pruning.json` has for it, an index that fits, the
-    zeros that `pruning.json` counts, the pattern in every comparison group. Against the source:
+    zeros that `pruning.json` counts, those that it promises in every comparison group, and that
+    these are the pattern that it records. Against the source:
     unpruned tensors byte-identical, kept weights bit-identical (unless the method updates them), no
     negative zero, no group with more zeros than asked beyond those that the source had, every side
     file as it was.
@@ -122,10 +122,6 @@ class _Rule:
     """The promises that `pruning.json` makes about single tensors."""
 
     def __init__(self, record: dict[str, Any]) -> None:
-        ragged = record["on_ragged"] == "keep"
-        pattern = None if record["pattern"] == "unstructured" else record["pattern"]
-        self._pattern: Pattern = parse_pattern(record["sparsity"], pattern, keep_ragged_tail=ragged)
-        self._group = record["group"]
         self._updates_weights = record["updates_weights"]
 
     def violations(
@@ -156,9 +152,9 @@ class _Rule:
     def _counts(
         self, name: str, tensor: Tensor, described: dict[str, Any], original: Tensor | None
     ) -> Iterator[str]:
-        """Yield groups with fewer zeros than asked, or more beyond those of the source."""
-        in_first = described["layout"] == "in,out"
-        for label, groups, removed in self._groups(_rows(tensor, in_first)):
+        """Yield groups with fewer zeros than recorded, or more beyond those of the source."""
+        in_first, promised = described["layout"] == "in,out", promised_groups(described)
+        for label, groups, removed in cut(_rows(tensor, in_first), promised):
             found = (groups == 0).sum(dim=1)
             few = (found < removed).nonzero().flatten()
             if len(few):
@@ -169,8 +165,8 @@ class _Rule:
         if original is None or self._updates_weights:
             return
         for (label, groups, removed), (_, before, _) in zip(
-            self._groups(_rows(tensor, in_first)),
-            self._groups(_rows(original, in_first)),
+            cut(_rows(tensor, in_first), promised),
+            cut(_rows(original, in_first), promised),
             strict=True,
         ):
             found, own = (groups == 0).sum(dim=1), (before == 0).sum(dim=1)
@@ -180,23 +176,6 @@ class _Rule:
                     f"{name}: {len(many)} {label} with too many zeros; the first, {int(many[0])}, "
                     f"has {int(found[many[0]])} instead of {removed}"
                 )
-
-    def _groups(self, weight_RI: Tensor) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield comparison groups: a label, the groups [groups, size], zeros in each."""
-        width = weight_RI.shape[-1]
-        if isinstance(self._pattern, NofM):
-            whole = width - width % self._pattern.m
-            groups = weight_RI[..., :whole].reshape(-1, self._pattern.m)
-            yield f"groups of {self._pattern.m}", groups, self._pattern.m - self._pattern.n
-        elif self._group == "row":
-            rows = weight_RI.reshape(-1, width)
-            yield "rows", rows, self._pattern.removed(width)
-        else:
-            columns = width if self._group == "matrix" else block_columns(self._pattern)
-            matrices = weight_RI if weight_RI.ndim == 3 else weight_RI[None]
-            for part in torch.split(matrices, columns, dim=-1):
-                groups = part.reshape(len(matrices), -1)
-                yield "matrices or column blocks", groups, self._pattern.removed(groups.shape[1])
 
 
 def _rows(tensor: Tensor, in_first: bool) -> Tensor:
@@ -243,7 +222,6 @@ def _check_record(record: dict[str, Any]) -> None:
     if missing:
         raise CheckpointError(f"{RECORD} lacks {', '.join(missing)}")
     try:
-        _Rule(record)
         for one in record["tensors"].values():
             valid = (
                 type(one["zeros"]) is int
@@ -254,13 +232,15 @@ def _check_record(record: dict[str, Any]) -> None:
                 raise ValueError(f"not a description of a tensor: {one}")
         if not record["tensors"]:
             raise ValueError("no tensors")
+        list(contradictions(record))
         if "shards" in record:
             check_hashes(record["shards"])
-    except (RequestError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
 
 
 def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    yield from contradictions(record)
     for name, described in record["tensors"].items():
         entry = checkpoint.tensors.get(name)
         if entry is None:
@@ -274,7 +254,7 @@ def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterat
 
 
 _KEYS = (
-    "tensors", "sparsity", "sparsity_measured", "pattern", "on_ragged", "group", "updates_weights",
+    "tensors", "sparsity", "sparsity_measured", "pattern", "group", "updates_weights",
 )  # fmt: skip
 
 

@@ -1,20 +1,26 @@
 """Pruning methods: one file each, found by its name.
 
-A method file defines `METHOD`, a `Method` that says which statistics it needs and how it decides.
-`lowmem_gblm/methods/wanda.py` is the shortest complete example; dropping such a file here is all
-it takes to add a method.
+A method file defines `METHOD`, a `Method` that says which statistics it needs, which options it has
+and how it decides. `lowmem_gblm/methods/wanda.py` is the shortest complete example, `gblm.py` one
+with options; dropping such a file here is all it takes to add a method. Another package adds one by
+an entry point of the group `lowmem_gblm.methods`, whose value is such a `METHOD`.
+
+The help of the command line lists the options of all methods: a method file imports torch where it
+computes, not at its top.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
-from lowmem_gblm.methods.masks import Group, Pattern, keep_mask
+from lowmem_gblm.extensions import extension_names, load_extension, package_of
+from lowmem_gblm.methods.masks import Group, Pattern, comparison_groups, keep_mask
+from lowmem_gblm.options import NoOptions, options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,27 +32,45 @@ AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Modules beside the methods.
 _NO_METHODS = {"masks"}
 
-StatisticName = Literal["input_norm", "gradient", "gram"]
+_EXTENSIONS = "lowmem_gblm.methods"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """What was measured for one matrix; None where the method did not ask for it.
+class Statistics(Mapping[str, "Tensor"]):
+    """What was measured for one matrix [out, in], by the names that the method's `needs` gives.
 
-    Attributes:
-        input_norm: float32 [in], `sqrt((1/N) sum_n sum_t x^2)`.
-        gradient: float32 [out, in], `sum_n |g_n|` (l1) or `sqrt(sum_n g_n^2)` (l2).
-        gram: float32 [in, in], `(2/N) sum_n x_n^T x_n`.
+    Args:
+        values: The statistics, float32.
+        per_output: Names of those that have a row for every output; the others belong to the
+            inputs.
     """
 
-    input_norm: Tensor | None = None
-    gradient: Tensor | None = None
-    gram: Tensor | None = None
+    def __init__(self, values: Mapping[str, Tensor], per_output: Collection[str] = ()) -> None:
+        self._values = dict(values)
+        self._per_output = frozenset(per_output)
+
+    def __getitem__(self, name: str) -> Tensor:
+        # Not a KeyError: that would be taken for the answer of `get` and `in`.
+        assert name in self._values, (
+            f"a method reads the statistic {name!r}, which its `needs` does not name"
+        )
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def of_rows(self, rows: slice) -> Statistics:
-        """Those that belong to some of the outputs; what belongs to the inputs stays whole."""
-        gradient = None if self.gradient is None else self.gradient[rows]
-        return replace(self, gradient=gradient)
+        """Return those of some outputs; what belongs to the inputs stays complete."""
+        values = {
+            name: value[rows] if name in self._per_output else value
+            for name, value in self._values.items()
+        }
+        return Statistics(values, self._per_output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,54 +97,131 @@ class Method:
         name: As typed on the command line; the name of the file.
         title: The score or idea, in one line.
         paper: Where it comes from.
-        needs: Statistics that must be measured first; which passes run follows from them.
+        needs: Names of the statistics that must be measured first, or a function of the options
+            that returns them; which passes run follows from them.
         group: What is compared with what where the pattern is unstructured.
-        decide: `(weight [out, in], statistics, pattern, alpha) -> Decision`; the weight comes in
-            the dtype of the checkpoint and is not to be modified.
+        block_columns: Where `group` is "columns", `pattern -> int`: how many columns are compared
+            with each other at a time.
+        decide: `(weight [out, in], statistics, pattern, options) -> Decision`; the weight comes in
+            the dtype of the checkpoint and is not to be modified, `options` is one of `options`.
+        options: A frozen dataclass whose fields are declared with `lowmem_gblm.options.option`; it
+            checks its values when one is made.
         updates_weights: Whether kept weights change.
         bytes_per_weight: Most memory that `decide` takes for every weight of the matrix, its result
             included; the plan counts on it.
-        bytes_per_gram_entry: The same for every entry of the gram matrix.
+        bytes_per_squared_input: The most memory that `decide` takes on top, for every entry of a
+            matrix [in, in].
+        flops_per_cubed_input: The FLOPs that an input shared by matrices takes, as a factor of in³.
+        sweeps_columns: Whether columns are decided one after the other, which takes time for each.
     """
 
     name: str
     title: str
     paper: str
-    needs: tuple[StatisticName, ...]
+    needs: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
     group: Group | Literal["columns"]
-    decide: Callable[[Tensor, Statistics, Pattern, float], Decision]
+    block_columns: Callable[[Pattern], int] | None = None
+    decide: Callable[[Tensor, Statistics, Pattern, Any], Decision]
+    options: type[Any] = NoOptions
     updates_weights: bool = False
     bytes_per_weight: float = 32
-    bytes_per_gram_entry: float = 0
+    bytes_per_squared_input: float = 0
+    flops_per_cubed_input: float = 0
+    sweeps_columns: bool = False
+
+    def needs_with(self, options: Any) -> tuple[str, ...]:
+        """Return the names of the statistics that are needed with these options."""
+        return self.needs(options) if callable(self.needs) else self.needs
+
+    def comparison_groups(
+        self, pattern: Pattern, out_features: int, in_features: int
+    ) -> list[dict[str, int]]:
+        """Return what is compared with what in a matrix [out, in]; see `masks`."""
+        rows = 1 if self.group == "row" else out_features
+        columns = self.block_columns(pattern) if self.block_columns else in_features
+        return comparison_groups(pattern, rows, columns, in_features)
 
 
 def method_names() -> list[str]:
-    """Names of all methods, without importing any."""
+    """Return the names of all methods, without importing any."""
+    return sorted({*built_in_names(), *extension_names(_EXTENSIONS)})
+
+
+def built_in_names() -> list[str]:
+    """Return the names of the methods of this package, without importing any."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
     return sorted(found - _NO_METHODS)
 
 
-def check_method_name(name: str) -> None:
-    """Raise `RequestError` if there is no such method."""
-    if name not in method_names():
-        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
-
-
 def find_method(name: str) -> Method:
-    """Import the method of that name.
+    """Import the method of that name. One of this package comes before one of another.
 
     Raises:
-        RequestError: There is none.
+        RequestError: There is none, or the package that has it cannot be used.
     """
-    check_method_name(name)
-    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+    if name in built_in_names():
+        method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+        return method
+    extension = load_extension(_EXTENSIONS, name, "method")
+    if extension is None:
+        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
+    return _checked(extension, name)
+
+
+def usable_methods(
+    named: Collection[str] | None = None, report: Callable[[str], object] = len
+) -> list[str]:
+    """Return the names of our own methods and of those of other packages that can be imported.
+
+    Args:
+        named: Names to import, of whatever kind; None for those of all methods.
+        report: Told why a method of another package cannot be used.
+    """
+    names = built_in_names()
+    others = set(extension_names(_EXTENSIONS)).difference(names)
+    for name in others if named is None else others & set(named):
+        try:
+            find_method(name)
+        except RequestError as error:
+            report(str(error))
+        else:
+            names.append(name)
+    return sorted(names)
+
+
+def _checked(extension: Any, name: str) -> Method:
+    """Return a method of another package, if it is one.
+
+    Raises:
+        RequestError: It is something else, has another name, or its options are no dataclass.
+    """
+    fits = isinstance(extension, Method) and extension.name == name
+    if not fits or not is_dataclass(extension.options):
+        raise RequestError(
+            f"the method {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
+            f"lowmem_gblm.methods.Method of that name with a dataclass of options: {extension!r}"
+        )
+    method: Method = extension
     return method
 
 
+def option_owners(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return for every option of these methods the names of those that have it.
+
+    Raises:
+        RequestError: A method cannot be used.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        for one in options(find_method(name).options):
+            found.setdefault(one.name, []).append(name)
+    return found
+
+
 def by_score(
-    score: Callable[[Tensor, Statistics, float], Tensor], group: Group, *, rowwise: bool = False
-) -> Callable[[Tensor, Statistics, Pattern, float], Decision]:
-    """Turn a score `(weight float32 [out, in], statistics, alpha) -> [out, in]` into a `decide`.
+    score: Callable[[Tensor, Statistics, Any], Tensor], group: Group, *, rowwise: bool = False
+) -> Callable[[Tensor, Statistics, Pattern, Any], Decision]:
+    """Turn a score `(weight float32 [out, in], statistics, options) -> [out, in]` into a `decide`.
 
     A row whose scores are all zero (an expert that saw no token) is ranked by `abs(weight)`.
 
@@ -135,13 +236,13 @@ def by_score(
     """
 
     def decide(
-        weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: float
+        weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: Any
     ) -> Decision:
         rows = weight_OI.shape[0]
         if rowwise and group == "row":
             rows = max(1, AT_ONCE[weight_OI.device.type] // weight_OI.shape[1])
         keeps = [
-            _keep(score, weight_OI[part].float(), statistics.of_rows(part), pattern, group, alpha)
+            _keep(score, weight_OI[part].float(), statistics.of_rows(part), pattern, group, options)
             for part in (slice(start, start + rows) for start in range(0, len(weight_OI), rows))
         ]
         return Decision(keep=keeps[0] if len(keeps) == 1 else _joined(keeps))
@@ -150,14 +251,14 @@ def by_score(
 
 
 def _keep(
-    score: Callable[[Tensor, Statistics, float], Tensor],
+    score: Callable[[Tensor, Statistics, Any], Tensor],
     weight_OI: Tensor,
     statistics: Statistics,
     pattern: Pattern,
     group: Group,
-    alpha: float,
+    options: Any,
 ) -> Tensor:
-    score_OI = score(weight_OI, statistics, alpha)
+    score_OI = score(weight_OI, statistics, options)
     least_O, most_O = score_OI.aminmax(dim=1)
     if not bool((least_O.isfinite() & most_O.isfinite()).all()):
         raise NonFiniteError(
@@ -173,9 +274,3 @@ def _joined(keeps: list[Tensor]) -> Tensor:
     import torch
 
     return torch.cat(keeps)
-
-
-def require(statistic: Tensor | None) -> Tensor:
-    """The statistic itself; that it was measured is the contract of `Method.needs`."""
-    assert statistic is not None, "a method reads a statistic that its `needs` does not name"
-    return statistic

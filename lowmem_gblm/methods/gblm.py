@@ -8,24 +8,48 @@ input norm is averaged, so the balance of the two terms depends on how many samp
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lowmem_gblm.methods import Method, Statistics, by_score, require
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.methods import Method, Statistics, by_score
+from lowmem_gblm.methods.gradient import GradientOptions
+from lowmem_gblm.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def gblm_scores(weight_OI: Tensor, statistics: Statistics, alpha: float) -> Tensor:
-    """`|W| * ||X|| + alpha * |W| * G`, [out, in]."""
+@dataclass(frozen=True, kw_only=True)
+class GblmOptions(GradientOptions):
+    """The options of GBLM-Pruner.
+
+    Raises:
+        RequestError: A value is out of range.
+    """
+
+    alpha: float = option(100.0, "weight of the gradient term", parse=float, metavar="A")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < float("inf"):
+            raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
+
+
+def gblm_scores(weight_OI: Tensor, statistics: Statistics, options: GblmOptions) -> Tensor:
+    """Return `|W| * ||X|| + alpha * |W| * G`, [out, in]."""
     size_OI = weight_OI.abs()
-    activation_term = size_OI * require(statistics.input_norm)
-    return activation_term + alpha * (size_OI * require(statistics.gradient))
+    activation_term = size_OI * statistics["input_norm"]
+    return activation_term + options.alpha * (size_OI * statistics[options.statistic])
 
 
 METHOD = Method(
     name="gblm",
     title="|W|·(‖X‖ + α·G)",
     paper="Das et al. 2023, arXiv 2311.04902",
-    needs=("input_norm", "gradient"),
+    needs=lambda options: ("input_norm", options.statistic),
     group="row",
+    options=GblmOptions,
     decide=by_score(gblm_scores, "row", rowwise=True),
     bytes_per_weight=2,
 )

@@ -5,13 +5,18 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_gblm.methods import Method, Statistics, by_score
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def magnitude_scores(weight_OI: Tensor, statistics: Statistics, alpha: float) -> Tensor:
-    """`|W|`, [out, in]; reads no statistic."""
+    from lowmem_gblm.options import NoOptions
+
+
+def magnitude_scores(weight_OI: Tensor, statistics: Statistics, options: NoOptions) -> Tensor:
+    """Return `|W|`, [out, in]; reads no statistic."""
     return weight_OI.abs()
 
 

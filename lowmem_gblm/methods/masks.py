@@ -122,6 +122,38 @@ def _decimal(value: str | float | Decimal) -> Decimal:
     return number
 
 
+def comparison_groups(
+    pattern: Pattern, rows: int, columns: int, in_features: int
+) -> list[dict[str, int]]:
+    """Return what is compared with what in a matrix [out, in], and how many weights of it go.
+
+    Args:
+        pattern: How many go. N:M makes groups of its own, whatever `rows` and `columns` are.
+        rows, columns: Size of an unstructured group; where `columns` does not divide the inputs,
+            the last group has fewer.
+        in_features: Inputs of the matrix.
+
+    Returns:
+        From the first input to the last: `rows` and `columns` of a group, `repeat`: how many lie
+        side by side, `removed`: how many weights of each go.
+    """
+    if isinstance(pattern, NofM):
+        rows, columns = 1, pattern.m
+    repeat, tail = divmod(in_features, columns)
+    sizes = [(width, times) for width, times in ((columns, repeat), (tail, 1)) if width * times]
+    return [
+        {"rows": rows, "columns": width, "repeat": times, "removed": _removed(pattern, rows, width)}
+        for width, times in sizes
+    ]
+
+
+def _removed(pattern: Pattern, rows: int, columns: int) -> int:
+    """Return how many weights of a group of this size go; none of the ragged tail of N:M."""
+    if isinstance(pattern, NofM):
+        return pattern.m - pattern.n if columns == pattern.m else 0
+    return pattern.removed(rows * columns)
+
+
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """Choose the weights of one matrix that stay.
 

@@ -8,33 +8,41 @@ weight up to and including the threshold, exactly `floor(n * sparsity)` weights 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lowmem_gblm.errors import NonFiniteError
-from lowmem_gblm.methods import Decision, Method, Statistics, require
+from lowmem_gblm.methods import Decision, Method, Statistics
 from lowmem_gblm.methods.masks import NofM, Pattern, keep_largest, keep_n_of_m
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowmem_gblm.options import NoOptions
 
 COLUMNS = 128
 DAMPING = 0.01
 _ATTEMPTS = 8
 
 
-def solve(weight_OI: Tensor, statistics: Statistics, pattern: Pattern, alpha: float) -> Decision:
+def solve(
+    weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: NoOptions
+) -> Decision:
     """Prune one matrix and update the weights that stay.
 
     Args:
         weight_OI: [out, in], floating point. Not modified.
-        statistics: `gram` is read, and not modified.
+        statistics: "gram" is read, and not modified.
         pattern: Unstructured: a block of 128 columns is one comparison group. N:M: chosen among
             the updated weights when the sweep reaches the group.
-        alpha: Not used.
+        options: None.
 
     Raises:
         NonFiniteError: The gram matrix is not finite, or stays indefinite however damped.
     """
+    import torch
+
     weight_OI = weight_OI.float() if weight_OI.dtype != torch.float32 else weight_OI.clone()
-    gram_II = require(statistics.gram).clone()
+    gram_II = statistics["gram"].clone()
     dead_I = gram_II.diagonal() == 0
     gram_II.diagonal()[dead_I] = 1
     # An expert that saw no token has no live column: its weights are then ranked by magnitude.
@@ -69,6 +77,8 @@ def block_columns(pattern: Pattern) -> int:
 
 def _inverse_factor(gram_II: Tensor) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the damped inverse, and the damping that made it exist."""
+    import torch
+
     mean = gram_II.diagonal().mean()
     if not bool(mean.isfinite()):
         raise NonFiniteError("the gram matrix of the inputs is not finite")
@@ -90,6 +100,8 @@ def _sweep_columns(
     weight_OC: Tensor, keep_OC: Tensor, inverse_CC: Tensor, pattern: Pattern
 ) -> Tensor:
     """Sweep one block of columns in place; returns the errors [out, columns] to spread onwards."""
+    import torch
+
     if not isinstance(pattern, NofM):
         score_OC = weight_OC**2 / inverse_CC.diagonal() ** 2
         removed = pattern.removed(score_OC.numel())
@@ -115,8 +127,12 @@ METHOD = Method(
     paper="Frantar & Alistarh 2023, arXiv 2301.00774",
     needs=("gram",),
     group="columns",
+    block_columns=block_columns,
     decide=solve,
     updates_weights=True,
     bytes_per_weight=8,
-    bytes_per_gram_entry=20,
+    bytes_per_squared_input=20,
+    # Two factors and an inverse.
+    flops_per_cubed_input=3,
+    sweeps_columns=True,
 )

@@ -5,14 +5,19 @@ Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from lowmem_gblm.methods import Method, Statistics, by_score, require
+from lowmem_gblm.methods import Method, Statistics, by_score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowmem_gblm.options import NoOptions
 
 
-def wanda_scores(weight_OI: Tensor, statistics: Statistics, alpha: float) -> Tensor:
-    """`|W| * ||X||`, [out, in]."""
-    return weight_OI.abs() * require(statistics.input_norm)
+def wanda_scores(weight_OI: Tensor, statistics: Statistics, options: NoOptions) -> Tensor:
+    """Return `|W| * ||X||`, [out, in]."""
+    return weight_OI.abs() * statistics["input_norm"]
 
 
 METHOD = Method(

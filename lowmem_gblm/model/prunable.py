@@ -54,6 +54,11 @@ class PrunableWeight:
         """Return the inputs of the slot that are multiplied with this matrix."""
         return self.rows if self.slot.in_first else self.columns
 
+    @property
+    def outputs(self) -> slice:
+        """Which of the slot's outputs are this matrix's."""
+        return self.columns if self.slot.in_first else self.rows
+
     def on_disk(self, tensor: Tensor) -> Tensor:
         """Return the matrix as an [out, in] view of the tensor read from disk."""
         matrix = tensor if self.disk_index is None else tensor[self.disk_index]

@@ -7,7 +7,9 @@ from lowmem_gblm.planning.run_time import MachineSpeed
 from lowmem_gblm.planning.sizes import (
     FLOAT32_BYTES,
     STORES,
+    ActivationCost,
     Choices,
+    DecisionCost,
     GradientPrecision,
     ModelSizes,
     Workload,
@@ -17,8 +19,10 @@ from lowmem_gblm.planning.sizes import (
 __all__ = [
     "FLOAT32_BYTES",
     "STORES",
+    "ActivationCost",
     "Budget",
     "Choices",
+    "DecisionCost",
     "GradientPrecision",
     "MachineSpeed",
     "ModelSizes",

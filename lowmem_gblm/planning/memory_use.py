@@ -127,12 +127,12 @@ def _reverse(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices)
         at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
     _carried(at, sizes, work, choices)
     if work.schedule.prune_in == "reverse":
-        _activations(at, sizes, work)
+        _activations(at, work)
 
 
 def _prune(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
     _blocks(at, sizes, work, choices)
-    _activations(at, sizes, work)
+    _activations(at, work)
     running = _forward(sizes, work) if work.schedule.prune_forwards else 0
     deciding = _deciding(sizes, work)
     computing = _computing(at, work)
@@ -179,19 +179,19 @@ def accumulator_bytes(sizes: ModelSizes, choices: Choices) -> int:
     return max(sum(numbers[item] for item in part) for part in parts)
 
 
-def _activations(at: Footprint, sizes: ModelSizes, work: Workload) -> None:
-    if "gram" in work.needs:
-        largest = sizes.widest_input**2
-        grams = (sizes.gram_entries + largest) * FLOAT32_BYTES
-        _computing(at, work)["gram matrices"] = grams
+def _activations(at: Footprint, work: Workload) -> None:
+    held = work.activations.entries + work.activations.largest_entries
+    if held:
+        _computing(at, work)["statistics of activations"] = held * FLOAT32_BYTES
 
 
 def _deciding(sizes: ModelSizes, work: Workload) -> int:
-    """Return the bytes for one matrix: statistics, needs of the method, and a copy on a GPU."""
-    per_weight, per_gram = work.deciding
-    needed = per_weight * sizes.largest_matrix + per_gram * sizes.widest_input**2
+    """Return the bytes of one matrix: its statistics, the method's, and a copy on a GPU."""
+    cost = work.deciding
+    needed = cost.bytes_per_weight * sizes.largest_matrix
+    needed += cost.bytes_per_squared_input * sizes.widest_input**2
     needed += _DECIDING * min(work.slab, sizes.largest_matrix) * FLOAT32_BYTES
-    if "gradient" in work.needs and work.schedule.prune_in == "prune":
+    if work.schedule.stores_gradients:
         needed += sizes.largest_matrix * FLOAT32_BYTES
     if work.on_gpu:
         stored = max(sizes.block_bytes) / max(sizes.prunable)

@@ -50,7 +50,7 @@ def reasons(
             f"gradient magnitudes are stored in {bits}, for lack of disk space: "
             f"some decisions will be others than in float32"
         )
-    if "gradient" in work.needs and choices.accumulator_bytes is not None:
+    if work.schedule.keeps_boundaries and choices.accumulator_bytes is not None:
         numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
         parts = len(slices_within(numbers, choices.accumulator_bytes))
         yield (

@@ -77,7 +77,7 @@ class Plan:
         return None if self.seconds is None else sum(self.seconds.values())
 
     def as_json(self) -> dict[str, Any]:
-        """The plan for `--json`."""
+        """Return the plan for `--json`."""
         stages = {at.name: {"host": at.host, "gpu": at.gpu} for at in self.footprints}
         return asdict(self) | {
             "stages": list(self.stages),

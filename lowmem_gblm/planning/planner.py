@@ -140,8 +140,8 @@ def _in_memory(sizes: ModelSizes, work: Workload) -> Iterator[Choices]:
 
 
 def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
-    """Return limits for accumulators: all at once, then in 2, 3, … parts."""
-    if "gradient" not in work.needs:
+    """Return the limits for accumulators: all at once, then in 2, 3, … parts."""
+    if not work.schedule.keeps_boundaries:
         return [None]
     numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
     limits: list[int | None] = [None]

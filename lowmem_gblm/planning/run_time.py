@@ -135,10 +135,9 @@ class _Clock:
 
     def _decisions_s(self) -> float:
         """Return the seconds of deciding about the weights of one block."""
-        seconds = self._computing_s(0, self._block_weights)
-        if "gram" not in self._work.needs:
-            return seconds
-        # The gram matrices; their factors, whose FLOPs are about 3 n³ together; the columns.
-        sizes = self._sizes
-        flops = sizes.gram_entries * (2 * self._tokens + 3 * sizes.widest_input)
-        return seconds + self._computing_s(flops, 0) + sizes.columns * _PER_COLUMN_S
+        sizes, cost = self._sizes, self._work.deciding
+        # Statistics of activations; factors of matrices [in, in]; columns one after the other.
+        flops: float = self._tokens * self._work.activations.flops_per_token
+        flops += cost.flops_per_cubed_input * sizes.squared_inputs * sizes.widest_input
+        columns_s = sizes.columns * _PER_COLUMN_S * cost.sweeps_columns
+        return self._computing_s(flops, self._block_weights) + columns_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,9 +47,9 @@ EVALUATION = Schedule(stages=("embed", "dense", "head"))
 
 
 def schedule(
-    needs: Collection[str], activations: Activations, *, in_place: bool = False
+    activations: Activations, *, needs_backward: bool, needs_forward: bool, in_place: bool = False
 ) -> Schedule:
-    """Return the stages for a method that needs these statistics.
+    """Return the stages for a method that needs statistics of gradients, of activations, or both.
 
     Gradients are always those of the dense model. Activations are those of the model pruned so far
     (`pruned`), which takes a sweep of its own from first to last block, or of the dense model
@@ -58,13 +57,11 @@ def schedule(
 
     In place, all blocks are read before one is overwritten.
     """
-    gradient = "gradient" in needs
-    activation = bool({"input_norm", "gram"} & set(needs))
-    backward: tuple[Stage, ...] = ("dense", "head", "reverse") if gradient else ()
+    backward: tuple[Stage, ...] = ("dense", "head", "reverse") if needs_backward else ()
     first: tuple[Stage, ...] = backward or (("dry_run",) if in_place else ())
-    if gradient and (activations == "dense" or not activation):
+    if needs_backward and (activations == "dense" or not needs_forward):
         return Schedule(stages=("embed", *backward), prune_in="reverse")
-    if not activation:
+    if not needs_forward:
         return Schedule(stages=(*first, "prune"), prune_in="prune")
     forwards = 1 if activations == "dense" else 2
     return Schedule(stages=("embed", *first, "prune"), prune_in="prune", prune_forwards=forwards)

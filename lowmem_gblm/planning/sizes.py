@@ -27,7 +27,8 @@ class ModelSizes:
         side_bytes: Bytes of an output beside its tensors: side files, headers, the record.
         prunable: Prunable weights of every block.
         slots: Weights of every matrix that the largest block multiplies with.
-        gram_entries: Entries of all gram matrices of the largest block.
+        squared_inputs: Sum of in² over the inputs of the largest block; matrices that are
+            multiplied with one tensor share one.
         columns: Inputs of all matrices of the largest block.
         active_fraction: Share of the weights that one token uses (below 1 with routed experts).
         largest_matrix: Weights of the largest prunable matrix.
@@ -46,7 +47,7 @@ class ModelSizes:
     side_bytes: int
     prunable: tuple[int, ...]
     slots: tuple[int, ...]
-    gram_entries: int
+    squared_inputs: int
     columns: int
     active_fraction: float
     largest_matrix: int
@@ -64,13 +65,45 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationCost:
+    """What the statistics of activations of the largest block take.
+
+    Attributes:
+        entries: float32 numbers that are held for the block.
+        largest_entries: float32 numbers of the largest result, which is made beside them.
+        flops_per_token: FLOPs for every token.
+    """
+
+    entries: int = 0
+    largest_entries: int = 0
+    flops_per_token: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionCost:
+    """What a method takes to decide about one matrix.
+
+    Attributes:
+        bytes_per_weight: Memory for every weight of the matrix.
+        bytes_per_squared_input: Memory for every entry of a matrix [in, in].
+        flops_per_cubed_input: FLOPs for every shared input, as a factor of in³.
+        sweeps_columns: Whether columns are decided one after the other.
+    """
+
+    bytes_per_weight: float = 0
+    bytes_per_squared_input: float = 0
+    flops_per_cubed_input: float = 0
+    sweeps_columns: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """The work to be done with the model.
 
     Attributes:
         schedule: The stages.
-        needs: Statistics of the method.
-        deciding: Bytes that the method takes per weight of a matrix and per entry of its gram.
+        activations: The cost of the statistics of activations.
+        deciding: The cost of a decision of the method.
         nsamples, seqlen: The numbers N and T.
         itemsize: Bytes of one number of the computation.
         on_gpu: Whether blocks are computed on a GPU.
@@ -87,8 +120,8 @@ class Workload:
     """
 
     schedule: Schedule
-    needs: tuple[str, ...]
-    deciding: tuple[float, float]
+    activations: ActivationCost
+    deciding: DecisionCost
     nsamples: int
     seqlen: int
     itemsize: int
@@ -127,7 +160,7 @@ class Choices:
 
 def stores(work: Workload, choices: Choices) -> bool:
     """Return whether gradient magnitudes are stored in the work folder, all or those of a part."""
-    sliced = "gradient" in work.needs and choices.accumulator_bytes is not None
+    sliced = work.schedule.keeps_boundaries and choices.accumulator_bytes is not None
     return work.schedule.stores_gradients or sliced
 
 

@@ -70,7 +70,7 @@ def explained_at(work_folder: Path, *, kept: bool) -> Iterator[None]:
 
 
 def to_resume(work_folder: Path, *, kept: bool) -> str:
-    """What to do after an attempt that has ended early, where the job is `kept` or not."""
+    """Say what to do after an attempt that has ended early, where the job is `kept` or not."""
     if not kept:
         return "give the same command again; nothing was done yet that could be kept"
     command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])

@@ -77,7 +77,7 @@ class JobState:
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """What the job in a work folder is; None where none was begun.
+    """Return the description of the job in a work folder; None where none was begun.
 
     Raises:
         JobError: The description cannot be read.
@@ -123,7 +123,7 @@ def has_steps(folder: Path) -> bool:
 
 
 def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
-    """The entries of the journal in a work folder, oldest first.
+    """Return the entries of the journal in a work folder, oldest first.
 
     Args:
         folder: The work folder.
@@ -143,6 +143,7 @@ def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
 
 
 def entry_path(folder: Path, number: int) -> Path:
+    """Return the path of an entry of the journal."""
     return folder / JOURNAL / f"{number:06}.json"
 
 
@@ -167,7 +168,7 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What is another in two identities: its name, old and new value, by name."""
+    """Return what differs in two identities: its name, old and new value, by name."""
     return {
         name: _difference(name, old.get(name), new.get(name))
         for name in sorted({*old, *new})
@@ -188,5 +189,5 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with a job."""
+    """Return what to type to resume a job."""
     return shlex.join(["lowmem-gblm", "resume", str(folder)])

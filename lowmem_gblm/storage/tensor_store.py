@@ -20,8 +20,10 @@ from lowmem_gblm.storage.atomic import PendingFile, temporary_name
 from lowmem_gblm.storage.checkpoint.reader import DTYPE_NAMES, DTYPES, raw_bytes
 from lowmem_gblm.storage.disk_errors import blamed
 
+# A calibration sample by its number, or a matrix by its name.
+Item = int | str
 # Of one name: for every item its place, dtype and shape, as the journal keeps it.
-Table = list[tuple[int | str, int, str, list[int]]]
+Table = list[tuple[Item, int, str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ class TensorStore:
         self._room_bytes = host_bytes
         self._way_out = way_out
         self._holds = holds
-        self._held: dict[tuple[str, int | str], torch.Tensor] = {}
-        self._places: dict[tuple[str, int | str], _Place] = {}
+        self._held: dict[tuple[str, Item], torch.Tensor] = {}
+        self._places: dict[tuple[str, Item], _Place] = {}
         self._growing: dict[str, PendingFile] = {}
         self._lock = Lock()
 
-    def write(self, name: str, item: int | str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, item: Item, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""
         tensor = tensor.detach()
         size = tensor.nbytes
@@ -84,12 +86,12 @@ class TensorStore:
         with self._lock:
             self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
 
-    def holds(self, name: str, item: int | str) -> bool:
+    def holds(self, name: str, item: Item) -> bool:
         """Whether something was written under this name and item."""
         return (name, item) in self._held or (name, item) in self._places
 
-    def read(self, name: str, item: int | str) -> torch.Tensor:
-        """The tensor, on the CPU; not to be modified.
+    def read(self, name: str, item: Item) -> torch.Tensor:
+        """Return the tensor, on the CPU; not to be modified.
 
         Raises:
             JobError: The file is gone, or has become shorter.

@@ -15,6 +15,7 @@ from lowmem_gblm.methods.masks import Pattern
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.runtime.signals import StopFlag
+from lowmem_gblm.sweeps.statistics import needed_statistics
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 
 GradientOf = Callable[[PrunableWeight], Tensor | None]
@@ -27,16 +28,16 @@ class BlockPruner:
     Attributes:
         method: How.
         pattern: How many.
-        alpha: Weight of the gradient term of `gblm`.
+        options: Of the method.
         device: Where scores are computed.
-        tensors: For the record, by name on disk: shape, zeros, layout.
+        tensors: For the record, by name on disk: shape, zeros, layout, comparison groups.
         notes: For the record: what a method had to say.
         stop: Looked at before every matrix.
     """
 
     method: Method
     pattern: Pattern
-    alpha: float
+    options: Any
     device: torch.device
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -79,7 +80,7 @@ class BlockPruner:
 
     def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
         try:
-            decision = self.method.decide(values_OI, given, self.pattern, self.alpha)
+            decision = self.method.decide(values_OI, given, self.pattern, self.options)
         except NonFiniteError as error:
             raise NonFiniteError(f"{weight}: {error}") from None
         if decision.note is not None:
@@ -92,29 +93,25 @@ class BlockPruner:
         measured: Sequence[ActivationStatistic],
         gradient_of: GradientOf,
     ) -> Statistics:
-        """The statistics of the slot, cut to the part of it that this tensor is.
+        """Return the statistics of a tensor: of the part of the block's matrix that it is.
 
         An expert that saw no token has none: they are zeros.
         """
-        outputs, inputs = weight.out_features, weight.in_features
-        shapes = {"input_norm": (inputs,), "gram": (inputs, inputs), "gradient": (outputs, inputs)}
-        values: dict[str, Tensor] = {}
-        for statistic in measured:
-            found = statistic.result(weight.slot)
-            if found is not None:
-                part = found[weight.inputs]
-                values[statistic.name] = part if part.ndim == 1 else part[:, weight.inputs]
-        if "gradient" in self.method.needs:
+        found = {one.name: _part(one, weight) for one in measured}
+        needed = needed_statistics(self.method.needs_with(self.options))
+        if needed.gradient is not None:
             gradient_OI = gradient_of(weight)
-            if gradient_OI is not None:
-                values["gradient"] = gradient_OI
-                if not bool(values["gradient"].any()):
-                    self.notes.append(f"{weight}: all of its gradients are zero")
-        for name in self.method.needs:
-            if name not in values:
-                values[name] = torch.zeros(shapes[name])
-            values[name] = values[name].to(self.device)
-        return Statistics(**values)
+            found[needed.gradient.name] = gradient_OI
+            if gradient_OI is not None and not bool(gradient_OI.any()):
+                self.notes.append(f"{weight}: all of its gradients are zero")
+        values: dict[str, Tensor] = {}
+        for kind in needed.classes:
+            value = found[kind.name]
+            if value is None:
+                value = torch.zeros(kind.shape(weight.out_features, weight.in_features))
+            values[kind.name] = value.to(self.device)
+        per_output = [kind.name for kind in needed.classes if kind.per_output()]
+        return Statistics(values, per_output)
 
     def _record(self, block: Block) -> None:
         for weight in {weight.name: weight for weight in block.weights}.values():
@@ -123,7 +120,26 @@ class BlockPruner:
                 "shape": list(tensor.shape),
                 "zeros": tensor.numel() - int(tensor.count_nonzero()),
                 "layout": "in,out" if weight.in_first_on_disk else "out,in",
+                # Of every matrix of the tensor: `verify` counts zeros by them.
+                "groups": self.method.comparison_groups(
+                    self.pattern, weight.out_features, weight.in_features
+                ),
             }
+
+
+def _part(statistic: ActivationStatistic, weight: PrunableWeight) -> Tensor | None:
+    """Return the part of a result that belongs to a tensor; None for an expert without a token."""
+    result = statistic.result(weight.slot)
+    if result is None:
+        return None
+    parts = {"out": weight.outputs, "in": weight.inputs}
+    cut = result[tuple(slice(None) if isinstance(a, int) else parts[a] for a in statistic.axes)]
+    expected = statistic.shape(weight.out_features, weight.in_features)
+    assert tuple(cut.shape) == expected, (
+        f"the statistic {statistic.name!r} is {list(cut.shape)} for {weight}, its `axes` say "
+        f"{list(expected)}"
+    )
+    return cut
 
 
 def _apply(decision: Decision, target_OI: Tensor) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_gblm.methods import Method
 from lowmem_gblm.model.block_loader import Block, BlockLoader
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import Choices
@@ -33,8 +32,8 @@ from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.gradient_store import GradientStore
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.sample_set import SampleSet
-from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, activation_statistics
-from lowmem_gblm.sweeps.statistics.gradient import GradientNorm
+from lowmem_gblm.sweeps.statistics import NeededStatistics
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 
 
 @dataclass(kw_only=True)
@@ -125,8 +124,7 @@ class PruneContext(SweepContext):
     Attributes:
         schedule: The stages.
         choices: How the work is done.
-        method: How weights are ranked.
-        gradient_norm: How gradients add up over samples.
+        statistics: What the method needs to have measured.
         loss_scale: What the loss is multiplied with on its way back.
         durable: Whether steps are written down; not where host memory stands in for the disk.
         device_name: For the journal: where it is computed.
@@ -139,8 +137,7 @@ class PruneContext(SweepContext):
 
     schedule: Schedule
     choices: Choices
-    method: Method
-    gradient_norm: GradientNorm
+    statistics: NeededStatistics
     loss_scale: float
     durable: bool
     device_name: str
@@ -155,7 +152,7 @@ class PruneContext(SweepContext):
 
     def activations(self, nsamples: int) -> list[ActivationStatistic]:
         """Return fresh accumulators of the statistics of activations, for one block."""
-        return activation_statistics(self.method.needs, nsamples)
+        return [kind(nsamples) for kind in self.statistics.activations]
 
     def write(self, block: Block) -> None:
         """Write a pruned block, beside what comes next."""

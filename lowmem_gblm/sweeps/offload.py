@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_gblm.planning.steps import Key
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.progress import Progress
-from lowmem_gblm.storage.tensor_store import TensorStore
+from lowmem_gblm.storage.tensor_store import Item, TensorStore
 
 
 def open_store(folder: Path, host_bytes: int, what_to_do: str = "") -> TensorStore:
@@ -92,12 +92,12 @@ class Offload:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             yield n, tensors
 
-    def read(self, key: Key, item: int | str) -> Tensor:
+    def read(self, key: Key, item: Item) -> Tensor:
         """Return a tensor from the work folder, on the CPU; not to be modified."""
         self._read.add(key)
         return self._tensors.read(str(key), item)
 
-    def holds(self, key: Key, item: int | str) -> bool:
+    def holds(self, key: Key, item: Item) -> bool:
         """Return whether something was written under a key and item; waits for all writes."""
         self.settle()
         return self._tensors.holds(str(key), item)
@@ -110,7 +110,7 @@ class Offload:
         """Forget which keys were read and written."""
         self._read, self._written = set(), set()
 
-    def write_behind(self, key: Key, item: int | str, tensor: Tensor) -> None:
+    def write_behind(self, key: Key, item: Item, tensor: Tensor) -> None:
         """Write a tensor to the work folder, beside the computation; it must not change any more.
 
         Raises:
@@ -173,9 +173,7 @@ class Offload:
         self._in.synchronize()
         return copies
 
-    def _store(
-        self, key: Key, item: int | str, tensor: Tensor, ready: torch.cuda.Event | None
-    ) -> None:
+    def _store(self, key: Key, item: Item, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
         """In the writing thread; `ready` is when a GPU has computed the tensor."""
         if ready is not None and self._out is not None:
             self._out.wait_event(ready)

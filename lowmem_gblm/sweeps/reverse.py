@@ -21,9 +21,8 @@ from lowmem_gblm.planning import FLOAT32_BYTES, slices_within
 from lowmem_gblm.planning.steps import Step, boundary, loss_gradient
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
-from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, GradientStatistic
 from lowmem_gblm.sweeps.statistics.finite import all_finite
-from lowmem_gblm.sweeps.statistics.gradient import Gradient
 
 
 def reverse_sweep(run: PruneContext) -> None:
@@ -94,8 +93,10 @@ class _BlockBackward:
         """Return fresh accumulators of activations, where the block is pruned in this step."""
         return self.run.activations(nsamples) if self.run.schedule.prune_in == "reverse" else []
 
-    def _gradient(self, matrices: list[MatmulWeight]) -> Gradient:
-        return Gradient(self.run.gradient_norm, self.run.loss_scale, matrices)
+    def _gradient(self, matrices: list[MatmulWeight]) -> GradientStatistic:
+        statistic = self.run.statistics.gradient
+        assert statistic is not None, "a reverse sweep without a statistic of gradients"
+        return statistic(self.run.loss_scale, matrices)
 
     def _measure_part(
         self,
@@ -127,7 +128,7 @@ class _BlockBackward:
     def _run(
         self,
         order: Sequence[int],
-        gradient: Gradient,
+        gradient: GradientStatistic,
         measured: Sequence[ActivationStatistic],
         *,
         advances: bool,
@@ -162,7 +163,7 @@ class _BlockBackward:
         return found
 
 
-def _are_finite(gradient: Gradient, measured: Sequence[ActivationStatistic]) -> bool:
+def _are_finite(gradient: GradientStatistic, measured: Sequence[ActivationStatistic]) -> bool:
     return gradient.is_finite() and all(statistic.is_finite() for statistic in measured)
 
 

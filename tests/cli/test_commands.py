@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
 from lowmem_gblm.commands.request import EvalRequest, PruneRequest
-from lowmem_gblm.planning.resources import options
+from lowmem_gblm.options import options
 from lowmem_gblm.storage.locking import OwnedFolder
 from support.crashes import ctrl_c
 from support.tiny_models import sample_text, save_tiny

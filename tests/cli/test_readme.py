@@ -13,6 +13,7 @@ import torch
 
 import lowmem_gblm
 from lowmem_gblm.methods import Statistics
+from lowmem_gblm.options import NoOptions
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,8 +45,8 @@ def test_the_example_of_a_method_decides() -> None:
     namespace: dict[str, object] = {}
     exec(blocks("python")[1], namespace)
     pattern = lowmem_gblm.methods.masks.Unstructured(Decimal("0.5"))
-    statistics = Statistics(input_norm=torch.rand(8))
-    decision = namespace["METHOD"].decide(torch.randn(4, 8), statistics, pattern, 0.0)
+    statistics = Statistics({"input_norm": torch.rand(8)})
+    decision = namespace["METHOD"].decide(torch.randn(4, 8), statistics, pattern, NoOptions())
     assert decision.keep.sum(dim=1).tolist() == [4] * 4
 
 

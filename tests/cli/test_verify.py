@@ -93,6 +93,18 @@ def edit_weight(folder: Path, edit: Callable[[torch.Tensor], object]) -> None:
     edit_shard(folder, QUERY, lambda tensors: edit(tensors[QUERY]))
 
 
+def promise(record: dict[str, Any], removed: float, columns: int = 0) -> None:
+    """Promises other zeros in all groups, and a pattern that agrees with them."""
+    for described in record["tensors"].values():
+        (one,) = described["groups"]
+        if columns:
+            one.update(repeat=one["columns"] // columns, columns=columns)
+        one["removed"] = int(one["columns"] * removed)
+    record["sparsity"] = removed
+    if columns:
+        record["pattern"] = f"{columns - int(columns * removed)}:{columns}"
+
+
 def first(condition: torch.Tensor) -> tuple[int, ...]:
     return tuple(condition.nonzero()[0].tolist())
 
@@ -374,17 +386,20 @@ def test_a_missing_file_is_refused(name, output):
     [
         (lambda one: one["tensors"][QUERY].update(zeros=1000), "sparsity_measured is 0.5, the ten"),
         (lambda one: one.update(sparsity_measured=0.6), "sparsity_measured is 0.6, the tensors gi"),
-        (lambda one: one["tensors"][QUERY].update(shape=[24, 96]), rf"{QUERY} has the shape \[48"),
+        (lambda one: one["tensors"][QUERY].update(shape=[24, 48]), rf"{QUERY} has the shape \[48"),
         (lambda one: one["tensors"].pop(QUERY), f"{QUERY} was not to be pruned, and differs"),
         (
-            lambda one: one.update(sparsity=0.75),
+            lambda one: promise(one, 0.75),
             r"q_proj\.weight: 48 rows with too few zeros; the first, 0, has 24",
         ),
         (
-            lambda one: one.update(sparsity=0.25),
+            lambda one: promise(one, 0.25),
             r"k_proj\.weight: 24 rows with too many zeros; the first, 0, has 24",
         ),
-        (lambda one: one.update(pattern="2:4"), "groups of 4 with too few zeros; the first, "),
+        (
+            lambda one: promise(one, 0.5, columns=4),
+            "groups of 4 with too few zeros; the first, ",
+        ),
         (lambda one: one["tensors"][QUERY].update(layout="in,out"), f"{QUERY}: .* rows with too"),
     ],
 )
@@ -392,6 +407,23 @@ def test_a_record_that_is_not_true_is_found(edit, message, output, llama):
     edit_json(output / "pruning.json", edit)
     with pytest.raises(VerificationError, match=message):
         lowmem_gblm.verify(output, llama)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda one: one.update(sparsity=0.75),
+        lambda one: one.update(sparsity=0.25),
+        lambda one: one.update(pattern="2:4"),
+        lambda one: one.update(group="matrix"),
+        lambda one: one["tensors"][QUERY]["groups"][0].update(removed=23),
+        lambda one: one["tensors"][QUERY]["groups"][0].update(columns=4, repeat=12, removed=2),
+    ],
+)
+def test_groups_that_are_not_the_pattern_are_found(edit, output):
+    edit_json(output / "pruning.json", edit)
+    with pytest.raises(VerificationError, match=r"pruning\.json promises .*, which is not"):
+        lowmem_gblm.verify(output)
 
 
 @pytest.mark.parametrize("key", ["tensors", "pattern", "group", "sparsity_measured"])
@@ -407,11 +439,21 @@ def test_a_record_without_what_is_promised_is_refused(key, output):
         lambda record: record.update(tensors={}),
         lambda record: record.update(tensors=[QUERY]),
         lambda record: record.update(sparsity=7),
+        lambda record: record.update(sparsity=7.0),
+        lambda record: record.update(sparsity="1e999999999"),
         lambda record: record.update(sparsity=None, pattern=3),
         lambda record: record.update(pattern="all"),
         lambda record: record["tensors"][QUERY].pop("layout"),
         lambda record: record["tensors"][QUERY].pop("zeros"),
         lambda record: record["tensors"].update({QUERY: 3}),
+        lambda record: record["tensors"][QUERY].pop("groups"),
+        lambda record: record["tensors"][QUERY].update(groups=[]),
+        lambda record: record["tensors"][QUERY].update(groups=[{"rows": 1}]),
+        lambda record: record["tensors"][QUERY]["groups"][0].update(removed=49),
+        lambda record: record["tensors"][QUERY]["groups"][0].update(removed=True),
+        lambda record: record["tensors"][QUERY]["groups"][0].update(rows=7),
+        lambda record: record["tensors"][QUERY]["groups"][0].update(columns=47),
+        lambda record: record["tensors"][QUERY]["groups"][0].update(repeat=0),
         lambda record: record["tensors"][QUERY].update(shape="48"),
     ],
 )

@@ -21,7 +21,8 @@ from lowmem_gblm.model.meta_model import build_meta_model
 from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.resources import Resources
-from lowmem_gblm.sweeps.statistics.gradient import Gradient, loss_scale
+from lowmem_gblm.sweeps.statistics import find_statistic
+from lowmem_gblm.sweeps.statistics.gradient import GradientL1, loss_scale
 from support.tiny_models import sample_text, tiny_model, tiny_tokenizer
 
 SIZES = {
@@ -320,7 +321,7 @@ def test_an_input_that_is_changed_after_its_product_is_refused() -> None:
         out.sum().backward()
 
     with pytest.raises(UnsupportedModel, match="changed after it was multiplied"):
-        tapped(block, Gradient("l1"), run)
+        tapped(block, GradientL1(), run)
 
 
 def test_router_logits_asked_for_by_the_configuration_do_no_harm(tmp_path: Path) -> None:
@@ -360,7 +361,7 @@ def test_the_scale_of_the_loss_is_divided_out_exactly(norm: str) -> None:
     for scale in (1.0, 64.0):
         torch.manual_seed(0)
         block = nn.Linear(4, 6, bias=False).requires_grad_(False)
-        gradient = Gradient(norm, scale)
+        gradient = find_statistic(f"gradient_{norm}")(scale)
         x = torch.randn(3, 4, requires_grad=True)
         with Tap(block, [SLOT], [gradient]):
             loss = block(x).square().sum() * scale

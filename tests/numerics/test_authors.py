@@ -64,9 +64,10 @@ class Authors:
     def prune(self, case: str, output: Path) -> None:
         method, *norm, amount = case.split("/")
         amount_option = "pattern" if ":" in amount else "sparsity"
+        options = {"gradient_norm": norm[0]} if norm else {}
         lowmem_gblm.prune(
-            self.model, output, method=method, gradient_norm=(norm or ["l1"])[0], nsamples=32,
-            seqlen=256, calibration=self.text("calibration"), **{amount_option: amount},
+            self.model, output, method=method, nsamples=32, seqlen=256,
+            calibration=self.text("calibration"), **options, **{amount_option: amount},
         )  # fmt: skip
 
     def measure(self, model: Path) -> float:

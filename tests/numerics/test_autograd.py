@@ -22,7 +22,8 @@ from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.reverse import reverse_sweep
 from lowmem_gblm.sweeps.sample_set import SampleSet
-from lowmem_gblm.sweeps.statistics.base import activation_statistics
+from lowmem_gblm.sweeps.statistics import find_statistic
+from lowmem_gblm.sweeps.statistics.input_norm import InputNorm
 from support import reference
 from support.tiny_models import ARCHITECTURES, save_tiny
 
@@ -105,10 +106,10 @@ def stream_statistics(
         with streamed.filled(checkpoint):
             losses = head_pass(streamed, case.samples, samples, offload, 1.0, progress)
         reverse_sweep(
-            blocks, streamed, offload, samples, norm, 1.0, progress,
+            blocks, streamed, offload, samples, find_statistic(f"gradient_{norm}"), 1.0, progress,
             boundary_interval=boundary_interval,
             slices=lambda block: [block.slots[part::slices] for part in range(slices)],
-            activations=lambda count: activation_statistics({"input_norm"}, count), keep=keep,
+            activations=lambda count: [InputNorm(count)], keep=keep,
             finish=finish, commit=offload.forget,
         )  # fmt: skip
     return losses, gradients, norms
@@ -178,9 +179,10 @@ def test_streamed_pruning_writes_what_pruning_in_memory_gives(
         activations=activations,
     )  # fmt: skip
     pattern = None if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}"
+    options = {"gradient_norm": norm} if method in ("gblm", "gradient") else {}
     written = case.prune(
-        tmp_path / "out", method=method, sparsity=sparsity, pattern=pattern, gradient_norm=norm,
-        activations=activations,
+        tmp_path / "out", method=method, sparsity=sparsity, pattern=pattern,
+        activations=activations, **options,
     )  # fmt: skip
     for matrix in reference.prunable(model):
         on_disk = written[matrix.name]

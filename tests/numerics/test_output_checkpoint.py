@@ -208,7 +208,7 @@ def test_flops_are_twelve_per_active_weight_and_token(pruned):
 
 def test_the_request_is_recorded(tmp_path, llama, text_file):
     asked = {
-        "method": "wanda",
+        "method": "gblm",
         "pattern": "1:4",
         "nsamples": 3,
         "seqlen": 16,
@@ -220,6 +220,14 @@ def test_the_request_is_recorded(tmp_path, llama, text_file):
     }
     record = lowmem_gblm.prune(llama, tmp_path / "out", **asked)
     assert record.items() >= (asked | {"model": str(llama), "sparsity": 0.75}).items()
+
+
+@pytest.mark.parametrize(("method", "norm"), [("wanda", None), ("gradient", "l1")])
+def test_an_option_that_the_method_has_not_is_null_in_the_record(
+    method, norm, tmp_path, llama, text_file
+):
+    record = prune(llama, tmp_path / "out", text_file, method=method).record
+    assert (record["alpha"], record["gradient_norm"]) == (None, norm)
 
 
 def test_the_config_says_nothing_about_sparsity(pruned):

@@ -17,7 +17,7 @@ from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.bnb import Quantized, quantized_bytes
 from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
 from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
-from lowmem_gblm.sweeps.statistics.gradient import Gradient
+from lowmem_gblm.sweeps.statistics.gradient import GradientL1
 from lowmem_gblm.sweeps.statistics.input_norm import InputNorm
 from support.tiny_models import tiny_model
 from unit.model.test_bnb import KINDS, pruned
@@ -57,7 +57,7 @@ class Case:
         leave_out: MatmulWeight | None = None,
     ) -> tuple[Tensor, Tensor, dict[MatmulWeight, Tensor], list[Tensor | None]]:
         """Output, gradient of the input, gradient magnitudes and input norms."""
-        gradient, norm = Gradient("l1"), InputNorm(1)
+        gradient, norm = GradientL1(), InputNorm(1)
         tap = Tap(block, self.slots, [gradient, norm])
         tap.skip(leave_out)
         hidden = self.hidden.clone().requires_grad_()

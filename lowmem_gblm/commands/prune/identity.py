@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.commands.calibration import NAMED
+from lowmem_gblm.commands.method_options import recorded_options
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import OpenModel
-from lowmem_gblm.planning.resources import options
+from lowmem_gblm.options import options
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
 
@@ -52,7 +53,7 @@ def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str,
         "device": device_name(opened.streamed.device),
         "dtype": str(opened.streamed.dtype).removeprefix("torch."),
     }
-    return {**asked, **understood}
+    return {**asked, **recorded_options(request.options), **understood}
 
 
 def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

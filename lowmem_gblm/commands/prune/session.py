@@ -165,8 +165,7 @@ def _assemble(
         progress=progress,
         schedule=scope.schedule,
         choices=choices,
-        method=scope.method,
-        gradient_norm=scope.gradient_norm,
+        statistics=scope.statistics,
         loss_scale=scope.loss_scale,
         durable=not planned.host_spill_bytes,
         device_name=device_name(streamed.device),
@@ -176,7 +175,9 @@ def _assemble(
             offload, choices.gradient_precision, in_memory=_holds_gradients(setup)
         ),
         output=output,
-        pruner=BlockPruner(scope.method, request.target, request.alpha, streamed.device, stop=stop),
+        pruner=BlockPruner(
+            scope.method, request.target, request.options, streamed.device, stop=stop
+        ),
     )
     within.callback(run.close)
     _restore(run, job)

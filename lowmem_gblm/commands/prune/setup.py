@@ -39,7 +39,8 @@ from lowmem_gblm.storage.disk_errors import explained_at
 from lowmem_gblm.storage.in_place import check_overwritable, overwritten_blocks
 from lowmem_gblm.storage.job_state import JobState, check_same_job
 from lowmem_gblm.storage.locking import size_on_disk
-from lowmem_gblm.sweeps.statistics.gradient import GradientNorm, loss_scale
+from lowmem_gblm.sweeps.statistics import NeededStatistics, needed_statistics
+from lowmem_gblm.sweeps.statistics.gradient import loss_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class PruneScope:
         model: The opened model.
         weights: What will be pruned in every block.
         method: How weights are ranked.
+        statistics: What the method needs to have measured.
         schedule: The stages of the run.
         seqlen: Tokens per sample.
         base_bytes: Resident memory of the process before any weight is loaded.
@@ -60,6 +62,7 @@ class PruneScope:
     model: OpenModel
     weights: Sequence[list[PrunableWeight]]
     method: Method
+    statistics: NeededStatistics
     schedule: Schedule
     seqlen: int
     base_bytes: int
@@ -68,11 +71,6 @@ class PruneScope:
     def pruned_names(self) -> list[list[str]]:
         """Return the names on disk of what is pruned in every block."""
         return [list(dict.fromkeys(weight.name for weight in block)) for block in self.weights]
-
-    @property
-    def gradient_norm(self) -> GradientNorm:
-        """Return how gradients add up over samples."""
-        return "l2" if self.request.gradient_norm == "l2" else "l1"
 
     @property
     def loss_scale(self) -> float:
@@ -95,6 +93,7 @@ class PruneScope:
             self.request,
             nsamples=self.request.nsamples,
             seqlen=self.seqlen,
+            activations=self.statistics.activations,
         )
         return replace(found, writes=False, rewrites=True) if self.request.in_place else found
 
@@ -150,13 +149,20 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
         for weight in (weight for block in weights for weight in block):
             request.target.check_width(weight.name, weight.in_features)
     method = find_method(request.method)
+    statistics = needed_statistics(method.needs_with(request.options))
     activations: Activations = "dense" if request.activations == "dense" else "pruned"
     return PruneScope(
         request=request,
         model=model,
         weights=weights,
         method=method,
-        schedule=schedule(method.needs, activations, in_place=request.in_place),
+        statistics=statistics,
+        schedule=schedule(
+            activations,
+            needs_backward=statistics.gradient is not None,
+            needs_forward=bool(statistics.activations),
+            in_place=request.in_place,
+        ),
         seqlen=resolve_seqlen(request.seqlen, model.positions),
         base_bytes=memory.host_resident_bytes(),
     )

@@ -1,5 +1,100 @@
-"""Statistics of a resident block, gathered at its tap: one file each.
+"""Statistics of a resident block, gathered at its tap: one file each, found by its name.
 
 A statistic observes the multiplications of every calibration sample, one sample at a time, and then
-answers for each slot. Accumulators are float32 and lie where the block lies.
+answers for each matrix. Accumulators are float32 and lie where the block lies. Dropping a file here
+is all it takes to add one; another package adds one by an entry point of the group
+`lowmem_gblm.statistics`, whose value is the class.
 """
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.extensions import extension_names, load_extension, package_of
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, GradientStatistic
+
+_EXTENSIONS = "lowmem_gblm.statistics"
+
+StatisticClass = type[ActivationStatistic] | type[GradientStatistic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeededStatistics:
+    """The statistics that a method needs.
+
+    Attributes:
+        activations: Those that a forward pass gives.
+        gradient: The one that takes a backward pass, or None.
+    """
+
+    activations: tuple[type[ActivationStatistic], ...] = ()
+    gradient: type[GradientStatistic] | None = None
+
+    @property
+    def classes(self) -> tuple[StatisticClass, ...]:
+        """Return all of them."""
+        return (*self.activations, *([] if self.gradient is None else [self.gradient]))
+
+
+def needed_statistics(names: Iterable[str]) -> NeededStatistics:
+    """Return the statistics of these names.
+
+    Raises:
+        RequestError: There is none of a name, it cannot be used, or two of them are of gradients.
+    """
+    found = [find_statistic(name) for name in dict.fromkeys(names)]
+    gradients = [one for one in found if issubclass(one, GradientStatistic)]
+    if len(gradients) > 1:
+        raise RequestError(
+            f"a method may need one statistic of gradients; this one needs "
+            f"{' and '.join(one.name for one in gradients)}"
+        )
+    return NeededStatistics(
+        activations=tuple(one for one in found if issubclass(one, ActivationStatistic)),
+        gradient=gradients[0] if gradients else None,
+    )
+
+
+def find_statistic(name: str) -> StatisticClass:
+    """Import the statistic of that name. One of this package comes before one of another.
+
+    Raises:
+        RequestError: There is none, or the package that has it cannot be used.
+    """
+    if name in _built_in():
+        return _built_in()[name]
+    extension = load_extension(_EXTENSIONS, name, "statistic")
+    if extension is None:
+        known = sorted({*_built_in(), *extension_names(_EXTENSIONS)})
+        raise RequestError(f"unknown statistic {name!r}: there are {', '.join(known)}")
+    if not _is_statistic(extension) or extension.name != name:
+        raise RequestError(
+            f"the statistic {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
+            f"ActivationStatistic or GradientStatistic of that name: {extension!r}"
+        )
+    found: StatisticClass = extension
+    return found
+
+
+@cache
+def _built_in() -> dict[str, StatisticClass]:
+    """Return the statistics of the files beside this one, by name."""
+    found: dict[str, StatisticClass] = {}
+    for module in pkgutil.iter_modules(__path__):
+        content = vars(importlib.import_module(f"{__name__}.{module.name}"))
+        found |= {one.name: one for one in content.values() if _is_statistic(one)}
+    return found
+
+
+def _is_statistic(one: Any) -> bool:
+    """Return whether something is the class of a statistic, and not a base of some."""
+    if not isinstance(one, type) or not issubclass(one, (ActivationStatistic, GradientStatistic)):
+        return False
+    return not inspect.isabstract(one) and hasattr(one, "name") and hasattr(one, "axes")

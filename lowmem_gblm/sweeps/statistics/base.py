@@ -1,35 +1,118 @@
-"""The statistics of activations that a method can ask for, by name."""
+"""What a statistic is, and what it has to say of itself.
+
+The plan, the sweeps and the pruner ask the declaration; none of them knows a statistic by its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
-from lowmem_gblm.sweeps.statistics.gram import Gram
-from lowmem_gblm.sweeps.statistics.input_norm import InputNorm
+
+Axis = Literal["out", "in"] | int
 
 
-class ActivationStatistic(Protocol):
-    """A sum over calibration samples that needs the forward pass only."""
+class Statistic(ABC):
+    """A sum over calibration samples for every matrix of one resident block, float32.
 
-    name: str
+    Attributes:
+        name: What methods call it in their `needs`.
+        direction: "forward" where the activations suffice, "backward" where the gradients of the
+            loss are needed.
+        axes: The dimensions of the result: the outputs of the matrix, its inputs, or a number.
+            Where it has a row for every output, the outputs come first.
+        shares_inputs: Whether matrices that are multiplied with one tensor share one sum.
+    """
 
-    def observe(self, product: Matmul) -> None:
-        """Called at every multiplication of a sample."""
+    name: ClassVar[str]
+    direction: ClassVar[Literal["forward", "backward"]]
+    axes: ClassVar[tuple[Axis, ...]]
+    shares_inputs: ClassVar[bool] = False
 
+    @classmethod
+    def per_output(cls) -> bool:
+        """Return whether the result has a row for every output, and not for the inputs alone."""
+        return cls.axes[:1] == ("out",)
+
+    @classmethod
+    def shape(cls, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Return the shape of the result for a matrix [out, in]."""
+        sizes = {"out": out_features, "in": in_features}
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in cls.axes)
+
+    @classmethod
+    def entries(cls, out_features: int, in_features: int) -> int:
+        """Return how many float32 numbers are held for a matrix [out, in]."""
+        return math.prod(cls.shape(out_features, in_features))
+
+    @classmethod
+    def flops_per_token(cls, out_features: int, in_features: int) -> int:
+        """Return the FLOPs that a matrix [out, in] takes for every token; 0 where they are few."""
+        return 0
+
+    @abstractmethod
+    def observe(self, matmul: Matmul) -> None:
+        """Take in a multiplication of the sample under way."""
+
+    @abstractmethod
     def finish_sample(self) -> None:
-        """Called when a sample has passed."""
+        """Take note that a sample has passed."""
 
+    @abstractmethod
+    def sums(self) -> Mapping[MatmulWeight, Tensor]:
+        """Return what has been added up over samples: what several processes would add up."""
+
+    @abstractmethod
     def is_finite(self) -> bool:
-        """Whether no sample so far was NaN or infinite."""
+        """Return whether no sample so far was NaN or infinite."""
 
-    def result(self, slot: MatmulWeight) -> Tensor | None:
-        """The statistic of one slot, float32; None for an expert that saw no token."""
+    @abstractmethod
+    def result(self, matrix: MatmulWeight) -> Tensor | None:
+        """Return the statistic of a matrix, float32; None for an expert that saw no token."""
 
 
-def activation_statistics(needs: Collection[str], nsamples: int) -> list[ActivationStatistic]:
-    """Fresh accumulators for those of `needs` that activations give."""
-    return [kind(nsamples) for kind in (InputNorm, Gram) if kind.name in needs]
+class ActivationStatistic(Statistic):
+    """A statistic that the forward pass gives.
+
+    Args:
+        nsamples: How many samples it is averaged over.
+    """
+
+    direction = "forward"
+
+    def __init__(self, nsamples: int) -> None:
+        self._nsamples = nsamples
+
+
+class GradientStatistic(Statistic):
+    """A statistic of the gradients of single samples: a number for every weight.
+
+    `result` moves the numbers out, in the shape in which the matrix is stored.
+
+    Args:
+        scale: What the loss was multiplied with; a power of two, to be divided out.
+        matrices: Which matrices; all for None.
+
+    Attributes:
+        boost: By how much less the loss of the sample under way was multiplied; a power of two.
+    """
+
+    direction = "backward"
+    axes = ("out", "in")
+
+    def __init__(
+        self, scale: float = 1.0, matrices: Collection[MatmulWeight] | None = None
+    ) -> None:
+        self.boost = 1.0
+        self._scale = scale
+        self._wanted = None if matrices is None else set(matrices)
+
+    def results(self) -> dict[MatmulWeight, Tensor]:
+        """Return the statistic of every matrix that saw a token; nothing stays here."""
+        found = {matrix: self.result(matrix) for matrix in list(self.sums())}
+        return {matrix: values for matrix, values in found.items() if values is not None}

@@ -8,24 +8,23 @@ kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
+from lowmem_gblm.sweeps.statistics.base import GradientStatistic
 from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 # Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
 
-GradientNorm = Literal["l1", "l2"]
-
 
 def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
-    """What the loss is multiplied with so that its gradients do not vanish in the dtype.
+    """Return what the loss is multiplied with so that its gradients do not vanish in the dtype.
 
     The mean over T tokens makes every gradient a T-th of what a token contributes; in float16 a
     third of them then rounds to zero at T = 2048. A power of two near T gives that back.
@@ -33,34 +32,29 @@ def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
     return float(2 ** (seqlen.bit_length() - 1)) if dtype == torch.float16 else 1.0
 
 
-class Gradient:
-    """`sum_n |g_n|` (l1) or `sqrt(sum_n g_n^2)` (l2), float32, for every slot as it is stored.
+class Gradient(GradientStatistic):
+    """Sum over samples of a magnitude of their gradients, for every matrix as it is stored.
 
     A weight that is used several times in one sample has its gradients summed before the magnitude
     is taken. GBLM-Pruner (arXiv 2311.04902) divides by nothing: the sum grows with N.
 
-    Args:
-        norm: Which magnitude.
-        scale: What the loss was multiplied with; a power of two, divided out exactly.
-        slots: Which slots; all for None.
-
     Attributes:
-        boost: By how much less the loss of the present sample was multiplied; a power of two.
+        squares: Whether squares are summed, and the root is taken of the sum.
     """
 
+    squares: ClassVar[bool]
+
     def __init__(
-        self, norm: GradientNorm, scale: float = 1.0, slots: Collection[MatmulWeight] | None = None
+        self, scale: float = 1.0, matrices: Collection[MatmulWeight] | None = None
     ) -> None:
-        self.boost = 1.0
-        self._norm = norm
-        self._wanted = None if slots is None else set(slots)
-        self._scale = scale
+        super().__init__(scale, matrices)
         self._sums: dict[MatmulWeight, Tensor] = {}
         self._awaited: Counter[MatmulWeight] = Counter()
         self._partial: dict[MatmulWeight, Tensor] = {}
 
-    def observe(self, product: Matmul) -> None:
-        slot, input_TI = product.slot, product.input_TI
+    def observe(self, matmul: Matmul) -> None:
+        """Await the gradient of the output."""
+        slot, input_TI = matmul.slot, matmul.input_TI
         if self._wanted is not None and slot not in self._wanted:
             return
         version = input_TI._version
@@ -77,7 +71,7 @@ class Gradient:
             else:
                 self._arrive(slot, gradient_TO, input_TI)
 
-        product.out.register_hook(arrive)
+        matmul.out.register_hook(arrive)
 
     def finish_sample(self) -> None:
         """Account for weights some of whose products did not reach the loss."""
@@ -85,21 +79,23 @@ class Gradient:
             self._fold(slot)
         self._awaited.clear()
 
+    def sums(self) -> Mapping[MatmulWeight, Tensor]:
+        """Return the sums of magnitudes."""
+        return self._sums
+
     def is_finite(self) -> bool:
-        """Whether no sample so far had a gradient that is NaN or infinite."""
+        """Return whether no sample so far had a gradient that is NaN or infinite."""
         return are_finite(self._sums.values())
 
-    def results(self) -> dict[MatmulWeight, Tensor]:
-        """The statistic of every slot that saw a token, float32, in the slot's stored shape.
-
-        Moves the accumulators out: nothing stays here.
-        """
-        sums, self._sums = self._sums, {}
-        for total in sums.values():
-            if self._norm == "l2":
-                total.sqrt_()
-            total /= self._scale
-        return sums
+    def result(self, matrix: MatmulWeight) -> Tensor | None:
+        """Move out the magnitudes of a matrix, float32, as it is stored; None without a token."""
+        total = self._sums.pop(matrix, None)
+        if total is None:
+            return None
+        if self.squares:
+            total.sqrt_()
+        total /= self._scale
+        return total
 
     def _arrive(self, slot: MatmulWeight, left_TR: Tensor, right_TC: Tensor) -> None:
         """Take in one product's part of a sample's gradient: `left^T @ right`, as it is stored."""
@@ -134,7 +130,22 @@ class Gradient:
         return self._sums[slot]
 
     def _magnitude(self, gradient: Tensor) -> Tensor:
-        """What a sample adds. Not `addcmul_` for l2: it rounds once where this rounds twice."""
+        """Return what a sample adds."""
         if self.boost != 1:
             gradient = gradient.float() * self.boost
-        return gradient.abs_() if self._norm == "l1" else gradient.float().square_()
+        # Not `addcmul_`: it rounds once where this rounds twice.
+        return gradient.float().square_() if self.squares else gradient.abs_()
+
+
+class GradientL1(Gradient):
+    """`sum_n |g_n|`."""
+
+    name = "gradient_l1"
+    squares = False
+
+
+class GradientL2(Gradient):
+    """`sqrt(sum_n g_n^2)`."""
+
+    name = "gradient_l2"
+    squares = True

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 
-class Gram:
-    """`(2/N) sum_n x_n^T x_n`, float32 [in, in] for every slot.
+class Gram(ActivationStatistic):
+    """`(2/N) sum_n x_n^T x_n`, float32 [in, in] for every matrix.
 
-    Slots that are multiplied with one and the same tensor (query, key and value; gate and up) share
-    one matrix.
+    Matrices that are multiplied with one and the same tensor (query, key and value; gate and up)
+    share one.
 
     Args:
         nsamples: N.
     """
 
     name = "gram"
+    axes = ("in", "in")
+    shares_inputs = True
 
     def __init__(self, nsamples: int) -> None:
-        self._nsamples = nsamples
+        super().__init__(nsamples)
         self._sums: dict[MatmulWeight, Tensor] = {}
         self._owner: dict[MatmulWeight, MatmulWeight] = {}
         self._last: tuple[Tensor, MatmulWeight] | None = None
 
-    def observe(self, product: Matmul) -> None:
-        owner = product.slot
-        shared = self._last is not None and self._last[0] is product.input
+    @classmethod
+    def flops_per_token(cls, out_features: int, in_features: int) -> int:
+        """Return the FLOPs of a token's part of the matrix."""
+        return 2 * in_features**2
+
+    def observe(self, matmul: Matmul) -> None:
+        """Add the product of the inputs with themselves."""
+        owner = matmul.slot
+        shared = self._last is not None and self._last[0] is matmul.input
         if shared and self._last is not None:
             owner = self._last[1]
-        if self._owner.setdefault(product.slot, owner) != owner:
+        if self._owner.setdefault(matmul.slot, owner) != owner:
             raise UnsupportedModel(
-                f"{product.slot} shares its input in some samples only: such a model is not "
+                f"{matmul.slot} shares its input in some samples only: such a model is not "
                 f"followed here"
             )
         if shared:
             return
-        self._last = (product.input, owner)
-        input_TI = product.input_TI.float()
+        self._last = (matmul.input, owner)
+        input_TI = matmul.input_TI.float()
         gram_II = input_TI.T @ input_TI
         if owner in self._sums:
             self._sums[owner] += gram_II
@@ -48,14 +59,18 @@ class Gram:
             self._sums[owner] = gram_II
 
     def is_finite(self) -> bool:
-        """Whether no sample so far was NaN or infinite."""
+        """Return whether no sample so far was NaN or infinite."""
         return are_finite(self._sums.values())
 
-    def result(self, slot: MatmulWeight) -> Tensor | None:
-        """float32 [in, in]; None for an expert that saw no token."""
-        if slot not in self._owner:
+    def sums(self) -> Mapping[MatmulWeight, Tensor]:
+        """Return the sums, by the first of the matrices that share one."""
+        return self._sums
+
+    def result(self, matrix: MatmulWeight) -> Tensor | None:
+        """Return the gram matrix, float32 [in, in]; None for an expert that saw no token."""
+        if matrix not in self._owner:
             return None
-        return self._sums[self._owner[slot]] * (2 / self._nsamples)
+        return self._sums[self._owner[matrix]] * (2 / self._nsamples)
 
     def finish_sample(self) -> None:
         """Let go of the last input."""

@@ -8,7 +8,7 @@ import torch
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
 from lowmem_gblm.methods import Statistics, find_method, method_names
-from lowmem_gblm.methods.gblm import gblm_scores
+from lowmem_gblm.methods.gblm import GblmOptions, gblm_scores
 from lowmem_gblm.methods.gradient import gradient_scores
 from lowmem_gblm.methods.magnitude import magnitude_scores
 from lowmem_gblm.methods.masks import keep_mask, parse_pattern
@@ -50,14 +50,30 @@ def statistics_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     return {
         "input_norm": torch.rand(weight.shape[1], generator=generator),
-        "gradient": torch.rand(weight.shape, generator=generator) / 50,
+        "gradient_l1": torch.rand(weight.shape, generator=generator) / 50,
         "gram": random_gram(weight.shape[1]),
     }
 
 
+def options_of(method: str):
+    return find_method(method).options()
+
+
+def decide(method: str, weight: torch.Tensor, statistics: Statistics, pattern):
+    return find_method(method).decide(weight, statistics, pattern, options_of(method))
+
+
 def needed(method: str, weight: torch.Tensor) -> Statistics:
     given = statistics_of(weight)
-    return Statistics(**{name: given[name] for name in find_method(method).needs})
+    return statistics({name: given[name] for name in needs(method)})
+
+
+def needs(method: str) -> tuple[str, ...]:
+    return find_method(method).needs_with(options_of(method))
+
+
+def statistics(values: dict[str, torch.Tensor]) -> Statistics:
+    return Statistics(values, per_output=("gradient_l1",))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 100.0])
@@ -69,10 +85,11 @@ def test_the_score_is_its_formula(method, alpha):
         method,
         weight.double().numpy(),
         given["input_norm"].double().numpy(),
-        given["gradient"].double().numpy(),
+        given["gradient_l1"].double().numpy(),
         alpha,
     )
-    score = SCORES[method](weight, needed(method, weight), alpha)
+    options = GblmOptions(alpha=alpha) if method == "gblm" else options_of(method)
+    score = SCORES[method](weight, needed(method, weight), options)
     assert score.double().numpy() == pytest.approx(expected, rel=1e-6)
 
 
@@ -82,8 +99,8 @@ def test_the_smallest_scores_of_the_comparison_group_go(method, pattern):
     weight = random_weight()
     target = parse_pattern(None, pattern) if ":" in pattern else parse_pattern(pattern)
     given = needed(method, weight)
-    decision = find_method(method).decide(weight, given, target, 100.0)
-    score = SCORES[method](weight, given, 100.0)
+    decision = decide(method, weight, given, target)
+    score = SCORES[method](weight, given, options_of(method))
     assert find_method(method).group == GROUPS[method]
     assert decision.keep.equal(keep_mask(score, target, GROUPS[method]))
     assert decision.weight is None
@@ -93,15 +110,15 @@ def test_the_smallest_scores_of_the_comparison_group_go(method, pattern):
 def test_rows_without_any_score_are_ranked_by_magnitude(method):
     weight = random_weight()
     given = {name: torch.zeros_like(value) for name, value in statistics_of(weight).items()}
-    decision = find_method(method).decide(weight, Statistics(**given), HALF, 100.0)
+    decision = decide(method, weight, statistics(given), HALF)
     assert decision.keep.equal(keep_mask(weight.abs(), HALF, "row"))
 
 
 def test_one_silent_row_leaves_the_others_to_their_score():
     weight = random_weight()
-    gradient = statistics_of(weight)["gradient"]
+    gradient = statistics_of(weight)["gradient_l1"]
     gradient[2] = 0
-    keep = find_method("gradient").decide(weight, Statistics(gradient=gradient), HALF, 1.0).keep
+    keep = decide("gradient", weight, statistics({"gradient_l1": gradient}), HALF).keep
     expected = weight.abs() * gradient
     expected[2] = weight[2].abs()
     assert keep.equal(keep_mask(expected, HALF, "row"))
@@ -112,20 +129,20 @@ def test_what_a_method_needs_suffices_and_is_not_modified(method):
     weight = random_weight(width=24)
     given, before = needed(method, weight), needed(method, weight)
     original = weight.clone()
-    decision = find_method(method).decide(weight, given, HALF, 100.0)
+    decision = decide(method, weight, given, HALF)
     assert decision.keep.shape == weight.shape
     assert weight.equal(original)
-    for name in find_method(method).needs:
-        assert getattr(given, name).equal(getattr(before, name))
+    for name in needs(method):
+        assert given[name].equal(before[name])
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if find_method(name).needs])
+@pytest.mark.parametrize("method", [name for name in method_names() if needs(name)])
 def test_every_need_is_read(method):
     weight = random_weight(width=24)
-    for missing in find_method(method).needs:
+    for missing in needs(method):
         given = {name: v for name, v in statistics_of(weight).items() if name != missing}
         with pytest.raises(AssertionError, match="does not name"):
-            find_method(method).decide(weight, Statistics(**given), HALF, 100.0)
+            decide(method, weight, statistics(given), HALF)
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -147,7 +164,7 @@ def test_a_score_that_is_not_finite_is_refused_with_the_count(method, sick):
     weight = random_weight()
     weight[1, 3] = sick
     with pytest.raises(NonFiniteError, match="1 of 120 scores are not finite"):
-        find_method(method).decide(weight, needed(method, weight), HALF, 100.0)
+        decide(method, weight, needed(method, weight), HALF)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +190,7 @@ def test_sparsegpt_sweeps_as_the_reference_does(width, pattern, monkeypatch):
     target = parse_pattern(None, pattern) if n else parse_pattern(pattern)
     amount = {"n_of_m": (n, m), "sparsity": None} if n else {"n_of_m": None, "sparsity": pattern}
     updated, keep = reference.sparsegpt(weight, gram, **amount)
-    decision = find_method("sparsegpt").decide(weight, Statistics(gram=gram), target, 100.0)
+    decision = decide("sparsegpt", weight, statistics({"gram": gram}), target)
     assert decision.keep.equal(keep)
     torch.testing.assert_close(decision.weight, updated, rtol=1e-5, atol=1e-5)
     assert decision.note is None
@@ -181,8 +198,8 @@ def test_sparsegpt_sweeps_as_the_reference_does(width, pattern, monkeypatch):
 
 def test_sparsegpt_without_any_input_prunes_by_magnitude_and_updates_nothing():
     weight = random_weight()
-    gram = Statistics(gram=torch.zeros(20, 20))
-    decision = find_method("sparsegpt").decide(weight, gram, HALF, 1.0)
+    gram = statistics({"gram": torch.zeros(20, 20)})
+    decision = decide("sparsegpt", weight, gram, HALF)
     assert decision.keep.equal(keep_mask(weight.abs(), HALF, "matrix"))
     assert decision.weight.equal(weight.masked_fill(~decision.keep, 0))
 
@@ -191,7 +208,7 @@ def test_sparsegpt_without_any_input_prunes_by_magnitude_and_updates_nothing():
 def test_sparsegpt_removes_exactly_as_many_of_every_column_block(pattern):
     weight = random_weight(rows=7, width=300)
     target = parse_pattern(pattern)
-    keep = find_method("sparsegpt").decide(weight, needed("sparsegpt", weight), target, 1.0).keep
+    keep = decide("sparsegpt", weight, needed("sparsegpt", weight), target).keep
     removed = [int((~part).sum()) for part in keep.split(128, dim=1)]
     assert removed == [target.removed(7 * columns) for columns in (128, 128, 44)]
 
@@ -199,14 +216,14 @@ def test_sparsegpt_removes_exactly_as_many_of_every_column_block(pattern):
 def test_a_gram_matrix_of_few_tokens_needs_no_more_damping():
     weight = random_weight()
     gram = random_gram(20, tokens=3)
-    assert find_method("sparsegpt").decide(weight, Statistics(gram=gram), HALF, 1.0).note is None
+    assert decide("sparsegpt", weight, statistics({"gram": gram}), HALF).note is None
 
 
 def test_a_slightly_indefinite_gram_matrix_is_damped_more_and_says_so():
     weight = random_weight()
     gram = random_gram(20, tokens=3)
     gram -= 0.05 * gram.diagonal().mean() * torch.eye(20)
-    decision = find_method("sparsegpt").decide(weight, Statistics(gram=gram), HALF, 1.0)
+    decision = decide("sparsegpt", weight, statistics({"gram": gram}), HALF)
     assert decision.note == "the gram matrix was not positive definite; damping raised to 0.1"
     assert decision.weight.isfinite().all()
 
@@ -225,7 +242,7 @@ def test_a_gram_matrix_beyond_repair_is_refused(place, value, message):
     gram = random_gram(20)
     gram[place] = gram.T[place] = value
     with pytest.raises(NonFiniteError, match=message):
-        find_method("sparsegpt").decide(weight, Statistics(gram=gram), HALF, 1.0)
+        decide("sparsegpt", weight, statistics({"gram": gram}), HALF)
 
 
 @pytest.mark.parametrize("sick", [float("nan"), float("inf")])
@@ -233,4 +250,4 @@ def test_sparsegpt_refuses_weights_that_are_not_finite(sick):
     weight = random_weight()
     weight[1, 3] = sick
     with pytest.raises(NonFiniteError, match="updated weights are not finite"):
-        find_method("sparsegpt").decide(weight, needed("sparsegpt", weight), HALF, 1.0)
+        decide("sparsegpt", weight, needed("sparsegpt", weight), HALF)

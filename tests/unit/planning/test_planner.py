@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_gblm.commands.estimate import _decision_cost
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import find_method
 from lowmem_gblm.planning import (
     STORES,
+    ActivationCost,
     Budget,
     MachineSpeed,
     ModelSizes,
@@ -23,9 +25,10 @@ from lowmem_gblm.planning import (
 from lowmem_gblm.planning.disk_use import DiskUse, disk_use
 from lowmem_gblm.planning.planner import largest_interval
 from lowmem_gblm.planning.run_time import run_time
-from lowmem_gblm.planning.schedule import schedule
+from lowmem_gblm.planning.schedule import Schedule, schedule
 from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import step_table
+from lowmem_gblm.sweeps.statistics import needed_statistics
 
 MIB, GIB = 1 << 20, 1 << 30
 BASE = 350 * MIB
@@ -40,7 +43,7 @@ SIZES = ModelSizes(
     side_bytes=0,
     prunable=(sum(SLOTS),) * 80,
     slots=SLOTS,
-    gram_entries=3 * WIDTH**2 + FFN**2,
+    squared_inputs=3 * WIDTH**2 + FFN**2,
     columns=6 * WIDTH + FFN,
     active_fraction=1.0,
     largest_matrix=WIDTH * FFN,
@@ -53,12 +56,26 @@ SIZES = ModelSizes(
 )
 
 
+def schedule_of(method: str, activations: str = "pruned", **more: bool) -> Schedule:
+    found = find_method(method)
+    needed = needed_statistics(found.needs_with(found.options()))
+    return schedule(
+        activations, needs_backward=needed.gradient is not None,
+        needs_forward=bool(needed.activations), **more,
+    )  # fmt: skip
+
+
 def work(method: str = "gblm", activations: str = "pruned", **changes: object) -> Workload:
-    needs = find_method(method).needs
     made = Workload(
-        schedule=schedule(needs, activations),
-        needs=needs,
-        deciding=(find_method(method).bytes_per_weight, find_method(method).bytes_per_gram_entry),
+        schedule=schedule_of(method, activations),
+        activations=ActivationCost(
+            entries=SIZES.squared_inputs,
+            largest_entries=FFN**2,
+            flops_per_token=2 * SIZES.squared_inputs,
+        )
+        if method == "sparsegpt"
+        else ActivationCost(),
+        deciding=_decision_cost(find_method(method)),
         nsamples=128,
         seqlen=2048,
         itemsize=2,
@@ -272,7 +289,7 @@ def test_reading_and_writing_cost_time_only_where_the_computation_does_not_hide_
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_a_dry_run_reads_every_block_and_runs_a_sample_where_there_is_one(method: str) -> None:
-    in_place = schedule(find_method(method).needs, "pruned", in_place=True)
+    in_place = schedule_of(method, in_place=True)
     changes = {"schedule": in_place, "writes": False, "rewrites": True}
     reading, running = (
         plan(SIZES, work(method, **changes), BASE, Budget(), speed=speed).seconds["dry_run"]

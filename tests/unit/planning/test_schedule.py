@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.planning.schedule import schedule
+from lowmem_gblm.planning.schedule import Schedule, schedule
 from lowmem_gblm.planning.steps import Layout, reverse_order, steps
+from lowmem_gblm.sweeps.statistics import needed_statistics
 
 DEPTH = 4
 
@@ -34,16 +35,31 @@ TABLE = [
 ]
 
 
+def needs(method: str) -> tuple[str, ...]:
+    found = find_method(method)
+    return found.needs_with(found.options())
+
+
+def schedule_of(needs: tuple[str, ...], activations: str, *, in_place: bool = False) -> Schedule:
+    needed = needed_statistics(needs)
+    return schedule(
+        activations,
+        needs_backward=needed.gradient is not None,
+        needs_forward=bool(needed.activations),
+        in_place=in_place,
+    )
+
+
 @pytest.mark.parametrize(("method", "activations", "stages", "reads", "flops"), TABLE)
 def test_a_method_runs_the_stages_that_it_needs(method, activations, stages, reads, flops):
-    made = schedule(find_method(method).needs, activations)
+    made = schedule_of(needs(method), activations)
     assert made.stages == tuple(stages.split())
     assert totals(made) == (reads, flops)
 
 
 @pytest.mark.parametrize(("method", "activations", "stages", "reads", "flops"), TABLE)
-def test_blocks_are_pruned_in_the_last_pass(method, activations, stages, reads, flops):
-    made = schedule(find_method(method).needs, activations)
+def test_blocks_are_pruned_in_the_last_stage(method, activations, stages, reads, flops):
+    made = schedule_of(needs(method), activations)
     assert made.prune_in == made.stages[-1]
 
 
@@ -51,7 +67,7 @@ def test_blocks_are_pruned_in_the_last_pass(method, activations, stages, reads, 
 def test_in_place_all_blocks_are_read_before_one_is_overwritten(
     method, activations, stages, reads, flops
 ):
-    made = schedule(find_method(method).needs, activations, in_place=True)
+    made = schedule_of(needs(method), activations, in_place=True)
     dry_runs = "dense" not in stages
     assert made.stages[:-1] == (*stages.split()[:-1], *(["dry_run"] if dry_runs else []))
     assert made.prune_in == stages.split()[-1]
@@ -60,7 +76,7 @@ def test_in_place_all_blocks_are_read_before_one_is_overwritten(
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm", "gradient", "sparsegpt"])
 def test_only_magnitude_needs_no_samples(method):
-    needed = schedule(find_method(method).needs, "pruned").needs_samples
+    needed = schedule_of(needs(method), "pruned").needs_samples
     assert needed == (method != "magnitude")
 
 
@@ -68,17 +84,17 @@ def test_only_magnitude_needs_no_samples(method):
     ("needs", "activations", "forwards"),
     [
         ((), "pruned", 0),
-        (("gradient",), "pruned", 0),
+        (("gradient_l1",), "pruned", 0),
         (("input_norm",), "dense", 1),
         (("gram",), "dense", 1),
         (("input_norm",), "pruned", 2),
-        (("gram", "gradient"), "pruned", 2),
+        (("gram", "gradient_l2"), "pruned", 2),
     ],
 )
 def test_samples_run_again_where_the_pruned_block_gives_the_next_boundary(
     needs, activations, forwards
 ):
-    assert schedule(needs, activations).prune_forwards == forwards
+    assert schedule_of(needs, activations).prune_forwards == forwards
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from lowmem_gblm.planning.schedule import EVALUATION, Schedule, schedule
 from lowmem_gblm.planning.steps import Key, Layout, Step, boundary, magnitudes, steps
 
-NEEDS = [(), ("input_norm",), ("gram",), ("gradient",), ("input_norm", "gradient")]
+# Whether statistics of gradients are needed, and of activations.
+NEEDS = [(False, False), (False, True), (True, False), (True, True)]
 SCHEDULES = [
     EVALUATION,
     *(
-        schedule(needs, activations, in_place=in_place)
-        for needs, activations, in_place in product(NEEDS, ("pruned", "dense"), (False, True))
+        schedule(activations, needs_backward=backward, needs_forward=forward, in_place=in_place)
+        for (backward, forward), activations, in_place in product(
+            NEEDS, ("pruned", "dense"), (False, True)
+        )
     ),
 ]
 # Matrices of a block that share an input are pruned together.
@@ -99,7 +102,7 @@ def test_every_block_is_pruned_once_and_after_its_last_other_use(
 @given(layouts())
 def test_a_boundary_is_kept_or_computed_again(layout: Layout) -> None:
     """The reverse sweep finds every boundary that it starts from."""
-    made = schedule(("gradient",), "pruned")
+    made = schedule("pruned", needs_backward=True, needs_forward=False)
     rows = steps(made, layout)
     computed = [row for row in rows if row.stage == "reverse" and not row.backwards]
     kept = {block for block in range(0, layout.depth, layout.boundary_interval)}
@@ -109,7 +112,7 @@ def test_a_boundary_is_kept_or_computed_again(layout: Layout) -> None:
 
 
 def test_the_table_of_three_blocks_can_be_read() -> None:
-    rows = steps(schedule(("input_norm", "gradient"), "pruned"), Layout(depth=2))
+    rows = steps(schedule("pruned", needs_backward=True, needs_forward=True), Layout(depth=2))
     told = [
         f"{row.stage} {'' if row.block is None else row.block}: {' '.join(map(str, row.reads))} -> "
         f"{' '.join(map(str, row.writes))} drops {' '.join(map(str, row.drops))}"
@@ -129,7 +132,7 @@ def test_the_table_of_three_blocks_can_be_read() -> None:
 
 
 def test_dense_activations_prune_in_the_reverse_sweep_and_store_no_magnitudes() -> None:
-    made = schedule(("input_norm", "gradient"), "dense")
+    made = schedule("dense", needs_backward=True, needs_forward=True)
     rows = steps(made, Layout(depth=3))
     assert [row.block for row in rows if row.prunes] == [2, 1, 0]
     assert not any(key.kind == "magnitudes" for row in rows for key in row.writes)
@@ -140,7 +143,7 @@ def test_dense_activations_prune_in_the_reverse_sweep_and_store_no_magnitudes() 
 
 
 def test_two_streams_lie_side_by_side_and_share_their_first_boundary() -> None:
-    made = schedule(("input_norm",), "pruned")
+    made = schedule("pruned", needs_backward=False, needs_forward=True)
     one = steps(made, Layout(depth=4))
     two = steps(made, Layout(depth=4, streams=("dense", "pruned")))
     assert [row.block for row in one] == [row.block for row in two]
@@ -151,7 +154,7 @@ def test_two_streams_lie_side_by_side_and_share_their_first_boundary() -> None:
 
 
 def test_the_parts_of_a_block_are_steps_and_only_the_last_one_advances() -> None:
-    made = schedule(("gram",), "pruned")
+    made = schedule("pruned", needs_backward=False, needs_forward=True)
     rows = steps(made, Layout(depth=3, parts=SUB_STEPS))
     assert [row.part for row in rows[1:]] == [*SUB_STEPS] * 3
     assert all(row.prunes for row in rows[1:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.methods import Statistics
-from lowmem_gblm.methods.gblm import gblm_scores
+from lowmem_gblm.methods.gblm import GblmOptions, gblm_scores
 from lowmem_gblm.methods.masks import keep_mask, parse_pattern
 from lowmem_gblm.sweeps.statistics import packing
 from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, packed_bytes, unpack
@@ -56,8 +56,8 @@ def test_masks_are_those_of_float32(rows, columns, sigma, in_first, kind) -> Non
 
 
 def mask(weight: Tensor, input_norm: Tensor, magnitude: Tensor, alpha: float) -> Tensor:
-    statistics = Statistics(input_norm=input_norm, gradient=magnitude)
-    return keep_mask(gblm_scores(weight, statistics, alpha), HALF, "row")
+    statistics = Statistics({"input_norm": input_norm, "gradient_l1": magnitude})
+    return keep_mask(gblm_scores(weight, statistics, GblmOptions(alpha=alpha)), HALF, "row")
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (17, 31), (256, 256), (2, 9, 300)])

@@ -1,0 +1,58 @@
+"""The options of methods within a request: which method has them, and what the record says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.methods import Method, built_in_names, option_owners, usable_methods
+from lowmem_gblm.options import flag_of, options
+
+
+def check_method_options(method: Method, given: Iterable[str], taken: Collection[str]) -> None:
+    """Raise unless a method has all of the options that were given.
+
+    Args:
+        method: The method.
+        given: Names of options.
+        taken: Names of the options that every run has.
+
+    Raises:
+        RequestError: An option belongs to other methods, or to every run.
+        TypeError: No method has an option.
+    """
+    own = {one.name for one in options(method.options)}
+    if own & set(taken):
+        raise RequestError(
+            f"the method {method.name} has an option {flag_of(min(own & set(taken)))}, which every "
+            f"run has: its author has to give it another name"
+        )
+    for name in given:
+        if name not in own:
+            raise no_option(name, [method.name])
+
+
+def no_option(name: str, methods: Iterable[str]) -> Exception:
+    """Return the error for an option that none of these methods has."""
+    owners = option_owners(usable_methods()).get(name)
+    if owners is None:
+        return TypeError(f"there is no option {name!r}")
+    having = " and ".join(owners)
+    return RequestError(
+        f"{flag_of(name)} is no option of {', '.join(methods)}: it belongs to {having}"
+    )
+
+
+def recorded_options(given: Any) -> dict[str, Any]:
+    """Return what the record has of the options of methods.
+
+    The options of all methods of this package are in it, so that every record has the same keys:
+    null where the method of the run has no such option.
+
+    Args:
+        given: The options of the method of the run.
+    """
+    nothing: dict[str, Any] = dict.fromkeys(option_owners(built_in_names()))
+    own = [one.name for one in options(type(given)) if one.metadata["identity"]]
+    return nothing | {name: getattr(given, name) for name in own}

@@ -1,0 +1,146 @@
+"""What `pruning.json` promises of single comparison groups, as `verify` reads it.
+
+Nothing here calls what made the masks: the counts are those of the record, and whether they agree
+with the pattern of the record is calculated anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
+
+
+@dataclass(frozen=True)
+class PromisedGroups:
+    """Comparison groups that lie side by side in a matrix [out, in].
+
+    Attributes:
+        rows, columns: Of one group.
+        repeat: How many of them lie side by side.
+        removed: Zeros of each, at least.
+    """
+
+    rows: int
+    columns: int
+    repeat: int
+    removed: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.rows, self.columns, self.repeat, self.removed)
+        if any(type(number) is not int for number in numbers):
+            raise ValueError(f"not a comparison group: {self}")
+        if min(numbers[:3]) < 1 or not 0 <= self.removed <= self.size:
+            raise ValueError(f"not a comparison group: {self}")
+
+    @property
+    def size(self) -> int:
+        """Return the number of weights of a group."""
+        return self.rows * self.columns
+
+    def label(self, in_features: int) -> str:
+        """Return what the groups are called in a sentence."""
+        if self.rows == 1:
+            return "rows" if self.columns == in_features else f"groups of {self.columns}"
+        return "matrices" if self.columns == in_features else "column blocks"
+
+
+def promised_groups(described: Mapping[str, Any]) -> list[PromisedGroups]:
+    """Return the groups of a tensor from its entry in the record.
+
+    Raises:
+        ValueError: They are not groups of a matrix of this shape.
+        KeyError, TypeError: The entry is something else.
+    """
+    found = [PromisedGroups(**one) for one in described["groups"]]
+    out_features, in_features = _features(described)
+    if sum(one.columns * one.repeat for one in found) != in_features:
+        raise ValueError(f"its groups do not cover {in_features} inputs: {described}")
+    if any(one.rows not in (1, out_features) for one in found):
+        raise ValueError(f"its groups do not cover {out_features} outputs: {described}")
+    return found
+
+
+def cut(weight_RI: Tensor, groups: Sequence[PromisedGroups]) -> Iterator[tuple[str, Tensor, int]]:
+    """Cut a tensor into its comparison groups.
+
+    Args:
+        weight_RI: [out, in], or [experts, out, in].
+        groups: Of each matrix.
+
+    Yields:
+        What the groups are called, their weights [groups, size], and the zeros promised in each.
+    """
+    matrices = weight_RI if weight_RI.ndim == 3 else weight_RI[None]
+    start = 0
+    for one in groups:
+        width = one.columns * one.repeat
+        part = matrices[..., start : start + width]
+        parts = part.reshape(-1, one.rows, one.repeat, one.columns).transpose(1, 2)
+        yield one.label(matrices.shape[-1]), parts.reshape(-1, one.size), one.removed
+        start += width
+
+
+def contradictions(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for every tensor whose groups are not those of the record's pattern.
+
+    Raises:
+        ValueError: The pattern or the sparsity of the record is none.
+    """
+    sparsity, n_of_m = _pattern(record)
+    for name, described in record["tensors"].items():
+        groups = promised_groups(described)
+        if n_of_m is None:
+            out_features, in_features = _features(described)
+            rows = 1 if record["group"] == "row" else out_features
+            fits = [
+                one.rows == rows and one.removed == math.floor(one.size * sparsity)
+                for one in groups
+            ]
+            # Rows and matrices are not cut; only a method that says so has blocks of columns.
+            fits.append(record["group"] == "columns" or groups[0].columns == in_features)
+        else:
+            fits = [_is_n_of_m(one, *n_of_m, tail=one is groups[-1]) for one in groups]
+        if not all(fits):
+            yield (
+                f"{name}: {RECORD} promises {groups[0].removed} zeros in every {groups[0].size} "
+                f"weights of {groups[0].label(_features(described)[1])}, which is not the pattern "
+                f"{record['pattern']} at a sparsity of {float(sparsity):g} that it records"
+            )
+
+
+def _is_n_of_m(one: PromisedGroups, n: int, m: int, *, tail: bool) -> bool:
+    """Return whether groups are those of N:M; a tail that M does not divide stays dense."""
+    if one.columns == m:
+        return (one.rows, one.removed) == (1, m - n)
+    return tail and one.columns < m and (one.rows, one.repeat, one.removed) == (1, 1, 0)
+
+
+def _pattern(record: Mapping[str, Any]) -> tuple[Fraction, tuple[int, int] | None]:
+    """Return sparsity, and N and M, as they are recorded."""
+    if not isinstance(record["sparsity"], float):
+        # A text may stand for a number of any length.
+        raise ValueError(f"not a sparsity: {record['sparsity']!r}")
+    # The decimal that was asked, not the binary number next to it.
+    sparsity, text = Fraction(str(record["sparsity"])), record["pattern"]
+    if not 0 < sparsity < 1:
+        raise ValueError(f"not a sparsity: {sparsity}")
+    if text == "unstructured":
+        return sparsity, None
+    n, m = (int(part) for part in text.split(":"))
+    if not 0 < n < m or float(sparsity) != float(1 - Decimal(n) / Decimal(m)):
+        raise ValueError(f"not a pattern: {text}")
+    return sparsity, (n, m)
+
+
+def _features(described: Mapping[str, Any]) -> tuple[int, int]:
+    """Return outputs and inputs of the matrices of a tensor."""
+    rows, columns = described["shape"][-2:]
+    return (columns, rows) if described["layout"] == "in,out" else (rows, columns)
