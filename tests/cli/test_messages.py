@@ -155,7 +155,7 @@ def test_each_of_two_disks_must_have_room(
 def test_hidden_states_that_are_lost_while_they_wait_are_told(
     damage: Callable[[Path], object], prune: Prune, tmp_path: Path
 ) -> None:
-    waiting = tmp_path / "out.work" / "embedded"
+    waiting = tmp_path / "out.work" / "embedded-0"
 
     def listener(tick: Any) -> None:
         if (tick.stage, tick.step) == ("head", 1):

@@ -246,7 +246,7 @@ def test_another_device_has_to_be_accepted(
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
-@pytest.mark.parametrize("place", ["out.work/gradient-1", "out.partial/model-00001*"])
+@pytest.mark.parametrize("place", ["out.work/loss-gradient-1", "out.partial/model-00001*"])
 def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
     stopped_at(run, tmp_path / "out", *(("prune", 1) if "partial" in place else ("reverse", 1)))
     (path,) = tmp_path.glob(place)

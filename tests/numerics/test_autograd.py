@@ -12,18 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem_gblm
-from lowmem_gblm.model.block_loader import BlockLoader
+from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.open_model import open_model
-from lowmem_gblm.model.prunable import prunable_weights
+from lowmem_gblm.planning import Choices
 from lowmem_gblm.planning.resources import Resources
-from lowmem_gblm.runtime.progress import Progress, Stage
-from lowmem_gblm.storage.tensor_store import TensorStore
-from lowmem_gblm.sweeps.dense import dense_sweep, embed, head_pass
-from lowmem_gblm.sweeps.offload import Offload
-from lowmem_gblm.sweeps.reverse import reverse_sweep
-from lowmem_gblm.sweeps.sample_set import SampleSet
-from lowmem_gblm.sweeps.statistics import find_statistic
-from lowmem_gblm.sweeps.statistics.input_norm import InputNorm
+from lowmem_gblm.planning.steps import Step
+from lowmem_gblm.sweeps.block_pruner import BlockPruner
+from lowmem_gblm.sweeps.context import PruneContext
 from support import reference
 from support.tiny_models import ARCHITECTURES, save_tiny
 
@@ -64,54 +59,35 @@ def case(
 
 
 def stream_statistics(
-    case: Case, folder: Path, norm: str, *, boundary_interval: int = 1, slices: int = 1
+    case: Case, folder: Path, norm: str, choices: Choices | None = None
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, and by name on disk gradient magnitudes and input norms of the dense model."""
-    opened = open_model(str(case.folder), Resources())
-    checkpoint, streamed = opened.checkpoint, opened.streamed
-    progress = Progress([Stage(name="all", steps=1000, cost=1)])
-    blocks = BlockLoader(checkpoint, streamed, progress, prunable_weights(checkpoint, streamed))
-    samples = SampleSet(NSAMPLES)
+    """Return losses, and by name on disk gradient magnitudes and input norms of the dense model.
+
+    They are what a run with `--activations dense` hands to its pruner.
+    """
+    losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
+    finish, prune = PruneContext.finish, BlockPruner.prune
 
-    def keep(block, found):
-        for weight in block.weights:
-            if weight.slot in found:
-                gradients[weight.name] = weight.in_slot(found[weight.slot])
+    def finishing(run: PruneContext, step: Step) -> None:
+        losses.extend(run.losses if step.stage == "head" else [])
+        finish(run, step)
 
-    def finish(block, measured):
+    def pruning(pruner: BlockPruner, block: Block, measured, gradient_of) -> None:
         for weight in block.weights:
-            gradients.setdefault(weight.name, torch.zeros(weight.out_features, weight.in_features))
+            found = gradient_of(weight)
+            empty = torch.zeros(weight.out_features, weight.in_features)
+            gradients[weight.name] = empty if found is None else found.clone()
             norms[weight.name] = found_norm(measured[0], weight)
-        return []
+        prune(pruner, block, measured, gradient_of)
 
-    folder.mkdir()
-    with (
-        TensorStore(folder) as spill,
-        Offload(spill, streamed.device, progress, 1 << 20) as offload,
-        progress.stage("all"),
-    ):
-        with streamed.filled(checkpoint):
-            embed(streamed, case.samples, offload, progress)
-        dense_sweep(
-            blocks,
-            streamed,
-            offload,
-            samples,
-            progress,
-            boundary_interval=boundary_interval,
-            commit=offload.forget,
-        )
-        with streamed.filled(checkpoint):
-            losses = head_pass(streamed, case.samples, samples, offload, 1.0, progress)
-        reverse_sweep(
-            blocks, streamed, offload, samples, find_statistic(f"gradient_{norm}"), 1.0, progress,
-            boundary_interval=boundary_interval,
-            slices=lambda block: [block.slots[part::slices] for part in range(slices)],
-            activations=lambda count: [InputNorm(count)], keep=keep,
-            finish=finish, commit=offload.forget,
-        )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PruneContext, "finish", finishing)
+        patch.setattr(BlockPruner, "prune", pruning)
+        for name in ("_in_memory", "_on_disk") if choices else ():
+            patch.setattr(f"lowmem_gblm.planning.planner.{name}", lambda *args: iter([choices]))
+        case.prune(folder, method="gblm", activations="dense", gradient_norm=norm)
     return losses, gradients, norms
 
 
@@ -137,14 +113,13 @@ def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
         assert torch.equal(norms[name], expected_norms[name]), name
 
 
-@pytest.mark.parametrize(("boundary_interval", "slices"), [(2, 1), (3, 2), (1, 4)])
+@pytest.mark.parametrize(("interval", "limit"), [(2, None), (3, 1 << 14), (1, 1)])
 def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
-    case: Case, boundary_interval: int, slices: int, tmp_path: Path
+    case: Case, interval: int, limit: int | None, tmp_path: Path
 ) -> None:
     plain = stream_statistics(case, tmp_path / "plain", "l1")
-    other = stream_statistics(
-        case, tmp_path / "other", "l1", boundary_interval=boundary_interval, slices=slices
-    )
+    choices = Choices(boundary_interval=interval, accumulator_bytes=limit)
+    other = stream_statistics(case, tmp_path / "other", "l1", choices)
     assert plain[0] == other[0]
     for expected, found in zip(plain[1:], other[1:], strict=True):
         assert expected.keys() == found.keys()

@@ -27,13 +27,13 @@ SIZE = {"nsamples": COUNT, "seqlen": 16}
 # Where a sample turns non-finite before any statistics were gathered: what arrives there, the
 # method, and what the record says.
 BEFORE_STATISTICS = [
-    ("embedded", "gblm", "dense", 0),
+    ("embedded-0", "gblm", "dense", 0),
     ("dense-1", "gblm", "dense", 1),
     ("dense-1", "gradient", "dense", 1),
     (f"dense-{BLOCKS}", "gblm", "head", None),
-    (f"gradient-{BLOCKS}", "gblm", "reverse", BLOCKS - 1),
-    ("embedded", "wanda", "prune", 0),
-    ("embedded", "sparsegpt", "prune", 0),
+    (f"loss-gradient-{BLOCKS}", "gblm", "reverse", BLOCKS - 1),
+    ("embedded-0", "wanda", "prune", 0),
+    ("embedded-0", "sparsegpt", "prune", 0),
 ]
 Poison = Callable[..., None]
 Run = Callable[..., dict[str, Any]]
@@ -62,7 +62,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
             self: Offload, names: Sequence[str], order: Sequence[int]
         ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
             for n, tensors in arriving(self, names, order):
-                hit = names[-1] == name and n in numbers
+                hit = str(names[-1]) == name and n in numbers
                 yield n, (*tensors[:-1], tensors[-1] * torch.inf) if hit else tensors
 
         monkeypatch.setattr(Offload, "prefetch", poisoned)
@@ -120,7 +120,7 @@ def test_before_any_statistics_it_is_as_if_the_sample_had_not_been_drawn(
 
 @pytest.mark.parametrize(
     ("name", "method", "stage", "others"),
-    [("gradient-2", "gradient", "reverse", [2]), ("pruned-1", "wanda", "prune", [0])],
+    [("loss-gradient-2", "gradient", "reverse", [2]), ("pruned-1", "wanda", "prune", [0])],
 )
 def test_what_was_done_before_stays_and_the_block_itself_is_without_the_sample(
     name: str,
@@ -155,7 +155,7 @@ def test_the_boundaries_of_the_pruned_model_are_looked_at_too(
 
 
 @pytest.mark.parametrize("stage", ["dense", "head", "reverse", "prune"])
-@pytest.mark.parametrize("name", ["dense-1", f"gradient-{BLOCKS}"])
+@pytest.mark.parametrize("name", ["dense-1", f"loss-gradient-{BLOCKS}"])
 def test_a_resumed_job_knows_who_was_dropped(
     name: str, stage: str, run: Run, poison: Poison, tmp_path: Path
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_resumed_job_knows_who_was_dropped(
     [
         ("dense-1", "block 1 of the dense pass"),
         (f"dense-{BLOCKS}", "the head pass"),
-        ("gradient-2", "block 1 of the reverse pass"),
+        ("loss-gradient-2", "block 1 of the reverse pass"),
         ("pruned-2", "block 2 of the prune pass"),
     ],
 )
@@ -230,7 +230,7 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
                 leaving = backward(streamed, block, hidden, arriving, tap)
                 number = current[0]
                 if number == SICK and block.index == 1:
-                    tried.append(self.samples.exponent(number))
+                    tried.append(self.run.samples.exponent(number))
                     return leaving * torch.inf if tried[-1] < until else leaving
                 return leaving
 
@@ -323,19 +323,19 @@ def test_a_gradient_that_overflows_though_what_goes_on_does_not_is_found(
 ) -> None:
     """As in float16, where the sum over tokens is larger than any of its parts."""
     if memory:
-        cut = "lowmem_gblm.commands.prune.pipeline.slices_within"
+        cut = "lowmem_gblm.sweeps.reverse.slices_within"
         monkeypatch.setattr(cut, lambda sizes, room: [[n] for n in range(len(sizes))])
     expected = without_the_sick(run, tmp_path / "expected", monkeypatch, method="gradient")
     magnitude, arriving, current = Gradient._magnitude, Offload.prefetch, [("", 0)]
 
     def counted(self: Offload, names: Sequence[str], *args: Any) -> Iterator[Any]:
         for n, tensors in arriving(self, names, *args):
-            current[0] = names[-1], n
+            current[0] = str(names[-1]), n
             yield n, tensors
 
     def overflowing(self: Gradient, gradient: Tensor) -> Tensor:
         found = magnitude(self, gradient)
-        return found * torch.inf if current[0] == (f"gradient-{BLOCKS}", SICK) else found
+        return found * torch.inf if current[0] == (f"loss-gradient-{BLOCKS}", SICK) else found
 
     monkeypatch.setattr(Offload, "prefetch", counted)
     monkeypatch.setattr(Gradient, "_magnitude", overflowing)
