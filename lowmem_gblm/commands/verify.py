@@ -61,15 +61,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     changed = list(hash_violations(folder, hashes))
     checkpoint = _readable(folder, changed)
     source = Checkpoint(locate(against)) if against is not None else None
-    violations: list[str] = []
-    violations += _unhashed(checkpoint, hashes)
-    violations += _index_violations(folder, checkpoint, record)
-    if not (folder / _CONFIG).is_file():
-        violations.append(f"{_CONFIG} is missing")
-    violations += _record_violations(record, checkpoint)
-    if source is not None:
-        violations += _source_violations(checkpoint, source)
-        violations += side_file_violations(folder, source.folder)
+    violations = list(_folder_violations(folder, checkpoint, source, record))
     zeros = numel = 0
     if not violations:
         rule = _Rule(record)
@@ -92,6 +84,20 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
         "sparsity_measured": zeros / numel,
         "notes": [] if hashes else [_UNHASHED],
     }
+
+
+def _folder_violations(
+    folder: Path, checkpoint: Checkpoint, source: Checkpoint | None, record: dict[str, Any]
+) -> Iterator[str]:
+    """Yield broken promises that show without a look at a single number."""
+    yield from _unhashed(checkpoint, record.get("shards", {}))
+    yield from _index_violations(folder, checkpoint, record)
+    if not (folder / _CONFIG).is_file():
+        yield f"{_CONFIG} is missing"
+    yield from _record_violations(record, checkpoint)
+    if source is not None:
+        yield from _source_violations(checkpoint, source)
+        yield from side_file_violations(folder, source.folder)
 
 
 def _readable(folder: Path, changed: list[str]) -> Checkpoint:
