@@ -115,6 +115,12 @@ class Step:
     prunes: bool = False
     sums: bool = False
 
+    def ticks(self, depth: int, nsamples: int) -> int:
+        """Return how often the step tells progress: once, or per block or sample it reads."""
+        if self.block is not None:
+            return 1
+        return depth if self.loads else nsamples
+
     @property
     def flops_per_weight_and_token(self) -> int:
         """Return the FLOPs of the step for each weight of its block and each token."""

@@ -101,10 +101,9 @@ class Progress:
         yield
         self._waited += time.monotonic() - start
 
-    def skip(self, count: int, *, whole: bool = False) -> None:
-        """Count steps of the current stage that an earlier attempt has done; or all, if any was."""
+    def skip(self, count: int) -> None:
+        """Count steps of the current stage that an earlier attempt has done."""
         assert self._stage is not None, "a step belongs to a stage"
-        count = self._stage.steps if whole and count else count
         self._step += count
         self._skipped_cost += self._stage.cost * count / self._stage.steps
 

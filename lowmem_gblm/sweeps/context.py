@@ -77,7 +77,8 @@ class SweepContext:
         """Yield the steps of a stage that are left, and finish each when the body has ended."""
         with self.progress.stage(stage):
             before = [step for step in self.table[: self.done] if step.stage == stage]
-            self.progress.skip(sum(map(self.ticks, before)))
+            nsamples = len(self.tokens_NT)
+            self.progress.skip(sum(step.ticks(self.depth, nsamples) for step in before))
             for step in [step for step in self.table[self.done :] if step.stage == stage]:
                 self.offload.forget_touched()
                 yield step
@@ -95,12 +96,6 @@ class SweepContext:
                 yield step, next(resident)
             # The last block is freed when another one is asked for.
             assert next(resident, None) is None
-
-    def ticks(self, step: Step) -> int:
-        """Return how often a step tells `progress`: once, or per sample, or per block it reads."""
-        if step.block is not None:
-            return 1
-        return self.depth if step.loads else len(self.tokens_NT)
 
     def finish(self, step: Step) -> None:
         """End a step: what no later step reads is dropped."""

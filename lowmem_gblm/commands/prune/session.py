@@ -78,18 +78,19 @@ def _limit_memory(setup: PruneSetup) -> None:
 
 def _stages(setup: PruneSetup) -> list[Stage]:
     """Return the stages of the run, each with its cost in FLOPs: the time left follows."""
-    sizes, work, depth = setup.scope.sizes, setup.scope.work, setup.scope.model.streamed.depth
-    found = []
-    for name in setup.scope.schedule.stages:
-        rows = [step for step in setup.table if step.stage == name]
-        blocks = sum(step.loads for step in rows) if name == "dry_run" else len(rows)
-        found.append(
-            Stage(
-                name=name,
-                steps=len(setup.tokens_NT) if name in ("embed", "head") else blocks or depth,
-                cost=sum(step_flops(step, sizes, work) for step in rows),
-            )
+    scope, nsamples = setup.scope, len(setup.tokens_NT)
+    sizes, work, depth = scope.sizes, scope.work, scope.model.streamed.depth
+    rows = {
+        name: [step for step in setup.table if step.stage == name] for name in scope.schedule.stages
+    }
+    found = [
+        Stage(
+            name=name,
+            steps=sum(step.ticks(depth, nsamples) for step in steps),
+            cost=sum(step_flops(step, sizes, work) for step in steps),
         )
+        for name, steps in rows.items()
+    ]
     return [*found, Stage(name="finish", steps=1, cost=0)]
 
 
