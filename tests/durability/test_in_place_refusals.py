@@ -18,6 +18,7 @@ import lowmem_gblm
 from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import BudgetError, JobError, NonFiniteError, RequestError, UnsupportedModel
 from lowmem_gblm.storage import in_place
+from lowmem_gblm.storage.in_place_marker import MARKER_FILE
 from support.crashes import content
 from support.tiny_models import save_tiny
 
@@ -91,8 +92,10 @@ def test_a_block_that_is_not_followed_is_found_before_anything_is_overwritten(
             listener=lambda tick: seen.add(tick.stage),
         )
     assert seen == {"embed", "dense" if method in ("gradient", "gblm") else "dry_run"}
-    assert content(model) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # The finished steps stay, and the marker says how to resume them or to give up.
+    marker = content(model).pop(MARKER_FILE)
+    assert content(model) == before | {MARKER_FILE: marker}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.work"}
 
 
 @pytest.mark.parametrize(

@@ -284,16 +284,19 @@ def test_a_damaged_description_is_told(run, tmp_path: Path) -> None:
         )
 
 
-def test_what_cannot_be_mended_leaves_nothing(
+def test_an_error_before_the_first_step_leaves_nothing_and_one_after_it_keeps_the_job(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sick(*args: object, **options: object):
-        raise NonFiniteError("sick")
+    def non_finite(*args: object, **options: object):
+        raise NonFiniteError("non-finite")
 
-    monkeypatch.setattr("lowmem_gblm.sweeps.block_pruner.BlockPruner.prune", sick)
-    with pytest.raises(NonFiniteError, match="sick"):
-        run(tmp_path / "out")
+    monkeypatch.setattr("lowmem_gblm.sweeps.block_pruner.BlockPruner.prune", non_finite)
+    with pytest.raises(NonFiniteError, match=r"^non-finite$"):
+        run(tmp_path / "out", method="magnitude")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(NonFiniteError, match=r"^non-finite\. What is done is kept in "):
+        run(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.work"}
 
 
 def test_killed_at_random_times(run, tmp_path: Path) -> None:
