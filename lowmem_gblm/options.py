@@ -46,7 +46,7 @@ def option(
     """Declare a field of a request, or of the options of a method.
 
     Args:
-        default: What holds if the person says nothing.
+        default: What holds without the option.
         help: One line for `--help`.
         identity: Whether another value gives another result.
         choices: The values allowed, if they can be listed.

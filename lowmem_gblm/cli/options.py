@@ -67,7 +67,7 @@ def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]
 
 
 def methods_to_offer(argv: Sequence[str]) -> list[str]:
-    """Return the methods whose options are flags: our own, and others that a person names.
+    """Return the methods whose options are flags: our own, and others that argv names.
 
     Methods of other packages are imported when they are named, or for the help. One that cannot be
     used is left out: the command says so when it needs the method.

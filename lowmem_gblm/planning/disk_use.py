@@ -17,8 +17,8 @@ class Moment:
     Attributes:
         boundaries: Hidden states and gradients of the loss at them.
         magnitudes: Gradient magnitudes.
-        output: The part of the output that is written; in place, the new tensors of the block that
-            is being overwritten.
+        output: The part of the output that is written; in place, the new tensors of the blocks
+            that are being overwritten.
     """
 
     boundaries: int = 0
@@ -65,16 +65,18 @@ class DiskUse:
 def disk_use(table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices) -> DiskUse:
     """Return what is stored and written at every step of a table.
 
-    What a step drops is removed beside the next step, so it still counts there.
+    What a step drops is removed beside the next step, so that it still counts there.
     """
     stored: dict[Key, int] = {}
     leaving: Sequence[Key] = ()
-    output, moments = 0, [Moment()]
+    output, overwriting, moments = 0, 0, [Moment()]
     for step in table:
         stored |= {key: key_bytes(key, sizes, work, choices) for key in step.writes}
         block = sizes.block_bytes[step.block or 0] * step.prunes
         output += block * work.writes
-        moments.append(_moment(stored, output + block * work.rewrites))
+        # In place, the new tensors of a block are overwritten beside the next step.
+        moments.append(_moment(stored, output + overwriting + block * work.rewrites))
+        overwriting = block * work.rewrites
         for key in leaving:
             stored.pop(key, None)
         leaving = step.drops

@@ -36,8 +36,8 @@ def reasons(
     if room:
         place = "all" if room >= waits.stored else gibibytes(room)
         yield (
-            f"between passes {place} of {gibibytes(waits.stored)} waits in host memory, for lack "
-            f"of disk space: if this run is interrupted it begins anew"
+            f"between passes {place} of {gibibytes(waits.stored)} is stored in host memory, for "
+            f"lack of disk space: if this run is interrupted it starts over"
         )
     if work.schedule.keeps_boundaries and choices.boundary_interval > 1:
         yield (

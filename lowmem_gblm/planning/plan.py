@@ -44,9 +44,9 @@ class Plan:
         predicted: Peaks of the run.
         minimum: The least that each of the three can be, whatever the other two are.
         footprints: Of all stages.
-        host_spill_bytes: How much of the host memory holds what would otherwise wait in the work
+        host_spill_bytes: How much of the host memory holds what would otherwise be in the work
             folder.
-        boundary_bytes, magnitude_bytes: Most that waits between passes, of either kind.
+        boundary_bytes, magnitude_bytes: Most that is stored between steps, of either kind.
         spill_bytes: Most that lies in the work folder at once.
         output_bytes: Size of the new checkpoint.
         read_bytes: Tensor data read from the checkpoint.

@@ -43,7 +43,7 @@ def plan(
         base_bytes: Resident memory of the process before any tensor is loaded.
         budget: What may be used.
         speed: Of the machine; without it there is no time in the plan.
-        alternatives: Other work that a person could ask for instead, by what they would type.
+        alternatives: Other work that could be asked for instead, by what to type.
         kept: Choices of an earlier attempt at the same job: what lies on the disk stays as it is.
 
     Raises:

@@ -24,7 +24,7 @@ from lowmem_gblm.runtime.machine import free_disk_bytes, free_gpu_bytes, nearest
 _PROBE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _PIECE_BYTES = 8 << 20
 _LONGEST_FILE_BYTES = 128 << 20
-# A first product as if the machine did so much tells how large the second product may be.
+# A first product as if the machine did this many tells how large the second product may be.
 _FIRST_FLOPS_S = 1e10
 _CALLS = 8
 _SIDE_STEP = 64

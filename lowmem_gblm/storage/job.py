@@ -46,8 +46,8 @@ def check_partial(output: Path, job: Job) -> None:
     if (read_description(folder) or {}).get("id") != number:
         return
     raise JobError(
-        f"{partial_folder(output)} belongs to the job in {folder}: go on with that "
-        f"({resume_command(folder)}); to begin anew, remove both"
+        f"{partial_folder(output)} belongs to the job in {folder}: resume that job "
+        f"({resume_command(folder)}); to start over, remove both"
     )
 
 
@@ -149,7 +149,7 @@ class Job:
         self._own.close()
 
     def forget(self) -> None:
-        """From now on there is nothing to go on with: its result has its place, or never will."""
+        """Forget the job, so that nothing is left to resume: its result has its place, or never will."""
         (self.folder / DESCRIPTION).unlink(missing_ok=True)
         self.entries.clear()
 
@@ -190,7 +190,7 @@ class Job:
         if former.resolve() != Path(output) and (written or is_about(former, found["id"])):
             raise JobError(
                 f"{self.folder} holds the job of {former}: give another --work-dir, or finish that "
-                f"one first ({resume_command(self.folder)})"
+                f"job first ({resume_command(self.folder)})"
             )
 
     def _begin(self, description: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     if not (folder / MARK).is_file() or not path.is_file():
         return None
     anew = (
-        f"to begin anew, remove {folder}, unless a model was being pruned in place: its "
+        f"to start over, remove {folder}, unless a model was being pruned in place: its "
         f"{MARKER_FILE} says what can be done then"
     )
     try:
@@ -101,7 +101,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_finished(output: Path, folder: Path) -> None:
-    """Remove what is left of a job that was killed after its output was whole."""
+    """Remove what is left of a job that was killed after its output was complete."""
     if not (output / RECORD).is_file() or partial_folder(output).exists():
         return
     found = read_description(folder)
@@ -118,7 +118,7 @@ def forget_finished(output: Path, folder: Path) -> None:
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether the job in a work folder has finished a step: else there is nothing to go on with."""
+    """Return whether the job in a work folder has finished a step, and so can be resumed."""
     return any((folder / JOURNAL).glob("*.json"))
 
 
@@ -148,10 +148,10 @@ def entry_path(folder: Path, number: int) -> Path:
 
 
 def how_to_start_over(folder: Path, in_place: bool) -> str:
-    """How to begin anew."""
+    """Say how to start over."""
     if in_place:
         return f"{MARKER_FILE} in the model says whether it can still be given up"
-    return f"to begin anew, remove {folder}"
+    return f"to start over, remove {folder}"
 
 
 def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -161,8 +161,8 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
         return
     way_out = ", or add --accept-other-rounding" if found.keys() == {"device"} else ""
     raise JobError(
-        f"{folder} holds a job that was begun otherwise ({'; '.join(found.values())}). To go on "
-        f"with it, ask for what it was begun with ({resume_command(folder)}){way_out}; "
+        f"{folder} holds a job that was begun otherwise ({'; '.join(found.values())}). To resume "
+        f"it, ask for what it was begun with ({resume_command(folder)}){way_out}; "
         f"{how_to_start_over(folder, old['in_place'])}"
     )
 

@@ -425,7 +425,7 @@ def test_an_interruption_after_the_end_of_a_resumed_job_says_that_the_output_is_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_gblm.commands.prune.pipeline.record", ctrl_c)
+        patch.setattr("lowmem_gblm.commands.prune.pipeline.run_record", ctrl_c)
         assert cli.main(argv) == 130
     monkeypatch.setattr(cli, "_print", ctrl_c)
     assert cli.main(["resume", str(tmp_path / "out.work")]) == 130
@@ -445,7 +445,7 @@ def test_an_interruption_after_the_end_says_that_the_output_is_whole(
 @pytest.mark.parametrize(
     ("function", "argv"),
     [
-        ("commands.prune.pipeline.make_plan", ["plan", "demo"]),
+        ("commands.plan.plan_request", ["plan", "demo"]),
         ("commands.evaluate.evaluate", ["eval", "demo"]),
         ("commands.verify.verify", ["verify", "my out"]),
     ],

@@ -406,7 +406,7 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
 
     in_place(Path(shutil.copytree(copy, tmp_path / "expected")))
     for name in (
-        "lowmem_gblm.commands.prune.session._assembled",
+        "lowmem_gblm.commands.prune.session._assemble",
         "lowmem_gblm.storage.job.replace_json",
     ):
         with monkeypatch.context() as patch:

@@ -194,7 +194,7 @@ def test_no_signal_ends_a_process_that_is_ending() -> None:
     assert run(script + "with raise_on_signals('', ends=True): pass") == (0, "")
 
 
-@pytest.mark.parametrize("stage", ["embed", "forward", "loss"])
+@pytest.mark.parametrize("stage", ["embed", "dense", "head"])
 def test_an_evaluation_is_stopped_and_leaves_nothing(
     stage: str, small: Path, text_file: Path, tmp_path: Path
 ) -> None:

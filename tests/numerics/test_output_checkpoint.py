@@ -197,13 +197,16 @@ def test_recorded_bytes_are_those_of_the_files(pruned):
     assert pruned.record["bytes"]["read"] > 3 * 0.9 * written
 
 
-def test_flops_are_twelve_per_active_weight_and_token(pruned):
-    numel = sum(math.prod(one["shape"]) for one in pruned.record["tensors"].values())
+def test_flops_are_twelve_per_active_weight_and_token_but_for_the_last_block(pruned):
+    """Nobody reads what leaves the last pruned block: it runs forward once less."""
+    names = pruned.record["tensors"]
+    numel = sum(math.prod(one["shape"]) for one in names.values())
     if "mixtral" in str(pruned.source):
         experts = [one for name, one in pruned.record["tensors"].items() if "experts" in name]
         # Two of four experts meet a token.
         numel -= sum(math.prod(one["shape"]) for one in experts) // 2
-    assert pruned.record["flops"] == 12 * numel * 2 * 32
+    depth = len({name.split(".layers.")[-1].split(".h.")[-1].split(".")[0] for name in names})
+    assert pruned.record["flops"] == pytest.approx((12 - 2 / depth) * numel * 2 * 32)
 
 
 def test_the_request_is_recorded(tmp_path, llama, text_file):

@@ -22,15 +22,18 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 # A method, its activations, and of which photographs its job is resumed: of all, or of every n-th.
 # A sample of one job is always run; all of the matrix is slow.
 KILL_MATRIX = [
-    pytest.param("gblm", "pruned", 6, id="gblm-pruned-sample"),
+    # Method, activations, and of how many photographs one is resumed from.
     *(
-        pytest.param(
-            method, activations, every, marks=pytest.mark.slow, id=f"{method}-{activations}"
-        )
+        pytest.param(method, activations, every, id=f"{method}-{activations}-{every}")
         for method, every in (
             *(("gblm", 1), ("wanda", 1)),
             *(("sparsegpt", 3), ("gradient", 3), ("magnitude", 3)),
         )
+        for activations in ("pruned", "dense")
+    ),
+    *(
+        pytest.param(method, activations, 1, marks=pytest.mark.slow, id=f"{method}-{activations}")
+        for method in ("sparsegpt", "gradient", "magnitude")
         for activations in ("pruned", "dense")
     ),
 ]
