@@ -1,10 +1,11 @@
-"""The README is executed: its pasted commands, its Python, its example of a method, its table."""
+"""The README is executed: its commands, its Python, what it adds, its table and its tree."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import tomllib
 from decimal import Decimal
 from pathlib import Path
 
@@ -48,6 +49,40 @@ def test_the_example_of_a_method_decides() -> None:
     statistics = Statistics({"input_norm": torch.rand(8)})
     decision = namespace["METHOD"].decide(torch.randn(4, 8), statistics, pattern, NoOptions())
     assert decision.keep.sum(dim=1).tolist() == [4] * 4
+
+
+BY_MEAN = """
+from dataclasses import replace
+from lowmem_gblm.methods import by_score
+from readme_ria import METHOD
+score = by_score(lambda weight, known, options: weight.abs() * known["mean_absolute"], "row")
+METHOD = replace(METHOD, name="by_mean", needs=("mean_absolute",), decide=score)
+"""
+
+
+def test_the_examples_prune_as_the_entry_points_of_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    info = site / "my_package-1.0.dist-info"
+    info.mkdir(parents=True)
+    _, method, statistic = blocks("python")
+    for name, text in (("ria", method), ("mean", statistic), ("by_mean", BY_MEAN)):
+        (site / f"readme_{name}.py").write_text(text)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    groups = tomllib.loads(blocks("toml")[0])["project"]["entry-points"]
+    assert {group: list(points) for group, points in groups.items()} == {
+        "lowmem_gblm.methods": ["ria"],
+        "lowmem_gblm.statistics": ["mean_absolute"],
+    }
+    (info / "entry_points.txt").write_text(
+        "[lowmem_gblm.methods]\nria = readme_ria:METHOD\nby_mean = readme_by_mean:METHOD\n"
+        "[lowmem_gblm.statistics]\nmean_absolute = readme_mean:MeanAbsolute\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    for name in ("ria", "by_mean"):
+        lowmem_gblm.prune("demo", tmp_path / name, method=name, nsamples=2, seqlen=32)
+        assert lowmem_gblm.verify(tmp_path / name, "demo")["pruned_tensors"] == 28
 
 
 def test_the_table_of_the_demo_is_true(tmp_path: Path) -> None:
