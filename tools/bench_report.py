@@ -13,6 +13,8 @@ from typing import Any
 from bench_model import Shape
 
 # How often a pass multiplies with every matrix, by the kinds of `matmul_rate`.
+# Of a division of FLOPs, less than this is rounding.
+_LEAST = 1e-9
 PASSES = {
     "dense": {"forward": 1},
     "reverse": {"forward": 1, "input": 1, "weight": 1},
@@ -95,8 +97,8 @@ def products_of_passes(record: Figures, product_flops: int) -> dict[str, Product
     found: dict[str, Products] = {
         name: products for name, products in PASSES.items() if name in record["seconds"]
     }
-    left = round(record["flops"] / product_flops) - sum(sum(one.values()) for one in found.values())
-    return {**found, "prune": {"forward": left}} if left else found
+    left = record["flops"] / product_flops - sum(sum(one.values()) for one in found.values())
+    return {**found, "prune": {"forward": left}} if left > _LEAST else found
 
 
 def stage_figures(record: Figures, job: Job, rates: Sequence[Rates]) -> dict[str, Figures]:

@@ -149,7 +149,7 @@ class Job:
         self._own.close()
 
     def forget(self) -> None:
-        """Forget the job, so that nothing is left to resume: its result has its place, or never will."""
+        """Forget the job: its result has its place, or never will."""
         (self.folder / DESCRIPTION).unlink(missing_ok=True)
         self.entries.clear()
 

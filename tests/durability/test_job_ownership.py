@@ -274,7 +274,7 @@ def test_a_model_that_was_put_back_is_not_taken_for_the_half_pruned_one(
         in_place(copy)
     assert str(caught.value).startswith(
         f"{copy} is not the model that was being pruned: block 0 does not hold what was written "
-        f"over it. If the model was put back or fetched anew, remove {copy}/{MARKER_FILE} and "
+        f"over it. If the model was put back or fetched again, remove {copy}/{MARKER_FILE} and "
         f"{copy}.work to start over"
     )
     assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
@@ -414,7 +414,7 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
             # A process that is killed clears nothing away.
             patch.setattr(
                 "lowmem_gblm.commands.prune.session._put_away",
-                lambda job, output, keep: job.close(),
+                lambda setup, job, output, keep: job.close(),
             )
             with pytest.raises(Killed):
                 in_place(copy)

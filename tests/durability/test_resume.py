@@ -231,7 +231,7 @@ def test_another_device_has_to_be_accepted(
 ) -> None:
     stopped_at(run, tmp_path / "out", "reverse", 1)
     with monkeypatch.context() as patch:
-        for module in ("identity", "record", "session"):
+        for module in ("identity", "session"):
             name = f"lowmem_gblm.commands.prune.{module}.device_name"
             patch.setattr(name, lambda device: "NVIDIA Something")
         with pytest.raises(JobError, match=r"device: 'cpu', now 'NVIDIA.*--accept-other-rounding"):

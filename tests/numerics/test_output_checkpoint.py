@@ -319,7 +319,7 @@ def test_what_is_no_glob_is_refused(globs):
             {"exclude": ["*mpl*", "*norm*", "*self_atn*"]},
             "--exclude '*mpl*' matches no tensor of the model, the nearest are "
             "model.layers.0.mlp.down_proj.weight; --exclude '*self_atn*' matches no tensor of the "
-            "model, the nearest are model.layers.0.self_attn.k_proj.weight. Give globs over whole",
+            "model, the nearest are model.layers.0.self_attn.k_proj.weight. Give globs over comp",
         ),
         (
             {"include": ["*q_porj*", "*k_proj*"]},

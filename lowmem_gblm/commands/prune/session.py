@@ -58,7 +58,7 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
                 yield _assemble(setup, job, output, progress, stop, within)
             except BaseException as error:
                 within.close()
-                how = ending(error, _done(setup, job), setup)
+                how = ending(error, _done(setup, job, output), setup)
                 _put_away(setup, job, output, keep=how.keeps)
                 if how.error is not None:
                     raise how.error from (None if isinstance(error, type(how.error)) else error)
@@ -94,9 +94,9 @@ def _stages(setup: PruneSetup) -> list[Stage]:
     return [*found, Stage(name="finish", steps=1, cost=0)]
 
 
-def _done(setup: PruneSetup, job: Job) -> Done:
-    """Return what of a job is done."""
-    if setup.paths.in_place and _shards(job):
+def _done(setup: PruneSetup, job: Job, output: BlockWriter | None) -> Done:
+    """Return what of a job is done; nothing is overwritten before there is an output."""
+    if setup.paths.in_place and output is not None and _shards(job):
         return "weights overwritten"
     return "finished steps" if job.resumed else "nothing"
 
