@@ -70,9 +70,7 @@ def prune(
     listener: Listener | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Prune `model` into the new folder `output`, or in place.
-
-    Returns the content of its pruning.json.
+    """Prune `model` into the new folder `output`, or in place; return the content of pruning.json.
 
     Args:
         model: Folder, Hub id, or "demo".
@@ -139,8 +137,8 @@ def compare(
         text: Text that perplexity is measured on, as for `evaluate`.
         windows: Number of windows of the text; None for all.
         listener: Called after every step.
-        options: Options as for `prune`, shared by all methods; an option of a method goes to those
-            of the list that have it.
+        options: Options as for `prune`, shared by all methods; an option of a method is given to
+            the methods that have it.
 
     Raises:
         LowmemGblmError: As for `prune`.

@@ -82,11 +82,7 @@ class DiskFull(BudgetError):
 
 
 class DiskError(LowmemGblmError):
-    """A disk fails in the middle of a run; what was done is kept.
-
-    Like a folder that may not be written, this asks for another place or a repair: it has the exit
-    code of a request that cannot be granted.
-    """
+    """A disk fails in the middle of a run; what was done is kept."""
 
     exit_code = 2
 

@@ -1,7 +1,6 @@
-"""What other packages add to this one, found by entry points (`importlib.metadata`).
+"""Extensions of this package in other packages, found by entry points (`importlib.metadata`).
 
-An entry point is a line in the metadata of an installed package. Reading it imports nothing; the
-package itself is imported when its extension is asked for.
+Reading an entry point imports nothing; a package is imported when its extension is asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +18,6 @@ def extension_names(group: str) -> list[str]:
 
 def load_extension(group: str, name: str, kind: str) -> Any:
     """Return what another package gives under a name; None if no package does.
-
-    Args:
-        group: The group of entry points.
-        name: The name of the entry point.
-        kind: What it is, for the message.
 
     Raises:
         RequestError: The package cannot be imported, or does not have what it names.

@@ -1,7 +1,7 @@
 """An option: one field of a dataclass, with its help, its default and its meaning.
 
-A field that is declared with `option` is an option of the command line, of the Python API and of
-the record of a run. Requests and methods declare theirs alike.
+A field declared with `option` is an option of the command line, of the Python API and of the record
+of a run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def option(
     """Declare a field of a request, or of the options of a method.
 
     Args:
-        default: What holds without the option.
+        default: The value if the user gives none.
         help: One line for `--help`.
         identity: Whether another value gives another result.
         choices: The values allowed, if they can be listed.

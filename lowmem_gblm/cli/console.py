@@ -21,12 +21,8 @@ _CLEARED = "\r\x1b[K"
 class Console:
     """A display of progress: one line that changes on a terminal, plain lines anywhere else.
 
-    Plain lines come at the end of every stage, and at least every ten seconds of steps before.
-    No run fails for lack of a display: once a write fails, as to a terminal that was closed, the
-    display writes nothing more.
-
-    Args:
-        stream: Usually stderr.
+    Plain lines come at the end of every stage, and at least every ten seconds. A write that fails,
+    as to a terminal that was closed, ends the display and not the run.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

@@ -1,7 +1,5 @@
 """The command line: argv to a request, one call, an exit code.
 
-Nothing else in the package prints.
-
 Results go to stdout (with `--json`, exactly one JSON object), progress and errors to stderr.
 """
 
@@ -21,12 +19,7 @@ from lowmem_gblm import __version__
 from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.cli.options import add_options, method_options_of, methods_to_offer, request_from
 from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
-from lowmem_gblm.commands.request import (
-    DEMO,
-    EvalRequest,
-    PruneRequest,
-    evaluation_of,
-)
+from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest, evaluation_of
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.options import options
@@ -41,6 +34,8 @@ _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_round
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
 _ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
+_NOTHING_LEFT = "Nothing half-done is left. To begin again"
+_PRUNED = "What is pruned"
 _RECORD = "pruning.json"
 
 
@@ -112,11 +107,6 @@ def _kept_in(arguments: argparse.Namespace) -> str | None:
     if arguments.output and (arguments.output / _RECORD).is_file():
         return None
     return f"What is done is kept in {arguments.work_folder}. To resume"
-
-
-def _nothing_left(arguments: argparse.Namespace) -> str:
-    """Say that an interrupted command leaves nothing."""
-    return "Nothing half-done is left. To begin again"
 
 
 def _quiet_libraries() -> None:
@@ -211,16 +201,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
 
 
-def _checkpoints_stay(arguments: argparse.Namespace) -> str:
-    """Say what an interrupted comparison has kept."""
-    return f"What is pruned is kept in {arguments.output}. To resume"
-
-
-def _demo_stays(arguments: argparse.Namespace) -> str:
-    """Say what an interrupted demo has kept."""
-    return "What is pruned stays. To begin again"
-
-
 def _free_folder(path: Path) -> Path:
     """Return the path, or the first of path-2, path-3, … that does not exist."""
     number, candidate = 1, path
@@ -312,7 +292,9 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")
     command.add_argument("model", metavar="MODEL", help=model_help)
-    command.set_defaults(interrupted=_checkpoints_stay)
+    command.set_defaults(
+        interrupted=lambda typed: f"What is pruned is kept in {typed.output}. To resume"
+    )
     command.add_argument(
         "--methods",
         default="magnitude,wanda,sparsegpt,gblm",
@@ -331,7 +313,7 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
-    command.set_defaults(interrupted=_demo_stays)
+    command.set_defaults(interrupted=lambda _: f"{_PRUNED} stays. To begin again")
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     add_options(command, Resources)
     return parser
@@ -341,6 +323,6 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    command.set_defaults(run=run, interrupted=_nothing_left)
+    command.set_defaults(run=run, interrupted=lambda _: _NOTHING_LEFT)
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return command

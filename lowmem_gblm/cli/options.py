@@ -27,11 +27,9 @@ def add_options(
     only: Sequence[str] | None = None,
     methods: Sequence[str] = (),
 ) -> None:
-    """Add a flag to a command for every field that is an option.
+    """Add a flag to a command for every field of a request class that is an option.
 
     Args:
-        command: Parser of the command.
-        kind: Class of the request.
         without: Fields that keep their default.
         only: Fields that get a flag; None for all.
         methods: Methods whose options get a flag, too.
@@ -51,12 +49,7 @@ def add_options(
 
 
 def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]) -> None:
-    """Give a command a flag for every option of these methods.
-
-    Args:
-        command: The command's parser.
-        methods: Names of methods; where two declare an option of one name, the first counts.
-    """
+    """Give a command a flag for every option of these methods; the first of a name counts."""
     owners = option_owners(methods)
     command.set_defaults(method_options=tuple(owners))
     for name, having in owners.items():
@@ -67,10 +60,10 @@ def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]
 
 
 def methods_to_offer(argv: Sequence[str]) -> list[str]:
-    """Return the methods whose options are flags: our own, and others that argv names.
+    """Return the methods whose options are flags: our own, and others that a user names.
 
-    Methods of other packages are imported when they are named, or for the help. One that cannot be
-    used is left out: the command says so when it needs the method.
+    Methods of other packages are imported when they are named, or for the help. A method that
+    cannot be used is left out: the command says so when it needs the method.
     """
     if any(word in _HELP for word in argv):
         return usable_methods(report=tell)

@@ -19,19 +19,16 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write(stream: TextIO | None, text: str) -> None:
-    """Write all of a text and flush it.
-
-    Raises:
-        OSError: The pipe or terminal is closed, or the disk is full. The unwritten text, and all
-            text after it, is dropped, at the exit of the interpreter, too.
-    """
+    """Write all of a text and flush it; after an OSError all further text is dropped."""
     if stream is None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     try:
         stream.write(text.encode(errors="backslashreplace").decode())
         stream.flush()
     except (OSError, ValueError) as error:
-        _lead_nowhere(stream)
+        # The interpreter must not fail on the same text at its exit.
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
         raise error if isinstance(error, OSError) else OSError(str(error)) from None
 
 
@@ -75,9 +72,3 @@ def reserve_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-
-
-def _lead_nowhere(stream: TextIO) -> None:
-    """Redirect the descriptor of a stream to nothing, if it has one."""
-    with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), stream.fileno())

@@ -47,7 +47,7 @@ class Documents:
 def calibration_samples(
     source: Text | Documents, tokenize: Tokenize, *, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Draw calibration samples.
+    """Draw calibration samples, int64 [N, T].
 
     Args:
         source: The text or the documents.
@@ -55,9 +55,6 @@ def calibration_samples(
         nsamples: N.
         seqlen: T.
         seed: Seed of `random.Random`.
-
-    Returns:
-        int64 [N, T].
 
     Raises:
         RequestError: The text, or every document, is too short.
@@ -120,10 +117,7 @@ def _draw_document(
 def evaluation_windows(
     source: Text | Documents, tokenize: Tokenize, *, seqlen: int, windows: int | None
 ) -> Tensor:
-    """Cut a text into windows that do not overlap; the tail is dropped.
-
-    Returns:
-        int64 [windows, T].
+    """Cut a text into windows that do not overlap, int64 [windows, T]; the tail is dropped.
 
     Raises:
         RequestError: The text is shorter than one window.

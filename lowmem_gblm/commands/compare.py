@@ -35,10 +35,8 @@ def compare(
 
     Args:
         request: The shared options; its method and output are replaced.
-        methods: Names of the methods.
         evaluation: How perplexity is measured; its model is replaced.
         folder: Folder for one checkpoint per method, `folder/METHOD`.
-        listener: Called after every step.
         announce: Called with a text about what begins.
         method_options: Options of methods, each for those of `methods` that have it.
 
@@ -48,8 +46,7 @@ def compare(
 
     Raises:
         RequestError: None of the methods has an option.
-        JobError: One of the outputs exists already and is something else; nothing has been done
-            then.
+        JobError: An output exists already and is something else; nothing has been done then.
         LowmemGblmError: See `lowmem_gblm.errors`.
     """
     say = announce or (lambda text: None)

@@ -93,11 +93,7 @@ def work_of(
     seqlen: int,
     activations: Sequence[type[ActivationStatistic]] = (),
 ) -> Workload:
-    """Return what is to be done; without a method nothing is pruned.
-
-    Args:
-        activations: The statistics of activations that the method needs.
-    """
+    """Return what is to be done; without a method nothing is pruned."""
     streamed = opened.streamed
     on_gpu = streamed.device.type == "cuda"
     dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
@@ -124,10 +120,7 @@ def work_of(
 
 
 def budget_of(resources: Resources, device: torch.device, folders: Collection[Path]) -> Budget:
-    """Return what a run may take: as asked, else what is free.
-
-    The run writes to `folders`, which need not exist.
-    """
+    """Return what a run that writes to `folders` may take: as asked, else what is free."""
     disks: list[Path] = []
     for folder in folders:
         if not any(machine.same_disk(folder, other) for other in disks):
@@ -197,11 +190,7 @@ def machine_speed(
 ) -> MachineSpeed | None:
     """Measure this machine for about two seconds; return None for a GPU that is not here.
 
-    Args:
-        write_to: A folder on the disk that a run would write to; it need not exist.
-
-    Raises:
-        OSError: A shard of the model cannot be read, or the folder not be written to.
+    `write_to` is a folder on the disk that a run would write to; it need not exist.
     """
     device = opened.streamed.device
     if device.type == "cuda" and not torch.cuda.is_available():

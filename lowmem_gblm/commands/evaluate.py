@@ -160,14 +160,7 @@ def _losses(
 def _plan(
     opened: OpenModel, request: EvalRequest, folder: Path, *, nsamples: int, seqlen: int
 ) -> Plan:
-    """Return what an evaluation will take.
-
-    Args:
-        folder: Where hidden states are stored.
-
-    Raises:
-        BudgetError: The evaluation does not fit what may be used.
-    """
+    """Return what an evaluation with hidden states in `folder` will take."""
     weights = prunable_weights(opened.checkpoint, opened.streamed)
     work = work_of(opened, weights, EVALUATION, None, request, nsamples=nsamples, seqlen=seqlen)
     return plan(
@@ -194,10 +187,7 @@ def _watched(
 
 
 def _work_folder(request: EvalRequest) -> Path:
-    """Return where boundaries are stored: as asked, else in /var/tmp.
-
-    The usual folder for temporary files is often in memory.
-    """
+    """Return where boundaries are stored; by default /var/tmp, as /tmp is often in memory."""
     if request.work_dir is not None:
         return request.work_dir
     return _ON_DISK if os.access(_ON_DISK, os.W_OK) else Path(tempfile.gettempdir())
@@ -213,8 +203,8 @@ def _told_of_its_disk(planned: Plan, folder: Path) -> Iterator[None]:
             raise
         free = gibibytes(machine.free_disk_bytes(folder))
         needs = f"{gibibytes(planned.spill_bytes)} are needed in {folder} and {free} are free"
-        way_out = "give the same command again, or give another --work-dir"
-        raise explained(error, needs, way_out) from error
+        what_to_do = "give the same command again, or give another --work-dir"
+        raise explained(error, needs, what_to_do) from error
 
 
 @contextmanager

@@ -11,12 +11,7 @@ from lowmem_gblm.options import flag_of, options
 
 
 def check_method_options(method: Method, given: Iterable[str], taken: Collection[str]) -> None:
-    """Raise unless a method has all of the options that were given.
-
-    Args:
-        method: The method.
-        given: Names of options.
-        taken: Names of the options that every run has.
+    """Raise unless a method has all of the options `given`, and none of those `taken` by every run.
 
     Raises:
         RequestError: An option belongs to other methods, or to every run.
@@ -45,13 +40,10 @@ def no_option(name: str, methods: Iterable[str]) -> Exception:
 
 
 def recorded_options(given: Any) -> dict[str, Any]:
-    """Return what the record has of the options of methods.
+    """Return what the record says of the options of methods, from those of the method of the run.
 
-    The options of all methods of this package are in it, so that every record has the same keys:
-    null where the method of the run has no such option.
-
-    Args:
-        given: The options of the method of the run.
+    Every record has the options of all methods of this package: null where the method of the run
+    has no such option.
     """
     nothing: dict[str, Any] = dict.fromkeys(option_owners(built_in_names()))
     own = [one.name for one in options(type(given)) if one.metadata["identity"]]

@@ -20,7 +20,6 @@ class Paths:
         output: Where the pruned model will be; in place, the model folder.
         work_folder: What is stored between steps, and the journal.
         partial: Where the output is written until it is complete; unused in place.
-        in_place: Whether `output` is the model itself.
     """
 
     output: Path
@@ -37,9 +36,8 @@ class Paths:
 def paths_of(request: PruneRequest) -> Paths:
     """Return the folders that a request means; they need not exist.
 
-    In place every name of the model folder leads to the same path. For a plan without an output the
-    folders are those beside the current folder's content. The paths end with a name, as others are
-    derived from it.
+    In place every name of the model folder leads to the same path. A plan without an output is for
+    one in the current folder. The paths end with a name, as others are derived from it.
     """
     folder = Path(request.model) if request.in_place else request.output or Path("pruned")
     if request.in_place or folder.name in ("", ".."):
@@ -78,7 +76,7 @@ def check_paths(request: PruneRequest) -> Paths:
 
 
 def check_apart(request: PruneRequest, paths: Paths) -> None:
-    """Raise `RequestError` if the run would remove what it is to read or to make.
+    """Raise `RequestError` if the run would remove what it reads or makes.
 
     The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
     """

@@ -1,4 +1,4 @@
-"""What a prune run will take, before anything is written."""
+"""The needs of a prune run, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ _DESCRIBED = "the weights are not here: their sizes are those that config.json d
 def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
     """Return what a run would take; neither the weights nor the device need be here.
 
-    Args:
-        request: What is asked.
-        measured: Whether to measure this machine for about two seconds, for the time.
+    With `measured`, this machine is measured for about two seconds, to predict the time.
 
     Raises:
-        BudgetError: It does not fit what may be used.
+        BudgetError: The run does not fit what may be used.
         LowmemGblmError: The request is bad, or the model cannot be used.
     """
     model = open_model(request.model, request, to_plan=True)

@@ -1,7 +1,7 @@
-"""What `pruning.json` promises of single comparison groups, as `verify` reads it.
+"""The promises of `pruning.json` about single comparison groups, as `verify` reads them.
 
-Nothing here calls what made the masks: the counts are those of the record, and whether they agree
-with the pattern of the record is calculated anew.
+Nothing here calls the code that made the masks: whether the counts of the record agree with its
+pattern is calculated independently.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from lowmem_gblm.storage.checkpoint.file_access import RECORD
 
 @dataclass(frozen=True)
 class PromisedGroups:
-    """Comparison groups that lie side by side in a matrix [out, in].
+    """Comparison groups in a matrix [out, in]: `repeat` groups of `rows` times `columns`.
 
-    Attributes:
-        rows, columns: Of one group.
-        repeat: How many of them lie side by side.
-        removed: Zeros of each, at least.
+    They lie side by side, and each has at least `removed` zeros.
     """
 
     rows: int
@@ -69,11 +66,7 @@ def promised_groups(described: Mapping[str, Any]) -> list[PromisedGroups]:
 
 
 def cut(weight_RI: Tensor, groups: Sequence[PromisedGroups]) -> Iterator[tuple[str, Tensor, int]]:
-    """Cut a tensor into its comparison groups.
-
-    Args:
-        weight_RI: [out, in], or [experts, out, in].
-        groups: Of each matrix.
+    """Cut a tensor, [out, in] or [experts, out, in], into its comparison groups.
 
     Yields:
         What the groups are called, their weights [groups, size], and the zeros promised in each.
@@ -92,7 +85,7 @@ def contradictions(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for every tensor whose groups are not those of the record's pattern.
 
     Raises:
-        ValueError: The pattern or the sparsity of the record is none.
+        ValueError: The pattern or the sparsity of the record is not valid.
     """
     sparsity, n_of_m = _pattern(record)
     for name, described in record["tensors"].items():

@@ -33,9 +33,6 @@ class PruneRequest(Resources):
         model: Folder, Hub id, or "demo".
         output: Folder to create; None in place, and for a plan without one.
         method_options: Options of the method, by name; those left out have their defaults.
-
-    Raises:
-        RequestError: A value is out of range, or two contradict each other.
     """
 
     model: str
@@ -253,11 +250,7 @@ def evaluation_of(
 
 
 def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
-    """Return tokens per sample: as asked, else 2048 or what the model's positions allow.
-
-    Args:
-        seqlen: The number that was asked for, or None.
-        positions: The number of positions of the model; None if it does not say.
+    """Return tokens per sample: as asked, else 2048 or what the model's positions allow, if known.
 
     Raises:
         RequestError: More tokens were asked for than the model has positions.

@@ -30,16 +30,11 @@ _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as
 def verify(output: str, against: str | None = None) -> dict[str, Any]:
     """Check an output checkpoint.
 
-    Always: every shard with the SHA-256 that `pruning.json` has for it, an index that fits, the
-    zeros that `pruning.json` counts, those that it promises in every comparison group, and that
-    these are the pattern that it records. Against the source:
-    unpruned tensors byte-identical, kept weights bit-identical (unless the method updates them), no
-    negative zero, no group with more zeros than asked beyond those that the source had, every side
-    file as it was.
-
-    Args:
-        output: The folder of the checkpoint.
-        against: The source model: folder, Hub id, or "demo".
+    Always: every shard has the SHA-256 of `pruning.json`, the index fits, the zeros are those that
+    `pruning.json` counts and promises in every comparison group, and its counts are those of its
+    pattern. Against the source (folder, Hub id, or "demo"): unpruned tensors byte-identical, kept
+    weights bit-identical (unless the method updates them), no negative zero, no group with more
+    zeros than asked beyond those that the source had, every side file as it was.
 
     Returns:
         `output`, `against`, `tensors`, `pruned_tensors`, `hashed_shards`, `sparsity_measured`,
@@ -139,7 +134,7 @@ class _Rule:
     ) -> Iterator[str]:
         """Yield broken promises about a tensor; a pruned one is `described` in the record."""
         if described is None:
-            if original is not None and not _same_bits(tensor, original):
+            if original is not None and not torch.equal(_bits(tensor), _bits(original)):
                 yield f"{name} was not to be pruned, and differs from the source"
             return
         zeros = int((tensor == 0).sum())
@@ -191,10 +186,6 @@ def _rows(tensor: Tensor, in_first: bool) -> Tensor:
 def _bits(tensor: Tensor) -> Tensor:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.dtype.itemsize])
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(_bits(one), _bits(other))
 
 
 def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:

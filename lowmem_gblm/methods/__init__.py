@@ -2,11 +2,10 @@
 
 A method file defines `METHOD`, a `Method` that says which statistics it needs, which options it has
 and how it decides. `lowmem_gblm/methods/wanda.py` is the shortest complete example, `gblm.py` one
-with options; dropping such a file here is all it takes to add a method. Another package adds one by
-an entry point of the group `lowmem_gblm.methods`, whose value is such a `METHOD`.
+with options; a file in this folder is all it takes. Another package adds a method by an entry point
+of the group `lowmem_gblm.methods`, whose value is a `METHOD`.
 
-The help of the command line lists the options of all methods: a method file imports torch where it
-computes, not at its top.
+`--help` lists the options of all methods, so a method file imports torch where it computes.
 """
 
 from __future__ import annotations
@@ -36,12 +35,9 @@ _EXTENSIONS = "lowmem_gblm.methods"
 
 
 class Statistics(Mapping[str, "Tensor"]):
-    """What was measured for one matrix [out, in], by the names that the method's `needs` gives.
+    """The float32 statistics of one matrix [out, in], by the names that the method's `needs` gives.
 
-    Args:
-        values: The statistics, float32.
-        per_output: Names of those that have a row for every output; the others belong to the
-            inputs.
+    Those named in `per_output` have a row for every output; the others belong to the inputs.
     """
 
     def __init__(self, values: Mapping[str, Tensor], per_output: Collection[str] = ()) -> None:
@@ -65,7 +61,7 @@ class Statistics(Mapping[str, "Tensor"]):
         return len(self._values)
 
     def of_rows(self, rows: slice) -> Statistics:
-        """Return those of some outputs; what belongs to the inputs stays complete."""
+        """Return the statistics of some outputs; what belongs to the inputs stays complete."""
         values = {
             name: value[rows] if name in self._per_output else value
             for name, value in self._values.items()
@@ -75,12 +71,12 @@ class Statistics(Mapping[str, "Tensor"]):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a method decided for one matrix.
+    """The decision of a method for one matrix.
 
     Attributes:
         keep: bool [out, in], True where the weight stays.
-        weight: float32 [out, in] with new values for the kept weights, or None where the kept
-            weights stay as they are.
+        weight: float32 [out, in] with new values for the kept weights; None if they stay as they
+            are.
         note: A sentence for the record of the run, or None.
     """
 
@@ -96,21 +92,18 @@ class Method:
     Attributes:
         name: As typed on the command line; the name of the file.
         title: The score or idea, in one line.
-        paper: Where it comes from.
-        needs: Names of the statistics that must be measured first, or a function of the options
-            that returns them; which passes run follows from them.
-        group: What is compared with what where the pattern is unstructured.
-        block_columns: Where `group` is "columns", `pattern -> int`: how many columns are compared
-            with each other at a time.
+        needs: Names of the statistics to measure first, or a function of the options that returns
+            the names; which sweeps run follows from them.
+        group: The comparison group where the pattern is unstructured.
+        block_columns: Where `group` is "columns": the columns of a comparison group.
         decide: `(weight [out, in], statistics, pattern, options) -> Decision`; the weight comes in
-            the dtype of the checkpoint and is not to be modified, `options` is one of `options`.
+            the dtype of the checkpoint and is not to be modified.
         options: A frozen dataclass whose fields are declared with `lowmem_gblm.options.option`; it
-            checks its values when one is made.
+            checks its values in `__post_init__`.
         updates_weights: Whether kept weights change.
         bytes_per_weight: Most memory that `decide` takes for every weight of the matrix, its result
             included; the plan counts on it.
-        bytes_per_squared_input: The most memory that `decide` takes on top, for every entry of a
-            matrix [in, in].
+        bytes_per_squared_input: The same for every entry of a matrix [in, in], on top.
         flops_per_cubed_input: The FLOPs that an input shared by matrices takes, as a factor of in³.
         sweeps_columns: Whether columns are decided one after the other, which takes time for each.
     """
@@ -136,7 +129,7 @@ class Method:
     def comparison_groups(
         self, pattern: Pattern, out_features: int, in_features: int
     ) -> list[dict[str, int]]:
-        """Return what is compared with what in a matrix [out, in]; see `masks`."""
+        """Return the comparison groups of a matrix [out, in]; see `masks`."""
         rows = 1 if self.group == "row" else out_features
         columns = self.block_columns(pattern) if self.block_columns else in_features
         return comparison_groups(pattern, rows, columns, in_features)
@@ -154,10 +147,10 @@ def built_in_names() -> list[str]:
 
 
 def find_method(name: str) -> Method:
-    """Import the method of that name. One of this package comes before one of another.
+    """Import the method of that name; this package comes before other packages.
 
     Raises:
-        RequestError: There is none, or the package that has it cannot be used.
+        RequestError: The name is unknown, or the package that has it cannot be used.
     """
     if name in built_in_names():
         method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
@@ -173,9 +166,7 @@ def usable_methods(
 ) -> list[str]:
     """Return the names of our own methods and of those of other packages that can be imported.
 
-    Args:
-        named: Names to import, of whatever kind; None for those of all methods.
-        report: Told why a method of another package cannot be used.
+    Only methods among `named` are imported; None stands for all. `report` is told why one failed.
     """
     names = built_in_names()
     others = set(extension_names(_EXTENSIONS)).difference(names)
@@ -190,11 +181,7 @@ def usable_methods(
 
 
 def _checked(extension: Any, name: str) -> Method:
-    """Return a method of another package, if it is one.
-
-    Raises:
-        RequestError: It is something else, has another name, or its options are no dataclass.
-    """
+    """Return a method of another package, if it is one."""
     fits = isinstance(extension, Method) and extension.name == name
     if not fits or not is_dataclass(extension.options):
         raise RequestError(
@@ -206,11 +193,7 @@ def _checked(extension: Any, name: str) -> Method:
 
 
 def option_owners(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return for every option of these methods the names of those that have it.
-
-    Raises:
-        RequestError: A method cannot be used.
-    """
+    """Return for every option of these methods the names of the methods that have it."""
     found: dict[str, list[str]] = {}
     for name in names:
         for one in options(find_method(name).options):
@@ -223,21 +206,21 @@ def by_score(
 ) -> Callable[[Tensor, Statistics, Pattern, Any], Decision]:
     """Turn a score `(weight float32 [out, in], statistics, options) -> [out, in]` into a `decide`.
 
-    A row whose scores are all zero (an expert that saw no token) is ranked by `abs(weight)`.
+    A row whose scores are all zero (an expert that saw no token) is ranked by `abs(weight)`. The
+    `decide` raises NonFiniteError where a score is NaN or infinite.
 
     Args:
-        score: May modify nothing.
-        group: What is compared with what where the pattern is unstructured.
+        score: The score; it modifies nothing.
+        group: The comparison group where the pattern is unstructured.
         rowwise: Whether the scores of a row follow from that row alone (and from the statistics of
             the inputs). A few rows are then decided at a time, which takes less memory and time.
-
-    Raises (when called):
-        NonFiniteError: A score is NaN or infinite.
     """
 
     def decide(
         weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: Any
     ) -> Decision:
+        import torch
+
         rows = weight_OI.shape[0]
         if rowwise and group == "row":
             rows = max(1, AT_ONCE[weight_OI.device.type] // weight_OI.shape[1])
@@ -245,7 +228,7 @@ def by_score(
             _keep(score, weight_OI[part].float(), statistics.of_rows(part), pattern, group, options)
             for part in (slice(start, start + rows) for start in range(0, len(weight_OI), rows))
         ]
-        return Decision(keep=keeps[0] if len(keeps) == 1 else _joined(keeps))
+        return Decision(keep=keeps[0] if len(keeps) == 1 else torch.cat(keeps))
 
     return decide
 
@@ -268,9 +251,3 @@ def _keep(
     if bool(silent_O.any()):
         score_OI[silent_O] = weight_OI[silent_O].abs()
     return keep_mask(score_OI, pattern, group)
-
-
-def _joined(keeps: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(keeps)

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GblmOptions(GradientOptions):
-    """The options of GBLM-Pruner.
-
-    Raises:
-        RequestError: A value is out of range.
-    """
+    """The options of GBLM-Pruner."""
 
     alpha: float = option(100.0, "weight of the gradient term", parse=float, metavar="A")
 

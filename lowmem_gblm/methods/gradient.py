@@ -1,7 +1,6 @@
 """Gradient only: weights times the magnitude of the loss gradient, within each output row.
 
-The ablation of Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large Language
-Models", 2023.
+The ablation of Das et al. 2023; see `gblm.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientOptions:
-    """The options of what reads gradients.
-
-    Raises:
-        RequestError: A value is not among the choices.
-    """
+    """The options of the methods that read gradients."""
 
     gradient_norm: str = option("l1", "how gradients add up over samples", choices=("l1", "l2"))
 

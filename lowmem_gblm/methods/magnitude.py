@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of each matrix go.
+"""Magnitude pruning: the smallest weights of each matrix are removed.
 
 Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
 """

@@ -36,7 +36,7 @@ class Unstructured:
         return "unstructured"
 
     def removed(self, group_size: int) -> int:
-        """How many of `group_size` weights are removed: `floor(group_size * sparsity)`, exactly."""
+        """Return the exact number of weights to remove: `floor(group_size * sparsity)`."""
         return math.floor(group_size * Fraction(self.sparsity))
 
 
@@ -44,8 +44,8 @@ class Unstructured:
 class NofM:
     """Of every M consecutive weights along the input dimension, exactly N stay.
 
-    `keep_ragged_tail` says what happens to the last `width mod M` columns of a matrix whose width
-    M does not divide: True leaves them dense, False makes such a width an error.
+    If M does not divide a width, `keep_ragged_tail` leaves the last `width mod M` columns dense;
+    otherwise such a width is an error.
     """
 
     n: int
@@ -63,7 +63,7 @@ class NofM:
 
     @property
     def sparsity(self) -> Decimal:
-        """Fraction of zeros in a matrix whose width M divides."""
+        """Return the fraction of zeros in a matrix whose width M divides."""
         return 1 - Decimal(self.n) / Decimal(self.m)
 
     def check_width(self, name: str, in_features: int) -> None:
@@ -85,7 +85,7 @@ def parse_pattern(
     *,
     keep_ragged_tail: bool = False,
 ) -> Pattern:
-    """The pattern meant by a sparsity, an "N:M", or both where they agree.
+    """Return the pattern meant by a sparsity, an "N:M", or both where they agree.
 
     Args:
         sparsity: Fraction of zeros; a float is taken as the decimal that it prints as. None: 0.5.
@@ -125,17 +125,17 @@ def _decimal(value: str | float | Decimal) -> Decimal:
 def comparison_groups(
     pattern: Pattern, rows: int, columns: int, in_features: int
 ) -> list[dict[str, int]]:
-    """Return what is compared with what in a matrix [out, in], and how many weights of it go.
+    """Return the comparison groups of a matrix [out, in], and how many weights of each are removed.
 
     Args:
-        pattern: How many go. N:M makes groups of its own, whatever `rows` and `columns` are.
+        pattern: N:M makes groups of its own, whatever `rows` and `columns` are.
         rows, columns: Size of an unstructured group; where `columns` does not divide the inputs,
             the last group has fewer.
         in_features: Inputs of the matrix.
 
     Returns:
         From the first input to the last: `rows` and `columns` of a group, `repeat`: how many lie
-        side by side, `removed`: how many weights of each go.
+        side by side, `removed`: how many weights of each are removed.
     """
     if isinstance(pattern, NofM):
         rows, columns = 1, pattern.m
@@ -155,15 +155,12 @@ def _removed(pattern: Pattern, rows: int, columns: int) -> int:
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
-    """Choose the weights of one matrix that stay.
+    """Choose the weights of one matrix that stay: bool [out, in], on the device of the scores.
 
     Args:
         score_OI: Finite scores [out, in], floating point, any device. Not modified.
         pattern: How many stay.
-        group: What is compared with what where the pattern is unstructured.
-
-    Returns:
-        keep, bool [out, in], on the same device.
+        group: The comparison group where the pattern is unstructured.
     """
     if isinstance(pattern, NofM):
         return keep_n_of_m(score_OI, pattern)
@@ -173,17 +170,10 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
 
 
 def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
-    """Remove the `removed` smallest scores of every row; among equals the lower index goes first.
+    """Remove the `removed` smallest of finite scores [groups, group size]; return bool, alike.
 
-    The k-th smallest value of each row decides; only rows in which it occurs more often than may
-    be removed are looked at position by position.
-
-    Args:
-        score_GN: Finite scores [groups, group size].
-        removed: How many of each row go, 0 <= removed <= group size.
-
-    Returns:
-        keep, bool [groups, group size].
+    The k-th smallest value of each row decides; only rows in which it occurs more often than may be
+    removed are looked at position by position: among equals the lower index is removed first.
     """
     import torch
 
@@ -200,7 +190,7 @@ def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
 
 
 def kth_smallest(score_GN: Tensor, k: int) -> Tensor:
-    """The k-th smallest value of every row, [groups, 1]; k counts from 1.
+    """Return the k-th smallest value of every row, [groups, 1]; k counts from 1.
 
     On a CPU by NumPy, whose selection uses vector instructions.
     """

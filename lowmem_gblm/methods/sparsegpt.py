@@ -27,14 +27,10 @@ _ATTEMPTS = 8
 def solve(
     weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: NoOptions
 ) -> Decision:
-    """Prune one matrix and update the weights that stay.
+    """Prune one matrix [out, in], which is not modified, and update the weights that stay.
 
-    Args:
-        weight_OI: [out, in], floating point. Not modified.
-        statistics: "gram" is read, and not modified.
-        pattern: Unstructured: a block of 128 columns is one comparison group. N:M: chosen among
-            the updated weights when the sweep reaches the group.
-        options: None.
+    A comparison group is a block of 128 columns. N:M groups are chosen among the updated weights
+    when the sweep reaches the group.
 
     Raises:
         NonFiniteError: The gram matrix is not finite, or stays indefinite however damped.

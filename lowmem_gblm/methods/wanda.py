@@ -1,4 +1,4 @@
-"""Wanda: weights times the norm of the activations they meet, compared within each output row.
+"""Wanda: weights times the norm of their input activations, compared within each output row.
 
 Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2023.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,7 +30,6 @@ class Block:
 
     Attributes:
         index: Position of the block, from 0.
-        module: The module.
         raw: The tensors as they are on disk, by name; on a CPU the module may share their memory.
         weights: The matrices that can be pruned.
         packed: The matrices of the block, if they are held in 4 or 8 bits.
@@ -50,8 +48,8 @@ class Block:
         """Return the matrices that the block multiplies with, each once."""
         return list(dict.fromkeys(weight.slot for weight in self.weights))
 
-    def go_on_with(self, weight: PrunableWeight, on_disk_OI: Tensor) -> None:
-        """Compute from now on with the new matrix, rounded to its dtype on disk."""
+    def continue_with(self, weight: PrunableWeight, on_disk_OI: Tensor) -> None:
+        """Replace a matrix by its new values, rounded to the dtype on disk."""
         if self.packed is not None:
             stored = self.packed.stored(weight.slot)
             weight.in_slot(stored).copy_(on_disk_OI)
@@ -66,12 +64,10 @@ class BlockLoader:
     """A reader that makes decoder blocks resident in a given order.
 
     Args:
-        checkpoint: The checkpoint with the tensors.
-        streamed: The model that they are loaded into.
         progress: Told how long the computation waits for a block.
         weights: The matrices that can be pruned in every block; None if they are not needed.
-        read_ahead: Whether the next block is read while one is resident: two blocks in host
-            memory instead of one.
+        read_ahead: Whether the next block is read while one is resident: two blocks in host memory
+            instead of one.
         copy_ahead: Whether the next block is copied to a GPU, too: two blocks there.
         compute_weights: The bits that matrices of the resident block are held in; None for the
             dtype of the computation.
@@ -107,11 +103,7 @@ class BlockLoader:
         return self._streamed.depth
 
     def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
-        """Make the blocks resident one after the other; a block is freed when the next is asked.
-
-        Args:
-            order: Positions of the blocks, in the order of loading.
-        """
+        """Make the blocks of `order` resident; a block is freed when the next one is asked for."""
         if not order:
             return
         with worker("read-ahead") as reader:
@@ -232,11 +224,7 @@ class _Buffers:
         if not waiting:
             self._free.put(buffer)
             return
-        rest = partial(self._given_back, buffer, waiting[1:])
-        waiting[0].add_done_callback(rest)
-
-    def _given_back(self, buffer: Tensor, after: Sequence[Future[Any]], _: Future[Any]) -> None:
-        self.give_back(buffer, after)
+        waiting[0].add_done_callback(lambda _: self.give_back(buffer, waiting[1:]))
 
 
 def _aligned(size_bytes: int) -> int:

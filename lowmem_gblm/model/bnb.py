@@ -30,8 +30,6 @@ class Quantized:
     A zero is dequantized to exactly zero.
 
     Attributes:
-        kind: nf4 or int8.
-        shape: Shape of the matrix.
         dtype: Dtype of the matrix: float32, bfloat16 or float16.
         codes: uint8, one or two numbers in each.
         scales: float32, the largest magnitude of every block of numbers.

@@ -1,8 +1,7 @@
-"""What config.json declares, checked against the headers before memory of that size is taken.
+"""Checks of what config.json declares against the headers, before memory of that size is taken.
 
 A config.json of a few hundred bytes can ask for a thousand million blocks, or for tables of sines
-as large as the machine. The headers have been checked against the files, so they tell the size
-of the model.
+as large as the machine. The headers, checked against the files, tell the size of the model.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ _SIZES = ("hidden_size", "vocab_size")
 
 
 def check_counts(path: Path, raw: dict[str, Any]) -> None:
-    """Raise unless counts are plausible, before transformers builds something for each.
-
-    Args:
-        path: config.json, for the message.
-        raw: The content of config.json.
+    """Raise unless counts of config.json are plausible, before transformers builds that many parts.
 
     Raises:
         CheckpointError: config.json has more blocks, experts or labels than any model has.
@@ -89,16 +84,15 @@ def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) ->
 
 
 def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -> None:
-    """Raise unless every parameter fits the headers.
+    """Raise unless every parameter of a model on `meta` fits the headers.
 
     Args:
-        model: The model, on `meta` with its buffers.
         prefix: Name of the list of its decoder blocks.
         checkpoint: The weights of the model; if they are only described, nothing is compared.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape, or holds no floating-point
-            numbers; or the buffers of the model are larger than its weights.
+        CheckpointError: A tensor is missing, has another shape, or holds no floating-point numbers;
+            or the buffers of the model are larger than its weights.
     """
     if checkpoint.on_disk:
         conversion = NameConversion(model)

@@ -56,11 +56,7 @@ class Region:
 
 
 class NameConversion:
-    """The renaming and conversion of the tensors of one checkpoint for one model.
-
-    Args:
-        model: The model, parameters on `meta`.
-    """
+    """The renaming and conversion of the tensors of a checkpoint for a model on `meta`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -106,11 +102,9 @@ class NameConversion:
             yield name, renamed if renamed in known else None, source
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Set parameters and buffers of the model from tensors named as on disk.
+        """Set parameters on the device, and buffers, from CPU tensors named as on disk.
 
-        Args:
-            tensors: CPU tensors; where dtype and device agree their memory is shared, not copied.
-            device: Device of the parameters.
+        Where dtype and device agree their memory is shared, not copied.
 
         Raises:
             CheckpointError: A tensor does not have the shape the architecture expects.
@@ -133,9 +127,7 @@ class NameConversion:
             raise CheckpointError(f"{name} could not be converted: {_sentence(message)}")
 
     def regions(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Region]]:
-        """Return the parts of the module that tensors on disk, given with shapes, become.
-
-        Only 2-D and 3-D tensors are in the result.
+        """Return the parts of the module that tensors on disk of these shapes, 2-D and 3-D, become.
 
         Raises:
             UnsupportedModel: A conversion is neither a slice nor a transposition.

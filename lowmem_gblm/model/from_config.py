@@ -1,7 +1,6 @@
 """The tensors that a checkpoint would hold, from config.json alone: to plan before a download.
 
-The meta model knows every parameter and buffer, and transformers knows how it would store them:
-names, shapes and dtypes are those that `save_pretrained` writes, so a plan from config.json is the
+Names, shapes and dtypes are those that `save_pretrained` writes, so a plan from config.json is the
 plan from the headers.
 """
 
@@ -32,9 +31,6 @@ def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkp
     """Return the checkpoint as its headers say; as config.json says, if a shard is missing.
 
     A folder that holds its weights in a form that is refused is refused here, too.
-
-    Raises:
-        CheckpointError: The model cannot be used.
     """
     if _lacks_weights(folder):
         return describe(folder, trust_remote_code=trust_remote_code)
@@ -42,15 +38,10 @@ def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkp
 
 
 def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Return the checkpoint that config.json describes; tied weights are stored once.
+    """Return the checkpoint that config.json describes, to plan with; tied weights are stored once.
 
-    Args:
-        folder: Holds a config.json; no other file is read, but for code that is trusted.
-        trust_remote_code: Whether Python code that comes with the model may run.
-
-    Returns:
-        A checkpoint to plan with. A config.json that names no dtype is taken to mean float32:
-        the larger one, and what transformers would build from it.
+    No other file is read, but for code that is trusted. Without a dtype in config.json it is
+    float32: the larger one, and what transformers would build from it.
 
     Raises:
         CheckpointError: There is no valid config.json, or the weights are quantized.
@@ -107,8 +98,5 @@ def _plain_shards(folder: Path) -> set[str]:
     """Return the shards that the index names; other values are left for `Checkpoint` to refuse."""
     named = read_json(folder / INDEX).get("weight_map")
     shards = named.values() if isinstance(named, dict) else ()
-    return {shard for shard in shards if _is_plain(shard)}
-
-
-def _is_plain(shard: object) -> bool:
-    return isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard
+    names = [shard for shard in shards if isinstance(shard, str) and "\\" not in shard]
+    return {name for name in names if PurePosixPath(name).name == name}

@@ -72,13 +72,7 @@ class Observer(Protocol):
 
 
 class Tap(TorchFunctionMode):
-    """A mode that reports the multiplications of one resident block to its observers.
-
-    Args:
-        block: The resident block: its parameters hold data.
-        slots: The matrices to look for.
-        observers: Called with every multiplication.
-    """
+    """A mode that reports the multiplications of one block with `slots` to its observers."""
 
     def __init__(
         self, block: nn.Module, slots: Iterable[MatmulWeight], observers: Sequence[Observer]
@@ -89,11 +83,11 @@ class Tap(TorchFunctionMode):
         stored = {slot: slot.stored(block) for slot in self._unseen}
         self._slots = {matrix.data_ptr(): slot for slot, matrix in stored.items()}
         self._sizes = {slot: matrix.numel() for slot, matrix in stored.items()}
-        self._met: list[MatmulWeight] = []
+        self._seen: list[MatmulWeight] = []
         self._skipped: MatmulWeight | None = None
 
     def __enter__(self) -> Self:
-        self._met.clear()
+        self._seen.clear()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -108,7 +102,9 @@ class Tap(TorchFunctionMode):
         slot = None if pair is None else self._slots.get(pair[1].data_ptr())
         if pair is None or slot is None:
             return func(*args, **(kwargs or {}))
-        out = self._product(slot, pair, func, args, kwargs or {})
+        skips = slot == self._skipped
+        # mypy: torch declares no type for `apply`.
+        out = _Skipped.apply(*pair) if skips else func(*args, **(kwargs or {}))  # type: ignore
         self._match(slot, *pair, out)
         return out
 
@@ -118,28 +114,27 @@ class Tap(TorchFunctionMode):
 
         It is taken to be the same if every matrix, slices for experts aside, was seen once.
         """
-        met = [slot for slot in self._met if slot.expert is None]
+        seen = [slot for slot in self._seen if slot.expert is None]
         alone = {slot for slot in self._sizes if slot.expert is None}
-        if not met or met[-1] != self._met[-1] or len(met) != len(alone) or set(met) != alone:
+        if not seen or seen[-1] != self._seen[-1] or len(seen) != len(alone) or set(seen) != alone:
             return None
-        return met[-1]
+        return seen[-1]
 
     def skip(self, slot: MatmulWeight | None) -> None:
-        """Stop computing the product with this slot: its output is NaN from now on.
+        """Stop computing the product with this slot: its output is NaN, its gradient as before.
 
-        Its gradient is still computed. Only for the last product of a block, if its value is
-        not needed.
+        Only for the last product of a block, if its value is not needed.
         """
         self._skipped = slot
 
     @property
     def has_seen_all(self) -> bool:
         """Return whether every matrix was seen; for experts that are alike, one of them."""
-        return not self._never_met()
+        return not self._never_seen()
 
     def check_all_seen(self) -> None:
         """Raise `UnsupportedModel` if neither a matrix nor that of a like expert was ever seen."""
-        unseen = self._never_met()
+        unseen = self._never_seen()
         if unseen:
             listed = ", ".join(unseen[:_LISTED]) + (", …" if len(unseen) > _LISTED else "")
             raise UnsupportedModel(
@@ -147,24 +142,12 @@ class Tap(TorchFunctionMode):
                 f"operation that is not followed here"
             )
 
-    def _never_met(self) -> list[str]:
-        met = {_kind(slot) for slot in self._slots.values() if slot not in self._unseen}
-        return sorted({slot.parameter for slot in self._unseen if _kind(slot) not in met})
-
-    def _product(
-        self,
-        slot: MatmulWeight,
-        pair: tuple[Tensor, Tensor],
-        func: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        if slot == self._skipped:
-            return _Skipped.apply(*pair)  # type: ignore[no-untyped-call]
-        return func(*args, **kwargs)
+    def _never_seen(self) -> list[str]:
+        seen = {_kind(slot) for slot in self._slots.values() if slot not in self._unseen}
+        return sorted({slot.parameter for slot in self._unseen if _kind(slot) not in seen})
 
     def _match(self, slot: MatmulWeight, input: Tensor, weight_IO: Tensor, out: Tensor) -> None:
-        if self._met and self._met[-1] == self._skipped:
+        if self._seen and self._seen[-1] == self._skipped:
             raise UnsupportedModel(
                 f"{slot} does not come in the same order in every sample: such a model is not "
                 f"followed here"
@@ -175,7 +158,7 @@ class Tap(TorchFunctionMode):
         if in_first != slot.in_first and min(weight_IO.shape) > 1:
             raise UnsupportedModel(f"{slot} is multiplied the other way round than expected")
         self._unseen.discard(slot)
-        self._met.append(slot)
+        self._seen.append(slot)
         input_TI = input.detach().reshape(-1, input.shape[-1])
         product = Matmul(slot=slot, input=input, input_TI=input_TI, out=out)
         for observer in self._observers:

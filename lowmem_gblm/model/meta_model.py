@@ -52,11 +52,6 @@ def build_meta_model(
     It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
     configuration asks for; then, only if that fits the headers, with real buffers.
 
-    Args:
-        checkpoint: The model.
-        dtype: Dtype of the parameters.
-        trust_remote_code: Whether Python code that comes with the model may run.
-
     Raises:
         UnsupportedModel: The model is not a decoder-only one that transformers knows.
         CheckpointError: See `load_config` and `lowmem_gblm.model.config_checks`.

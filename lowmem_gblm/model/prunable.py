@@ -24,12 +24,10 @@ class PrunableWeight:
     """A matrix to prune: a 2-D tensor on disk, or one expert's slice of a 3-D one.
 
     Attributes:
-        name: Name of the tensor on disk.
         disk_index: Leading index on disk, or None.
         slot: The matrix that the block multiplies with.
         rows, columns: The part of the slot's stored matrix that this one is.
         in_first_on_disk: Whether it is stored on disk as `[in, out]`.
-        out_features, in_features: Size of the matrix.
     """
 
     name: str
@@ -56,7 +54,7 @@ class PrunableWeight:
 
     @property
     def outputs(self) -> slice:
-        """Which of the slot's outputs are this matrix's."""
+        """Return the outputs of the slot that are those of this matrix."""
         return self.columns if self.slot.in_first else self.rows
 
     def on_disk(self, tensor: Tensor) -> Tensor:
@@ -105,10 +103,7 @@ def _alike_or_found(
     index: int,
     known: dict[Hashable, list[PrunableWeight]],
 ) -> list[PrunableWeight]:
-    """Return the prunable weights of a block, reusing those of an earlier block like it.
-
-    Blocks that are alike differ in names only, and a search takes 0.2 s with 128 experts.
-    """
+    """Return the prunable weights of a block; a search takes 0.2 s, so alike blocks share it."""
     names = {_numberless(name, index): name for name in streamed.block_tensors[index]}
     on_disk = frozenset((one, checkpoint.tensors[name].shape) for one, name in names.items())
     parameters = streamed.block(index).named_parameters()

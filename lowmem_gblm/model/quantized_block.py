@@ -1,10 +1,9 @@
 """A decoder block whose matrices are held in 4 or 8 bits, for a device too small for one block.
 
 Every parameter that activations are multiplied with becomes a *stand-in*: its shape, dtype, device
-and the direction of its strides, without its memory. Inside `with PackedWeights`, a product with
-a stand-in is done with the matrix, dequantized for that product only, and once more where the
-backward pass needs it. QLoRA (arXiv 2305.14314) does so for its frozen weights by replacing
-layers; here the model's own forward runs, and the tap reports the usual products.
+and the direction of its strides, without its memory. Inside `with PackedWeights`, a product with a
+stand-in is done with the matrix, dequantized for that product only, and once more where the
+backward pass needs it; the model's own forward runs, and the tap reports the usual products.
 """
 
 from __future__ import annotations
@@ -34,9 +33,6 @@ def pack_block(
     Args:
         block: Parameters are on the CPU in the dtype that is computed in. Modified: the parameters
             of the slots become stand-ins, all else moves to the device.
-        slots: The matrices that the block multiplies with.
-        kind: The precision.
-        device: The device that the block computes on.
 
     Returns:
         The context to hold around the block's forward.
@@ -63,13 +59,9 @@ def pack_block(
 class PackedWeights(TorchFunctionMode):
     """The packed matrices of one block; a context in which they replace the stand-ins.
 
-    To be entered before a `Tap`, which finds the stand-ins in the place of the parameters.
-    For the backward pass a reference is saved instead of the dequantized matrix; the backward
-    pass may run outside of the `with`. The weights get no gradients.
-
-    Args:
-        kind: The precision.
-        stand_ins: The stand-in of every slot, 2-D, as stored.
+    To be entered before a `Tap`, which finds the stand-ins in the place of the parameters. For the
+    backward pass a reference is saved instead of the dequantized matrix; the backward pass may run
+    outside of the `with`. The weights get no gradients.
     """
 
     def __init__(self, kind: QuantizedKind, stand_ins: Mapping[MatmulWeight, Tensor]) -> None:

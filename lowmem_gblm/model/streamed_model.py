@@ -40,16 +40,9 @@ _IGNORED = -100
 class StreamedModel:
     """A model without the weights of its decoder blocks.
 
-    Args:
-        checkpoint: The checkpoint with the tensors.
-        device: The device that it computes on.
-        dtype: The dtype that it computes in.
-        trust_remote_code: Whether Python code that comes with the checkpoint may run.
-
     Attributes:
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
-        conversion: Renaming and conversion between disk and module.
 
     Raises:
         UnsupportedModel: The architecture is unknown or does not fit the contract.
@@ -103,11 +96,7 @@ class StreamedModel:
 
     @contextmanager
     def filled(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Run the body with all that is outside the blocks loaded: embeddings, norms, head.
-
-        Raises:
-            CheckpointError: A tensor that the model needs is missing.
-        """
+        """Run the body with all that is outside the blocks loaded: embeddings, norms, head."""
         self.fill(checkpoint)
         try:
             yield
@@ -193,8 +182,6 @@ class StreamedModel:
     def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
         """Run one resident block on hidden states [1, T, hidden]; return the same shape.
 
-        `tap` observes the multiplications.
-
         Raises:
             UnsupportedModel: Code that comes with the checkpoint fails.
         """
@@ -224,9 +211,7 @@ class StreamedModel:
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
         """Return the mean next-token cross-entropy of one sample, a float32 scalar.
 
-        Args:
-            hidden: [1, T, hidden], after the last block.
-            tokens_T: Token ids.
+        `hidden` is [1, T, hidden], after the last block.
         """
         with torch.no_grad():
             return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
@@ -259,13 +244,10 @@ class StreamedModel:
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
-        """Compute final norm, head and loss, in chunks of tokens so that the logits stay small.
+        """Return the loss, and the normed hidden states [1, T, hidden] with their graph.
 
-        `visit` is called for every chunk with its part of the loss and its normed hidden states,
-        while their graph is alive.
-
-        Returns:
-            The loss, and the normed hidden states [1, T, hidden] with their graph.
+        Chunks of tokens keep the logits small: `visit` is called for every chunk with its part of
+        both.
         """
         tokens_T = tokens_T.to(self.device)
         with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):

@@ -26,10 +26,6 @@ _LONGEST_REASON = 400
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize:
     """Return the tokenizer of a model folder, as a function from text to token ids.
 
-    Args:
-        folder: The model folder.
-        trust_remote_code: Whether Python code that comes with the folder may run.
-
     Raises:
         CheckpointError: The folder has no tokenizer that works. The function raises it, too.
     """

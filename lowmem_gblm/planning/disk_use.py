@@ -1,4 +1,4 @@
-"""What lies in the work folder and in the output after every step: the running sum of the table."""
+"""The bytes in the work folder and in the output after every step: the running sum of the table."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from lowmem_gblm.planning.steps import Key, Step
 class Moment:
     """Bytes on the disk at the fullest moment of a step.
 
-    Attributes:
-        boundaries: Hidden states and gradients of the loss at them.
-        magnitudes: Gradient magnitudes.
-        output: The part of the output that is written; in place, the new tensors of the blocks
-            that are being overwritten.
+    In place, `output` is the new tensors of the block that is being overwritten.
     """
 
     boundaries: int = 0
@@ -33,7 +29,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """What is stored and written at every moment of a run, in bytes."""
+    """The bytes that are stored and written at every moment of a run."""
 
     moments: tuple[Moment, ...]
 

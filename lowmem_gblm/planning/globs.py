@@ -11,14 +11,10 @@ from lowmem_gblm.errors import RequestError, shown
 
 
 def as_globs(name: str, value: Any) -> tuple[str, ...]:
-    """Return the globs of an option: one string is one glob, not its letters.
-
-    Args:
-        name: Name of the option, for the message.
-        value: A string, or a collection of strings.
+    """Return the globs of the option `name`: one string is one glob, not its letters.
 
     Raises:
-        RequestError: The value is something else.
+        RequestError: The value is neither a string nor a collection of strings.
     """
     globs = (value,) if isinstance(value, str) else value
     collection = isinstance(globs, (tuple, list, set, frozenset))
@@ -39,11 +35,7 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 def check_globs(option: str, globs: Sequence[str], names: Sequence[str], what: str) -> None:
     """Raise `RequestError`, naming each glob that matches none of the names.
 
-    Args:
-        option: Name of the option that the globs were given with.
-        globs: The globs.
-        names: Names of tensors on disk.
-        what: The kind of the names, for the message.
+    The message calls the names `what`, and the globs by the name of their option.
     """
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
     if idle:

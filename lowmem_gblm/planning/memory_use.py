@@ -38,12 +38,7 @@ Parts = dict[str, int]
 
 @dataclass
 class Footprint:
-    """The memory that one pass takes at its fullest moment.
-
-    Attributes:
-        name: Name of the pass.
-        host, gpu: Bytes by purpose.
-    """
+    """The memory that one pass takes at its fullest moment: bytes by purpose."""
 
     name: str
     host: Parts = field(default_factory=dict)

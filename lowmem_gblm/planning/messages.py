@@ -30,14 +30,14 @@ def gibibytes(count: int) -> str:
 
 
 def reasons(
-    sizes: ModelSizes, work: Workload, choices: Choices, waits: DiskUse, room: int
+    sizes: ModelSizes, work: Workload, choices: Choices, stored: DiskUse, room: int
 ) -> Iterator[str]:
     """Yield a sentence for every choice that is not the one with room for everything."""
     if room:
-        place = "all" if room >= waits.stored else gibibytes(room)
+        place = "all" if room >= stored.stored else gibibytes(room)
         yield (
-            f"between passes {place} of {gibibytes(waits.stored)} is stored in host memory, for "
-            f"lack of disk space: if this run is interrupted it starts over"
+            f"between passes {place} of {gibibytes(stored.stored)} is stored in host memory, for "
+            f"lack of disk space: if this run is interrupted it has to start over"
         )
     if work.schedule.keeps_boundaries and choices.boundary_interval > 1:
         yield (
@@ -95,8 +95,8 @@ def refusal(
             "neither host memory nor disk space alone is too small, but both together are: the "
             f"least is {gibibytes(minimum.host_bytes)} and {gibibytes(minimum.disk_bytes)}"
         ]
-    way_out = f"It would fit with {' or '.join(fits)}" if fits else "Nothing else would fit, either"
-    return ". ".join([*missing, f"{way_out}."])
+    last = f"It would fit with {' or '.join(fits)}" if fits else "Nothing else would fit, either"
+    return ". ".join([*missing, f"{last}."])
 
 
 def _listed(parts: dict[str, int]) -> str:

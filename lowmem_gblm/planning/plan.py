@@ -38,16 +38,12 @@ class Plan:
     """The choices of a run and what it will take.
 
     Attributes:
-        stages: In order.
-        choices: How.
-        reasons: Why so, where it is not as one would do it with room for everything; sentences.
+        reasons: Sentences on why the run is not done as it would be without limits.
         predicted: Peaks of the run.
         minimum: The least that each of the three can be, whatever the other two are.
-        footprints: Of all stages.
-        host_spill_bytes: How much of the host memory holds what would otherwise be in the work
-            folder.
-        boundary_bytes, magnitude_bytes: Most that is stored between steps, of either kind.
-        spill_bytes: Most that lies in the work folder at once.
+        host_spill_bytes: Host memory that holds what would otherwise be stored in the work folder.
+        boundary_bytes, magnitude_bytes: Most that is stored between passes, of either kind.
+        spill_bytes: Most that is stored in the work folder at once.
         output_bytes: Size of the new checkpoint.
         read_bytes: Tensor data read from the checkpoint.
         written_bytes: Bytes written to the output and to the work folder.

@@ -38,12 +38,9 @@ def plan(
     """Choose how a run is done, and predict what it will take.
 
     Args:
-        sizes: The sizes of the model.
-        work: The work to be done.
         base_bytes: Resident memory of the process before any tensor is loaded.
-        budget: What may be used.
-        speed: Of the machine; without it there is no time in the plan.
-        alternatives: Other work that could be asked for instead, by what to type.
+        speed: Speed of the machine; without it there is no time in the plan.
+        alternatives: Other work that a user could ask for instead, by what they would type.
         kept: Choices of an earlier attempt at the same job: what lies on the disk stays as it is.
 
     Raises:
@@ -113,13 +110,13 @@ def _waiting_somewhere(
     host memory cannot be resumed, so a run that overwrites its model only uses the disk.
     """
     for choices in ways:
-        waits = disk_use(step_table(sizes, work, choices), sizes, work, choices)
-        missing = 0 if budget.disk_bytes is None else waits.on_disk(0) - budget.disk_bytes
-        room = waits.room_for(missing) if missing > 0 and not work.rewrites else 0
+        stored = disk_use(step_table(sizes, work, choices), sizes, work, choices)
+        missing = 0 if budget.disk_bytes is None else stored.on_disk(0) - budget.disk_bytes
+        room = stored.room_for(missing) if missing > 0 and not work.rewrites else 0
         if left is not None:
             room = min(room, left)
-        if not _exceeds(waits.on_disk(room), budget.disk_bytes):
-            return _Fitting(choices, made, waits, room)
+        if not _exceeds(stored.on_disk(room), budget.disk_bytes):
+            return _Fitting(choices, made, stored, room)
     return None
 
 
@@ -198,24 +195,24 @@ def _made(
     minimum: Requirements,
     speed: MachineSpeed | None,
 ) -> Plan:
-    choices, waits = found.choices, found.disk_use
+    choices, stored = found.choices, found.disk_use
     predicted = Requirements(
         host_bytes=max(one.host_bytes for one in found.footprints) + found.room,
         gpu_bytes=max(one.gpu_bytes for one in found.footprints),
-        disk_bytes=waits.on_disk(found.room),
+        disk_bytes=stored.on_disk(found.room),
     )
     table = step_table(sizes, work, choices)
     return Plan(
         stages=work.schedule.stages,
         choices=choices,
-        reasons=tuple(reasons(sizes, work, choices, waits, found.room)),
+        reasons=tuple(reasons(sizes, work, choices, stored, found.room)),
         predicted=predicted,
         minimum=minimum,
         footprints=tuple(found.footprints),
         host_spill_bytes=found.room,
-        boundary_bytes=waits.boundaries,
-        magnitude_bytes=waits.magnitudes,
-        spill_bytes=waits.on_disk(0) if work.rewrites else max(0, waits.stored - found.room),
+        boundary_bytes=stored.boundaries,
+        magnitude_bytes=stored.magnitudes,
+        spill_bytes=stored.on_disk(0) if work.rewrites else max(0, stored.stored - found.room),
         output_bytes=sizes.total_bytes * work.writes,
         read_bytes=read_bytes(table, sizes, work),
         written_bytes=written_bytes(table, sizes, work, choices),

@@ -21,7 +21,7 @@ _PER_COLUMN_S = 0.0002
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
-    """What a machine does in a second.
+    """The speed of a machine, in a second.
 
     Attributes:
         flops_s: FLOPs in multiplications with the model's matrices.
@@ -44,8 +44,8 @@ def run_time(
 ) -> dict[str, float]:
     """Return the seconds of every stage.
 
-    Reading and writing run beside the computation, and the longer of the two counts. Where no block
-    is read ahead, both count.
+    Reading and writing run beside the computation, and the longer of the two counts; where no block
+    is read ahead, their sum.
     """
     clock = _Clock(sizes, work, choices, speed)
     seconds: dict[str, float] = {
@@ -81,7 +81,9 @@ class _Clock:
 
     def _computing_of_step_s(self, step: Step) -> float:
         if step.stage == "head":
-            return self._head_s()
+            # The logits, and the gradient of the hidden states.
+            logits = self._tokens * self._sizes.vocab_size
+            return self._computing_s(4 * logits * self._sizes.hidden_size, logits)
         if step.stage == "dry_run":
             one_sample = self._work.schedule.needs_samples / self._work.nsamples
             return one_sample * self._sizes.depth * self._forward_s()
@@ -108,11 +110,6 @@ class _Clock:
         """Return the seconds of multiplications, and of elementwise operations on numbers."""
         elementwise_bytes = _ELEMENTWISE * numbers * FLOAT32_BYTES
         return flops / self._speed.flops_s + elementwise_bytes / self._speed.memory_bytes_s
-
-    def _head_s(self) -> float:
-        """Return the seconds of the logits, and of the gradient of the hidden states."""
-        logits = self._tokens * self._sizes.vocab_size
-        return self._computing_s(4 * logits * self._sizes.hidden_size, logits)
 
     def _forward_s(self) -> float:
         """Return the seconds of all samples through one block."""

@@ -14,13 +14,13 @@ class Schedule:
     """The stages of a run, in order.
 
     Attributes:
-        stages: Their names. "embed" runs where samples are run at all; "dense" and "head" prepare
-            "reverse"; a run that prunes has "reverse", "prune" or both. "dry_run" runs in place,
-            where "dense" does not.
+        stages: "embed" runs where samples are run at all; "dense" and "head" prepare "reverse"; a
+            run that prunes has "reverse", "prune" or both. "dry_run" runs in place, if "dense" does
+            not.
         prune_in: The stage in which blocks are pruned and written; None for an evaluation.
-        prune_forwards: Forward passes over every sample within "prune": 0 where the method needs
-            no activations, 1 where statistics and next boundary come from the same dense forward,
-            2 where the pruned block is run again for the next boundary.
+        prune_forwards: Forward passes over every sample within "prune": 0 where the method needs no
+            activations, 1 where statistics and next boundary come from the same dense forward, 2
+            where the pruned block is run again for the next boundary.
     """
 
     stages: tuple[Stage, ...]
@@ -53,9 +53,8 @@ def schedule(
 
     Gradients are always those of the dense model. Activations are those of the model pruned so far
     (`pruned`), which takes a sweep of its own from first to last block, or of the dense model
-    (`dense`), which a sweep that runs anyway can measure.
-
-    In place, all blocks are read before one is overwritten.
+    (`dense`), which a sweep that runs anyway can measure. In place, all blocks are read before one
+    is overwritten.
     """
     backward: tuple[Stage, ...] = ("dense", "head", "reverse") if needs_backward else ()
     first: tuple[Stage, ...] = backward or (("dry_run",) if in_place else ())

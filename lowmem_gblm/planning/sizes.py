@@ -35,7 +35,6 @@ class ModelSizes:
         widest_input: Inputs of the widest prunable matrix.
         feature_widths: Sum of the outputs of a block's prunable matrices that one token uses.
         hidden_size: Width of a boundary.
-        heads: Attention heads.
         attention_matrices: Whether attention holds its [heads, T, T] probabilities (eager) or not.
         vocab_size: Width of the logits.
     """
@@ -66,7 +65,7 @@ class ModelSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCost:
-    """What the statistics of activations of the largest block take.
+    """The cost of the statistics of activations of the largest block.
 
     Attributes:
         entries: float32 numbers that are held for the block.
@@ -81,14 +80,7 @@ class ActivationCost:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionCost:
-    """What a method takes to decide about one matrix.
-
-    Attributes:
-        bytes_per_weight: Memory for every weight of the matrix.
-        bytes_per_squared_input: Memory for every entry of a matrix [in, in].
-        flops_per_cubed_input: FLOPs for every shared input, as a factor of in³.
-        sweeps_columns: Whether columns are decided one after the other.
-    """
+    """The cost of a decision about one matrix; see `lowmem_gblm.methods.Method`."""
 
     bytes_per_weight: float = 0
     bytes_per_squared_input: float = 0
@@ -101,12 +93,8 @@ class Workload:
     """The work to be done with the model.
 
     Attributes:
-        schedule: The stages.
-        activations: The cost of the statistics of activations.
-        deciding: The cost of a decision of the method.
         nsamples, seqlen: The numbers N and T.
         itemsize: Bytes of one number of the computation.
-        on_gpu: Whether blocks are computed on a GPU.
         shares_memory: Whether a resident block shares the memory of what was read.
         resident_bits: Bits of a prunable weight while its block is resident: 4 or 8 with
             `--compute-weights`, else None.
@@ -115,8 +103,8 @@ class Workload:
         slab: Numbers of a matrix that are decided at once.
         stores: The precisions in which gradient magnitudes may be stored.
         writes: Whether a checkpoint is written.
-        rewrites: Whether pruned blocks are written over the dense ones, each through a file in
-            the work folder.
+        rewrites: Whether pruned blocks are written over the dense blocks, by way of the work
+            folder.
     """
 
     schedule: Schedule

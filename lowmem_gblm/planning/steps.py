@@ -1,8 +1,8 @@
 """The table of steps: what every step of a run reads, writes and drops in the work folder.
 
-The fact is stated here once. The plan adds the table up (disk use is its running sum, FLOPs and
-bytes are its totals), the sweeps walk it, the journal ticks it off, progress groups it by stage,
-and what is left of an interrupted run is its tail.
+The plan adds the table up (disk use is its running sum, FLOPs and bytes are its totals), the sweeps
+walk it, the journal records its finished rows, progress groups it by stage, and what is left of an
+interrupted run is its tail.
 
     embed    writes boundary 0
     dry_run  reads boundary 0; runs in place only, before a block is overwritten
@@ -14,8 +14,7 @@ and what is left of an interrupted run is its tail.
     prune    block i: reads boundary i of the pruned stream and the gradient magnitudes, writes
              boundary i + 1 and the pruned block
 
-`Step.drops` is not written down for any of them: it follows from who reads what (`_with_drops`).
-A second stream, parts of a block and further ranks are rows and columns of the same table.
+`Step.drops` follows from who reads what (`_with_drops`).
 """
 
 from __future__ import annotations
@@ -86,14 +85,12 @@ def magnitudes(block: int) -> Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is done between two entries of the journal.
+    """The work between two entries of the journal.
 
     Attributes:
-        stage: The sweep that the step belongs to.
         block: The decoder block that is resident; None where none or every one is.
         part: Matrices of the block that the step prunes; "" for all of them.
-        reads: What the step reads from the work folder.
-        writes: What the step writes to the work folder.
+        reads, writes: What the step reads from the work folder, and writes to it.
         drops: What no later step reads: removed when the step is durable.
         loads: How many blocks are read from the checkpoint.
         forwards, backwards: How often every sample runs through the block, in either direction.
@@ -129,10 +126,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the table of steps follows from, besides the schedule.
+    """The number of blocks, and the other facts that a table of steps follows from.
 
     Attributes:
-        depth: Number of decoder blocks.
         boundary_interval: Boundaries 0, k, 2k, … are kept for the reverse sweep; those between are
             computed again.
         gradient_parts: In how many parts the gradients of a block are accumulated; each takes a
@@ -141,9 +137,8 @@ class Layout:
             step prunes with them.
         unpruned: Blocks of which nothing is pruned.
         streams: Streams of hidden states that the prune sweep carries.
-        parts: Parts of a block that are pruned one after the other; each is measured anew.
-        rank: Number of this process among those that share the samples.
-        ranks: How many processes share the samples; the blocks are written in turn.
+        parts: Parts of a block that are pruned one after the other; each is measured by itself.
+        rank, ranks: This process, and the processes that share the samples and write in turn.
     """
 
     depth: int

@@ -13,11 +13,7 @@ def worker(name: str) -> ThreadPoolExecutor:
 
 
 class SerialWorker:
-    """A thread that does one piece of work at a time, the next after the last.
-
-    Args:
-        name: Name of the thread.
-    """
+    """A named thread that does one piece of work at a time, the next after the last."""
 
     def __init__(self, name: str) -> None:
         self._thread = worker(name)
@@ -26,18 +22,16 @@ class SerialWorker:
     def begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
         """Begin a piece of work once the last one is done; return its future.
 
-        Raises:
-            Exception: The exception of the last piece.
+        An exception of the last piece is raised.
         """
         self.settle()
         self._last = self._thread.submit(work, *arguments)
         return self._last
 
     def settle(self) -> None:
-        """Wait until the last piece of work is done; several threads may wait.
+        """Wait until the last piece of work is done, and raise its exception.
 
-        Raises:
-            Exception: The exception of the last piece.
+        Several threads may wait.
         """
         if self._last is not None:
             self._last.result()

@@ -24,7 +24,7 @@ from lowmem_gblm.runtime.machine import free_disk_bytes, free_gpu_bytes, nearest
 _PROBE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _PIECE_BYTES = 8 << 20
 _LONGEST_FILE_BYTES = 128 << 20
-# A first product as if the machine did this many tells how large the second product may be.
+# The first product is sized for a machine of this rate; its time tells the size of the second.
 _FIRST_FLOPS_S = 1e10
 _CALLS = 8
 _SIDE_STEP = 64
@@ -75,11 +75,8 @@ def memory_rate(device: torch.device, *, limit_bytes: int, seconds: float = 0.1)
 def read_rate(file: Path | None, folder: Path, *, seconds: float = 0.3) -> float:
     """Measure the bytes per second of reading 8 MiB from random places of a file.
 
-    Args:
-        file: A shard of the model, on the disk or in the system's cache as it is. None: a file is
-            written to `folder` and read back, past the cache where the system allows it.
-        folder: Need not exist yet.
-        seconds: About how long the measurement takes.
+    The file is a shard of the model, on the disk or in the system's cache as it is. For None, a
+    file is written to `folder` and read back, past the cache where the system allows it.
     """
     with _nameless_file(folder) if file is None else file.open("rb") as opened:
         if file is None:

@@ -72,15 +72,16 @@ def host_memory() -> HostMemory:
 def free_host_bytes() -> int:
     """Return the resident memory that this process can grow to without swapping, less a margin.
 
-    The memory it has already counts as free, because a budget counts the complete process; but
-    only its private part: the files it maps are in the cache that counts as free anyway.
+    The private memory that the process has already counts as free, because a budget counts the
+    complete process; the files it maps are in the cache that counts as free anyway.
 
     The margin of 5 % of the memory, at least 512 MiB, is for other programs that grow, buffers of
     the kernel, and the file cache, which reading ahead and writing behind depend on. It is never
     more than a quarter of the free memory, or a small container would be left with nothing.
     """
     memory = host_memory()
-    free = memory.available_bytes + _private_bytes()
+    own = psutil.Process().memory_info()
+    free = memory.available_bytes + own.rss - getattr(own, "shared", 0)
     margin = max(_HOST_MARGIN * memory.total_bytes, _HOST_MARGIN_BYTES)
     return int(free - min(margin, _HOST_MARGIN_AT_MOST * free))
 
@@ -102,8 +103,8 @@ def free_disk_bytes(folder: Path) -> int:
     """Return the bytes that the file system of a folder gives this user, less a margin.
 
     The folder need not exist yet. The margin of 1 %, at most 1 GiB, is for the file system's own
-    metadata. Quotas of users and groups are not counted: a run that exceeds its quota ends with
-    `DiskFull` and can be resumed.
+    metadata. Quotas are not counted: a run that exceeds one ends with `DiskFull` and can be
+    resumed.
     """
     free = shutil.disk_usage(nearest_folder(folder)).free
     return int(free - min(_DISK_MARGIN_BYTES, _DISK_MARGIN * free))
@@ -160,9 +161,3 @@ def _file_cache(folder: Path) -> int:
     values = {key: int(value) for key, value in (line.split() for line in lines)}
     # Version 1 says "total_…" for a cgroup with its children, version 2 always means that.
     return sum(values.get(f"total_{key}", values.get(key, 0)) for key in _FILE_CACHE)
-
-
-def _private_bytes() -> int:
-    """Return the resident memory of this process; without mapped files, if the system tells."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))

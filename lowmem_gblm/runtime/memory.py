@@ -51,12 +51,8 @@ def reset_gpu_peak(device: torch.device) -> None:
 def limit_gpu(device: torch.device, limit_bytes: int) -> None:
     """Limit torch's share of a GPU so that the complete process stays below a limit.
 
-    Beyond it, torch raises its out-of-memory error, even if the GPU has more. A CPU has no such
-    limit.
-
-    Args:
-        device: The GPU; on a CPU nothing is done.
-        limit_bytes: For the tensors, what torch keeps for reuse, and the CUDA context.
+    Beyond it, torch raises its out-of-memory error, even if the GPU has more. The limit covers the
+    tensors, what torch keeps for reuse, and the CUDA context. On a CPU nothing is done.
 
     Raises:
         BudgetError: The CUDA context alone takes as much.
@@ -84,22 +80,14 @@ def reset_host_peak() -> None:
         return
 
 
-def start_measuring() -> None:
-    """Begin to count the peak of host memory anew, with an allocator that keeps little."""
-    reset_host_peak()
-    settle_allocator()
-
-
 def settle_allocator(boundary_bytes: int = 0) -> None:
     """Fix the size from which glibc takes tensors from the system and returns them at once.
 
     By default glibc raises that size as it goes, and keeps pieces in between. Tensors of large
     models are better kept for reuse, which saves a page fault for every 4 KiB; with small ones, the
-    kept pieces would be more than the memory in use.
-
-    Args:
-        boundary_bytes: Size of the hidden states of one sample; 0 while it is not known: tensors
-            built before then must not leave holes either.
+    kept pieces would be more than the memory in use. `boundary_bytes` is the size of the hidden
+    states of one sample; 0 while it is not known, as tensors built before then must not leave holes
+    either.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -110,10 +98,9 @@ def settle_allocator(boundary_bytes: int = 0) -> None:
 
 
 def give_back_freed() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the system; other allocators than glibc are left alone.
 
-    glibc keeps it, in ever more pieces: without this, memory grows with the number of blocks.
-    Other allocators are left alone.
+    glibc keeps freed memory, in ever more pieces: memory would grow with the number of blocks.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

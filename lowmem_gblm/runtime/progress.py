@@ -25,7 +25,6 @@ class Tick:
     """The news that a step of a stage has been taken.
 
     Attributes:
-        stage: Name of the stage.
         step, steps: Steps taken of the stage, and in all.
         stage_s: Seconds since the stage began.
         left_s: Estimated seconds to the end of the run; None before there is an estimate.
@@ -45,11 +44,6 @@ Listener = Callable[[Tick], None]
 
 class Progress:
     """A count of the steps of a run's stages, reported to a listener.
-
-    Args:
-        stages: The stages of the run, in order.
-        listener: Called after every step; None for no reports.
-        stop: The flag that `check` and `step` look at; None if nothing stops the run.
 
     Attributes:
         seconds: Seconds of each stage.
@@ -112,11 +106,7 @@ class Progress:
         self._earlier[name] = self._earlier.get(name, 0.0) + seconds
 
     def step(self) -> None:
-        """Count a finished step of the current stage and report it.
-
-        Raises:
-            BaseException: The requested error of `stop`, as by `check`.
-        """
+        """Count a finished step of the current stage and report it; raises as `check` does."""
         assert self._stage is not None, "a step belongs to a stage"
         self.check()
         self._step += 1

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: the first stops a run before its next sample, the second ends the process.
 
-A run looks at one flag before every sample and every matrix. Nothing is raised in between, so no
-library, no write and no clean-up is ever interrupted in the middle. Outside of a run, where models
-are opened and libraries imported, the first signal raises at once, as Python itself would.
+A run looks at one flag before every sample and every matrix, so no library, no write and no
+clean-up is interrupted in the middle. Outside of a run, where models are opened and libraries
+imported, the first signal raises at once, as Python itself would.
 """
 
 from __future__ import annotations
@@ -56,15 +56,7 @@ class StopFlag:
 
 
 class _Handler:
-    """A handler of both signals.
-
-    Args:
-        again: Called with the number of every signal but the first.
-
-    Attributes:
-        run: The flag of the run under way; without a run the first signal raises.
-        came: The number of signals so far.
-    """
+    """A handler of both signals; `run` is the flag of the run under way."""
 
     def __init__(self, again: Callable[[int], None]) -> None:
         self.run: StopFlag | None = None

@@ -1,7 +1,7 @@
 """A watch that stops a run before its memory, or that of the system, runs out.
 
-A plan is a prediction. If it is wrong, the system would swap until nothing answers, or kill
-this process or another one: an error with a sentence is better.
+If a plan is wrong, the system would swap until nothing answers, or kill a process; an error with a
+sentence is better.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ _SIZEABLE = 0.25
 
 
 class HostWatch:
-    """A thread that looks every 50 ms, and requests a stop once host memory gets short.
+    """A thread that requests a stop, a `BudgetError`, once host memory gets short.
 
     Args:
         limit_bytes: Most resident memory of this process; None if only the system is watched.
-        stop: The flag of the run; a `BudgetError` is requested.
         planned_bytes: The planned memory, for the message; None without a plan.
-        interval_s: Time between two looks.
     """
 
     def __init__(

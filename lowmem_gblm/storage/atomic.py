@@ -1,7 +1,8 @@
 """The only file that renames.
 
-A file or folder appears under its final name complete or not at all: it is written beside it with
-a temporary name, flushed to the disk, renamed, and the folder is flushed too.
+A file or folder appears under its final name complete or not at all: it is written beside it with a
+temporary name, flushed to the disk, renamed, and the folder is flushed too. Every function raises
+OSError if the disk is full or failing; what has a temporary name is removed then.
 """
 
 from __future__ import annotations
@@ -31,17 +32,12 @@ def publish_file(path: Path, write: Callable[[Writable], object], holds: str = "
 
     Raises:
         FileExistsError: `path` exists; nothing is ever overwritten.
-        OSError: The disk is full or failing; the temporary file is removed.
     """
     _publish(PendingFile(path, holds), write)
 
 
 def replace_file(path: Path, data: bytes, holds: str = "") -> None:
-    """Write `data` to `path`, in the place of any former file; one of the two is always there.
-
-    Raises:
-        OSError: The disk is full or failing; the temporary file is removed.
-    """
+    """Write `data` to `path`, in the place of any former file; one of the two is always there."""
     _publish(PendingFile(path, holds, replaces=True), lambda file: file.write(data))
 
 
@@ -81,11 +77,7 @@ class PendingFile:
         self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def append(self, data: memoryview) -> int:
-        """Write `data` at the end; return its offset in bytes.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
+        """Write `data` at the end; return its offset in bytes."""
         start = self.size_bytes
         with blamed(self.path, self._holds):
             while data:
@@ -102,11 +94,7 @@ class PendingFile:
         return len(data)
 
     def publish(self) -> None:
-        """Give the file its name; nothing can be written any more.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
+        """Give the file its name; nothing can be written any more."""
         with blamed(self.path, self._holds):
             os.fsync(self.descriptor)
             os.rename(self._temporary, self.path)
@@ -139,11 +127,10 @@ def _as_json(value: Any) -> bytes:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Give a finished folder its final name.
+    """Give a finished folder its final name; it keeps its former name if that fails.
 
     Raises:
-        JobError: `final` exists by now; the folder keeps its former name.
-        OSError: The disk is failing; the folder keeps its former name.
+        JobError: `final` exists by now.
     """
     _check_still_absent(final)
     flush_folder(partial)
@@ -169,11 +156,7 @@ def _check_still_absent(final: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable.
-
-    Raises:
-        OSError: The disk is failing.
-    """
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with blamed(folder):

@@ -37,25 +37,25 @@ def is_trouble(error: OSError) -> bool:
     return error.errno in _FULL or error.errno in _FAILING
 
 
-def explained(error: OSError, needs: str, way_out: str) -> DiskFull | DiskError:
-    """Return the error as one with a sentence for the user.
+def explained(error: OSError, needs: str, what_to_do: str) -> DiskFull | DiskError:
+    """Return the error of the system as one with a sentence for the user.
 
     Args:
-        error: The error of the system.
         needs: How much is still needed and how much is free, and where; empty if not known.
-        way_out: What the user can do, once the disk is in order.
+        what_to_do: What the user can do, once the disk is in order.
     """
     path = Path(str(error.filename or "a file of this run"))
     failed = f"{_what(error, path)} could not be written to {path}"
     if error.errno in _FULL:
         wanting = f"{failed}, {needs}" if needs else failed
-        return DiskFull(f"{_FULL[error.errno]}: {wanting}: make room, then {way_out}")
+        return DiskFull(f"{_FULL[error.errno]}: {wanting}: make room, then {what_to_do}")
     failed = f"{_what(error, path)} could not be written to or read from {path}"
     if error.errno in _FAILING:
         return DiskError(
-            f"a disk is failing ({error.strerror}): {failed}: look after that disk, then {way_out}"
+            f"a disk is failing ({error.strerror}): {failed}: look after that disk, then "
+            f"{what_to_do}"
         )
-    return DiskError(f"{failed} ({error.strerror}): mend that, then {way_out}")
+    return DiskError(f"{failed} ({error.strerror}): mend that, then {what_to_do}")
 
 
 @contextmanager

@@ -11,9 +11,10 @@ A block takes four steps, each on the disk before the next one begins:
     3. they are written over the old ones in the shards
     4. their file is removed
 
-Killed before 2, a run finds the dense block unchanged, and prunes it again. From 2 on the step
-is done and never repeated, and it is the last step that reads the block: the old tensors are not
-needed any more, so 3 can be repeated as often as needed, and is repeated by the next run.
+Killed before 2, a run finds the dense block unchanged, and prunes it again. From 2 on the step is
+done and never repeated, and it is the last step that reads the block: the old tensors are not
+needed any more, so 3 can be repeated as often as needed, and is repeated by the next run. Writing
+raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class InPlaceWriter:
         source: The checkpoint.
         pruned: Names on disk of the tensors of every decoder block that are to be pruned.
         job: The job; no other process uses its work folder.
-        keep: Files of the work folder that the journal has; the remaining ones are written over
-            the old tensors now, and any other such file is removed.
+        keep: Files of the work folder that the journal has; the remaining ones are written over the
+            old tensors now, and any other such file is removed.
 
     Attributes:
         shards: All shards, each with its `bytes` and its `sha256`; empty before `write_rest`.
@@ -66,7 +67,6 @@ class InPlaceWriter:
 
     Raises:
         JobError: A file in `keep` is damaged, or the model was replaced in the meantime.
-        OSError: The disk is full or failing.
     """
 
     def __init__(
@@ -99,24 +99,14 @@ class InPlaceWriter:
         self._marker.remove()
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
-        """Publish the pruned tensors of decoder block `index` in a thread of its own.
+        """Publish the pruned tensors of block `index` in a thread; return the future of that.
 
         `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
-
-        Returns:
-            A future that is done when the file has its name.
-
-        Raises:
-            OSError: An earlier block could not be written.
         """
         return self._writer.begin(self._publish, index, dict(tensors))
 
     def settle(self) -> None:
-        """Wait until the last block has been published.
-
-        Raises:
-            OSError: The last block could not be published.
-        """
+        """Wait until the last block has been published."""
         self._writer.settle()
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
@@ -126,8 +116,7 @@ class InPlaceWriter:
     def committed(self, blocks: Sequence[int]) -> None:
         """Write these blocks, which the journal has, over the old ones.
 
-        Raises:
-            OSError: The disk is full or failing; the next run repeats this.
+        If this fails, the next run repeats it.
         """
         for name in map(_file_name, blocks):
             self._marker.tell(overwritten=True)
@@ -136,19 +125,14 @@ class InPlaceWriter:
     def write_rest(self, check: Callable[[], None]) -> None:
         """Read all shards for their hashes; nothing is left to be written.
 
-        Args:
-            check: Called before every piece; raises if the run is to stop.
+        `check` is called before every piece; it raises if the run is to stop.
         """
         files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
         self.shards = {name: _summary(file, check) for name, file in sorted(files.items())}
         self._source.bytes_read += self._source.nbytes()
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json and remove the marker: the model is complete.
-
-        Returns:
-            `record`.
-        """
+        """Write `record` as pruning.json, remove the marker, and return `record`."""
         publish_json(self._source.folder / RECORD, record, "the record")
         self.withdraw()
         return record
@@ -213,12 +197,7 @@ BlockWriter = CheckpointWriter | InPlaceWriter
 
 
 def check_confirmed(model: str, *, confirmed: bool) -> None:
-    """Raise `RequestError` unless MODEL is a folder and the user has confirmed the overwriting.
-
-    Args:
-        model: MODEL, as the user gave it.
-        confirmed: Whether the user has said that the dense model may go.
-    """
+    """Raise `RequestError` unless MODEL is a folder and the user has confirmed the overwriting."""
     if not Path(model).is_dir():
         raise RequestError(
             f"--in-place overwrites a model folder, and {model} is none: download the "
@@ -251,8 +230,8 @@ def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool
 
 def overwritten_blocks(work_folder: Path) -> list[int]:
     """Return the blocks of which the journal of a job has the new tensors."""
-    entries = read_journal(work_folder, in_place=True)
-    return sorted(_block_of(name) for entry in entries for name in entry["shards"])
+    names = [one for entry in read_journal(work_folder, in_place=True) for one in entry["shards"]]
+    return sorted(int(Path(name).stem.removeprefix("overwrites-")) for name in names)
 
 
 def _check_writable(path: Path) -> None:
@@ -281,10 +260,6 @@ def _named(path: Path) -> str:
 def _file_name(block: int | str) -> str:
     number = f"{block:05}" if isinstance(block, int) else block
     return f"overwrites-{number}.safetensors"
-
-
-def _block_of(file_name: str) -> int:
-    return int(Path(file_name).stem.removeprefix("overwrites-"))
 
 
 def _summary(file: Path, check: Callable[[], None] = lambda: None) -> dict[str, Any]:

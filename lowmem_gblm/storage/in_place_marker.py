@@ -40,13 +40,7 @@ Job {job}
 
 
 class InPlaceMarker:
-    """The marker of one job in a model folder.
-
-    Args:
-        model: The model folder.
-        work_folder: The work folder of the job.
-        job: The id of the job.
-    """
+    """The marker of one job, by its id and work folder, in a model folder."""
 
     def __init__(self, model: Path, work_folder: Path, job: str) -> None:
         self._path = model / MARKER_FILE
@@ -54,11 +48,7 @@ class InPlaceMarker:
         self._work_folder = work_folder.absolute()
 
     def tell(self, *, overwritten: bool) -> None:
-        """Write the marker: the model is unchanged, or partly `overwritten`.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
+        """Write the marker: the model is unchanged, or partly `overwritten`."""
         command = shlex.join(["lowmem-gblm", "resume", str(self._work_folder)])
         words = _PARTLY if overwritten else _INTACT
         text = words.format(command=command, work_folder=self._work_folder, job=self._job)

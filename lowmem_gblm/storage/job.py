@@ -129,11 +129,7 @@ class Job:
         return tables
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add to the journal that a step is done.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
+        """Add to the journal that a step is done."""
         entry = entry | {"attempt": self.attempts}
         publish_json(entry_path(self.folder, len(self.entries)), entry, "the journal")
         self.entries.append(entry)
@@ -149,7 +145,7 @@ class Job:
         self._own.close()
 
     def forget(self) -> None:
-        """Forget the job: its result has its place, or never will."""
+        """Remove the description: nothing can be resumed any more."""
         (self.folder / DESCRIPTION).unlink(missing_ok=True)
         self.entries.clear()
 

@@ -28,14 +28,12 @@ Kind = Literal["new", "resumable", "finished", "in place unfinished"]
 
 @dataclass(frozen=True)
 class JobState:
-    """What there is of a job before a run.
+    """The state of a job before a run.
 
     Attributes:
         kind: "new": nothing that could be resumed; "resumable": steps are finished; "finished": the
             result is there; "in place unfinished": the model is being overwritten by another job.
         description: Of the job, where it is resumable.
-        model: The folder of the model.
-        output: The folder of the result.
     """
 
     kind: Kind
@@ -45,11 +43,7 @@ class JobState:
 
     @classmethod
     def inspect(cls, model: Path, output: Path, work_folder: Path, *, in_place: bool) -> JobState:
-        """Return what there is; what is left of a job that has finished is cleared away.
-
-        Raises:
-            JobError: A description cannot be read.
-        """
+        """Return what there is; what is left of a job that has finished is cleared away."""
         forget_finished(output, work_folder)
         found = read_description(work_folder)
         resumable = found if has_steps(work_folder) else None
@@ -85,17 +79,17 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     path = folder / DESCRIPTION
     if not (folder / MARK).is_file() or not path.is_file():
         return None
-    anew = (
+    start_over = (
         f"to start over, remove {folder}, unless a model was being pruned in place: its "
         f"{MARKER_FILE} says what can be done then"
     )
     try:
         found = read_json(path)
     except CheckpointError as error:
-        raise JobError(f"{error}. Look at the disk; {anew}") from None
+        raise JobError(f"{error}. Look at the disk; {start_over}") from None
     if not found.keys() >= DESCRIBED:
         raise JobError(
-            f"{path} is that of another version of lowmem-gblm: finish it with that; {anew}"
+            f"{path} is that of another version of lowmem-gblm: finish it with that; {start_over}"
         )
     return found
 
@@ -125,12 +119,8 @@ def has_steps(folder: Path) -> bool:
 def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
     """Return the entries of the journal in a work folder, oldest first.
 
-    Args:
-        folder: The work folder.
-        in_place: Whether its job overwrites a model, for the message.
-
     Raises:
-        JobError: One is missing or damaged.
+        JobError: An entry is missing or damaged.
     """
     last = max((path.stem for path in (folder / JOURNAL).glob("*.json")), default="-1")
     paths = [entry_path(folder, number) for number in range(int(last) + 1)]
@@ -148,7 +138,7 @@ def entry_path(folder: Path, number: int) -> Path:
 
 
 def how_to_start_over(folder: Path, in_place: bool) -> str:
-    """Say how to start over."""
+    """Return how to start over, for a message."""
     if in_place:
         return f"{MARKER_FILE} in the model says whether it can still be given up"
     return f"to start over, remove {folder}"
@@ -159,10 +149,10 @@ def check_same_job(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     found = differences(old, new)
     if not found:
         return
-    way_out = ", or add --accept-other-rounding" if found.keys() == {"device"} else ""
+    what_to_do = ", or add --accept-other-rounding" if found.keys() == {"device"} else ""
     raise JobError(
         f"{folder} holds a job that was begun otherwise ({'; '.join(found.values())}). To resume "
-        f"it, ask for what it was begun with ({resume_command(folder)}){way_out}; "
+        f"it, ask for what it was begun with ({resume_command(folder)}){what_to_do}; "
         f"{how_to_start_over(folder, old['in_place'])}"
     )
 

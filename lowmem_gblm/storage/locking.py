@@ -27,12 +27,8 @@ def size_on_disk(folder: Path) -> int:
 class OwnedFolder:
     """A folder for this process alone; created if it does not exist.
 
-    The mark tells it from other folders. The lock on the mark is the kernel's, so a dead process
-    does not keep it.
-
-    Args:
-        path: The folder.
-        owner: The text of the mark, which `owner_of` returns.
+    The mark, with the text `owner`, tells it from other folders. The lock on the mark is the
+    kernel's, so a dead process does not keep it.
 
     Raises:
         JobError: The folder exists without the mark, or another process is using it.
@@ -41,7 +37,8 @@ class OwnedFolder:
     def __init__(self, path: Path, owner: str = "") -> None:
         self.path = path
         # An empty folder may be ours, left by an attempt that was killed between two operations.
-        if path.exists() and not (path / MARK).is_file() and not _is_empty(path):
+        foreign = path.exists() and not (path / MARK).is_file()
+        if foreign and (not path.is_dir() or any(path.iterdir())):
             raise JobError(
                 f"{path} exists and was not made by lowmem-gblm: move it away, or choose another "
                 f"place"
@@ -130,7 +127,3 @@ def _make(path: Path) -> None:
     for folder in missing:
         with suppress(PermissionError):
             flush_folder(folder.parent)
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

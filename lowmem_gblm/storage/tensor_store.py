@@ -38,14 +38,13 @@ class _Place:
 class TensorStore:
     """Named tensors: written, read any number of times, dropped when no longer needed.
 
-    An item that is written again before it is published replaces the former one.
-
-    Threads may use the store at the same time, each for other names or for written items.
+    An item that is written again before it is published replaces the former one. Threads may use
+    the store at the same time, each for other names or for written items.
 
     Args:
         folder: The folder for the files; must exist.
         host_bytes: Bytes that may stay in host memory.
-        way_out: What to do where a file is damaged, for the message.
+        what_to_do: What to do where a file is damaged, for the message.
         holds: Says what is stored under a name.
     """
 
@@ -53,12 +52,12 @@ class TensorStore:
         self,
         folder: Path,
         host_bytes: int = 0,
-        way_out: str = "",
+        what_to_do: str = "",
         holds: Callable[[str], str] = str,
     ) -> None:
         self._folder = folder
         self._room_bytes = host_bytes
-        self._way_out = way_out
+        self._what_to_do = what_to_do
         self._holds = holds
         self._held: dict[tuple[str, Item], torch.Tensor] = {}
         self._places: dict[tuple[str, Item], _Place] = {}
@@ -87,7 +86,7 @@ class TensorStore:
             self._places[name, item] = _Place(offset, tensor.dtype, tuple(tensor.shape))
 
     def holds(self, name: str, item: Item) -> bool:
-        """Whether something was written under this name and item."""
+        """Return whether something was written under this name and item."""
         return (name, item) in self._held or (name, item) in self._places
 
     def read(self, name: str, item: Item) -> torch.Tensor:
@@ -116,13 +115,9 @@ class TensorStore:
             return list(self._growing)
 
     def publish(self, names: Iterable[str]) -> dict[str, Table]:
-        """Make what was written under these names durable; nothing can be added to them then.
+        """Make what was written under these names durable; return their tables for `adopt`.
 
-        Returns:
-            The table of every name, as `adopt` takes it.
-
-        Raises:
-            OSError: The disk is full or failing.
+        Nothing can be added to these names then.
         """
         tables = {}
         for name in names:
@@ -192,7 +187,7 @@ class TensorStore:
 
     def _damaged(self, name: str) -> JobError:
         found = f"{self._path(name)} is missing or damaged: look at the disk"
-        return JobError(f"{found}; {self._way_out}" if self._way_out else found)
+        return JobError(f"{found}; {self._what_to_do}" if self._what_to_do else found)
 
 
 def _fill(descriptor: int, view: memoryview, offset: int, path: Path, holds: str) -> bool:

@@ -1,1 +1,1 @@
-"""The passes over the decoder blocks: dense (and head), reverse, prune; dry run, in place."""
+"""The sweeps over the decoder blocks: dense, head, reverse, prune, and the dry run."""

@@ -1,4 +1,4 @@
-"""Pruning one resident block: statistics to decisions, decisions to the tensors of the disk."""
+"""Prune one resident block: decisions from statistics, written into the tensors of the disk."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ GradientOf = Callable[[PrunableWeight], Tensor | None]
 
 @dataclass
 class BlockPruner:
-    """Decides over blocks and remembers what it decided.
+    """A pruner of blocks, and the record of its decisions.
 
     Attributes:
-        method: How.
-        pattern: How many.
-        options: Of the method.
-        device: Where scores are computed.
-        tensors: For the record, by name on disk: shape, zeros, layout, comparison groups.
-        notes: For the record: what a method had to say.
+        tensors: By name on disk: shape, zeros, layout, comparison groups.
+        notes: What the method had to say.
         stop: Looked at before every matrix.
     """
 
@@ -45,7 +41,7 @@ class BlockPruner:
     _told: tuple[int, int] = (0, 0)
 
     def journal_entry(self) -> dict[str, Any]:
-        """What was decided since this was last asked, for the journal."""
+        """Return the decisions since the last call, for the journal."""
         tensors, notes = self._told
         self._told = len(self.tensors), len(self.notes)
         return {
@@ -54,7 +50,7 @@ class BlockPruner:
         }
 
     def restore(self, entry: Mapping[str, Any]) -> None:
-        """Take over what an earlier attempt has decided."""
+        """Take over the decisions of an earlier attempt."""
         self.tensors |= entry["tensors"]
         self.notes += entry["notes"]
         self._told = len(self.tensors), len(self.notes)
@@ -73,7 +69,7 @@ class BlockPruner:
             statistics = self._statistics(weight, measured, gradient_of)
             decision = self._decide(weight, on_disk_OI.to(self.device), statistics)
             _apply(decision, on_disk_OI)
-            block.go_on_with(weight, on_disk_OI)
+            block.continue_with(weight, on_disk_OI)
             if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
                 raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
         self._record(block)
@@ -93,10 +89,7 @@ class BlockPruner:
         measured: Sequence[ActivationStatistic],
         gradient_of: GradientOf,
     ) -> Statistics:
-        """Return the statistics of a tensor: of the part of the block's matrix that it is.
-
-        An expert that saw no token has none: they are zeros.
-        """
+        """Return the statistics of a tensor: zeros for an expert that saw no token."""
         found = {one.name: _part(one, weight) for one in measured}
         needed = needed_statistics(self.method.needs_with(self.options))
         if needed.gradient is not None:

@@ -34,10 +34,8 @@ def advance(
 ) -> None:
     """Run every sample of a stream through a resident block, from its boundary to the next one.
 
-    Samples that leave the block non-finite are dropped.
-
-    Args:
-        tap: Sees the multiplications until it has seen every matrix.
+    Samples that leave the block non-finite are dropped. `tap` is used until it has seen every
+    matrix.
 
     Raises:
         NonFiniteError: Too many samples are dropped.

@@ -1,8 +1,7 @@
 """What every sweep works with: the model, the samples, the steps that are left, how a step ends.
 
-A sweep walks its rows of the table of steps (`planning.steps`). A step is finished when the body of
-the loop over `SweepContext.steps` or `SweepContext.blocks` has ended; a body that raises leaves its
-step unfinished, and a resumed run does it again.
+A step is finished when the body of the loop over `SweepContext.steps` or `SweepContext.blocks` has
+ended; a step whose body raises stays unfinished, and a resumed run does the step again.
 """
 
 from __future__ import annotations
@@ -41,16 +40,10 @@ class SweepContext:
     """The context of an evaluation, and the part of a prune run's that only runs samples.
 
     Attributes:
-        model: The model without its blocks.
-        checkpoint: Where its tensors are.
         tokens_NT: Token ids of all samples, int64 [N, T].
-        samples: The samples that still count.
-        table: The steps of the whole run, in order.
-        done: How many of them an earlier attempt has made durable.
-        loader: Makes blocks resident.
-        offload: Moves hidden states between the device and the work folder.
-        progress: Told of every step and sample.
-        losses: Loss of every sample that counts, in nats per token; empty before the head.
+        table: The steps of the run, in order.
+        done: How many steps of the table an earlier attempt has made durable.
+        losses: Loss of every active sample, in nats per token; empty before the head.
     """
 
     model: StreamedModel
@@ -98,7 +91,7 @@ class SweepContext:
             assert next(resident, None) is None
 
     def finish(self, step: Step) -> None:
-        """End a step: what no later step reads is dropped."""
+        """Finish a step: drop what no later step reads."""
         self.offload.drop(step.drops)
 
     def _check_touched(self, step: Step) -> None:
@@ -117,17 +110,8 @@ class PruneContext(SweepContext):
     """The context of a run that prunes: its steps are durable.
 
     Attributes:
-        schedule: The stages.
-        choices: How the work is done.
-        statistics: What the method needs to have measured.
-        loss_scale: What the loss is multiplied with on its way back.
+        loss_scale: The factor of the loss on its way back.
         durable: Whether steps are written down; not where host memory stands in for the disk.
-        device_name: For the journal: where it is computed.
-        job: The job and its journal.
-        store: What is stored in the work folder.
-        gradients: The gradient magnitudes in it.
-        output: Where pruned blocks are written.
-        pruner: Decides over blocks.
     """
 
     schedule: Schedule
@@ -156,13 +140,11 @@ class PruneContext(SweepContext):
         self._written.append(block.index)
 
     def finish(self, step: Step) -> None:
-        """Make a step durable: what it wrote, then the journal; then drop what is past.
+        """Make a step durable: its tensors, then its journal entry; then drop what is read no more.
 
-        This happens in a thread of its own, beside the next step; one step at a time. Where host
-        memory stands in for the disk nothing can be resumed, and nothing is written down.
-
-        Raises:
-            OSError: The disk is full or failing; perhaps in the step before.
+        This happens beside the next step, in a thread; an OSError may be that of the step before.
+        Where host memory stands in for the disk nothing can be resumed, and nothing is written
+        down.
         """
         with self.progress.waiting():
             self.settle()
@@ -174,11 +156,7 @@ class PruneContext(SweepContext):
         self._committer.begin(self._make_durable, entry, sorted(names), blocks, writing)
 
     def settle(self) -> None:
-        """Wait until the last step is durable.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
+        """Wait until the last step is durable."""
         self._committer.settle()
 
     def write_rest(self) -> None:
@@ -189,13 +167,9 @@ class PruneContext(SweepContext):
             self.progress.step()
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Give the result its place; once begun this is done, whatever interrupts the run.
+        """Give the result its name and return `record`, the content of pruning.json.
 
-        Args:
-            record: The content of pruning.json.
-
-        Returns:
-            `record`.
+        Once begun this is completed, whatever interrupts the run.
         """
         self._committer.begin(self._publish, record).result()
         return record
@@ -216,14 +190,7 @@ class PruneContext(SweepContext):
         blocks: list[int],
         writing: Sequence[Future[None]],
     ) -> None:
-        """Make a step durable, in the committing thread.
-
-        Args:
-            entry: Of the journal.
-            names: Names in the store that the step has written.
-            blocks: Blocks that the step has written to the output.
-            writing: Writes to the store that are under way.
-        """
+        """Make a step durable, in the committing thread, once its writes to the store end."""
         for future in writing:
             future.result()
         if blocks:

@@ -25,8 +25,8 @@ def dense_sweep(run: SweepContext) -> None:
 def loss_gradients(run: PruneContext) -> None:
     """Compute the loss of every sample, and `loss_scale` times its gradient at the last boundary.
 
-    Samples whose loss is not finite are dropped; those whose gradient overflows are scaled with
-    less. The losses of the others go to `run.losses`.
+    Samples whose loss is not finite are dropped; those whose gradient overflows get a smaller
+    scale.
 
     Raises:
         NonFiniteError: Too many samples are dropped.

@@ -17,13 +17,9 @@ from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, unpack
 
 
 class GradientStore:
-    """Keeps the gradient magnitudes of every block, under the names of its tensors on disk.
+    """A store of the gradient magnitudes of every block, by names of tensors on disk.
 
-    Args:
-        offload: Brings them to the work folder.
-        precision: In which precision they are stored.
-        in_memory: Whether a block is pruned before the next one is measured: its magnitudes then
-            stay where they are.
+    With `in_memory`, where a block is pruned before the next one is measured, nothing is moved.
     """
 
     def __init__(
@@ -35,12 +31,7 @@ class GradientStore:
         self._held: dict[str, Tensor] = {}
 
     def keep(self, block: Block, gradients: dict[MatmulWeight, Tensor]) -> None:
-        """Keep the magnitudes of some matrices of a block.
-
-        Args:
-            block: The block.
-            gradients: float32, in the stored shape of the matrices; given away, and emptied.
-        """
+        """Keep float32 magnitudes of a block; the given dictionary is emptied."""
         for weight in block.weights:
             if weight.slot in gradients:
                 self._keep(block, weight, weight.in_slot(gradients[weight.slot]))
@@ -51,11 +42,7 @@ class GradientStore:
         return partial(self.of, block)
 
     def of(self, block: Block, weight: PrunableWeight) -> Tensor | None:
-        """Return the magnitudes of a matrix, float32 [out, in].
-
-        Returns:
-            None for an expert that saw no token.
-        """
+        """Return the magnitudes of a matrix, float32 [out, in]; None without a token."""
         if self._in_memory:
             return self._held.get(str(weight))
         items = self._items(weight)

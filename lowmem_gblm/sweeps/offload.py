@@ -1,4 +1,4 @@
-"""Tensors to the device and away from it, beside the computation.
+"""Move tensors to the device and away from it, beside the computation.
 
 One thread reads the next sample while one is computed, another writes what has been computed. Both
 hold a bounded number of bytes. On a GPU they copy through pinned memory on streams of their own.
@@ -24,22 +24,18 @@ from lowmem_gblm.storage.tensor_store import Item, TensorStore
 def open_store(folder: Path, host_bytes: int, what_to_do: str = "") -> TensorStore:
     """Return the store of a work folder, whose names are those of keys of the table of steps.
 
-    Args:
-        folder: The work folder.
-        host_bytes: How much may be stored in host memory instead.
-        what_to_do: What to do where a file is damaged, for the message.
+    At most `host_bytes` are stored in host memory. Messages about damaged files end in
+    `what_to_do`.
     """
     return TensorStore(folder, host_bytes, what_to_do, lambda name: Key.named(name).holds)
 
 
 class Offload:
-    """Moves tensors between the work folder and the device.
+    """A mover of tensors between the work folder and the device.
 
     Args:
-        store: Where tensors are stored between steps.
-        device: Where they are computed with.
         progress: Told how long the computation waits; knows whether the run is to stop.
-        behind_bytes: How much may be on its way out at once; 0 writes before it goes on.
+        behind_bytes: Bytes that may be written behind at once; with 0 a write ends before the call.
     """
 
     def __init__(
@@ -62,7 +58,7 @@ class Offload:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """What is still on its way is dropped."""
+        """Drop what is still on its way."""
         for thread in (self._reader, self._writer):
             thread.shutdown(cancel_futures=True)
 
@@ -71,10 +67,7 @@ class Offload:
     ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield for every sample its number and its tensors under these keys, on the device.
 
-        The tensors are not to be modified.
-
-        Raises:
-            BaseException: What a stop was requested with, before the next sample.
+        The tensors are not to be modified. A requested stop is raised before the next sample.
         """
         # What was sent off must have arrived before it can come back.
         self._wait([future for key, _, future in self._behind if key in keys])
@@ -111,10 +104,9 @@ class Offload:
         self._read, self._written = set(), set()
 
     def write_behind(self, key: Key, item: Item, tensor: Tensor) -> None:
-        """Write a tensor to the work folder, beside the computation; it must not change any more.
+        """Write a tensor, which must not change any more, behind the computation.
 
-        Raises:
-            OSError: This or an earlier tensor could not be written.
+        An OSError may be that of an earlier tensor.
         """
         self._settle_down_to(self._allowed_bytes - tensor.nbytes)
         ready = torch.cuda.Event() if tensor.is_cuda else None
@@ -127,11 +119,7 @@ class Offload:
             self.settle()
 
     def settle(self) -> None:
-        """Wait until all that was sent off has arrived.
-
-        Raises:
-            OSError: Some of it could not be written.
-        """
+        """Wait until all tensors are written."""
         self._settle_down_to(0)
 
     def in_flight(self) -> tuple[set[str], list[Future[None]]]:

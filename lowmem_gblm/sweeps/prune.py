@@ -23,8 +23,6 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 def prune_sweep(run: PruneContext) -> None:
     """Prune every block, first block first, and write it.
 
-    The next boundary comes from the pruned block, or from the dense one while it is measured.
-
     Raises:
         NonFiniteError: Too many samples turn non-finite, or a score does.
     """
@@ -71,11 +69,7 @@ def _run(
     *,
     advances: bool,
 ) -> list[int]:
-    """Run samples through a block, and store what leaves it where that `advances`.
-
-    Returns:
-        The samples that leave the block non-finite, where it advances.
-    """
+    """Run samples through a block; return those that leave it non-finite, where it `advances`."""
     tap = Tap(block.module, block.slots, measured)
     finite = []
     for n, (hidden,) in run.offload.prefetch([boundary("pruned", block.index)], order):

@@ -48,14 +48,7 @@ def reverse_sweep(run: PruneContext) -> None:
 
 @dataclass
 class _BlockBackward:
-    """Forward and backward through one resident block, until all active samples are finite in it.
-
-    Attributes:
-        run: The context.
-        step: The step of the table.
-        block: The block.
-        shortcut: Knows whether the last product of a block may be left out.
-    """
+    """Forward and backward through one resident block, until all active samples are finite."""
 
     run: PruneContext
     step: Step
@@ -70,8 +63,7 @@ class _BlockBackward:
     def measure(self) -> list[ActivationStatistic]:
         """Keep the gradient magnitudes of every part of the block; return what else was measured.
 
-        Where a sample turns non-finite, all parts are measured again without it: what it added
-        cannot be taken back.
+        Where a sample turns non-finite, all parts are measured again without the sample.
         """
         while True:
             measured = self._activations(len(self.run.samples.active))
@@ -133,11 +125,7 @@ class _BlockBackward:
         *,
         advances: bool,
     ) -> list[int]:
-        """Run samples; where that `advances`, store their gradients for the block before.
-
-        Returns:
-            The samples whose gradients are not finite where they leave the block.
-        """
+        """Run samples; return those whose gradients are not finite where they leave the block."""
         run, block, found = self.run, self.block, []
         tap = Tap(block.module, block.slots, [gradient, *measured])
         keys = [boundary("dense", block.index), loss_gradient(block.index + 1)]
@@ -170,7 +158,7 @@ def _are_finite(gradient: GradientStatistic, measured: Sequence[ActivationStatis
 def _backward(
     streamed: StreamedModel, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap
 ) -> Tensor:
-    """The gradient of the loss at the hidden states that enter the block."""
+    """Return the gradient of the loss at the hidden states that enter the block."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         out = streamed.forward_block(block.index, hidden, tap)
@@ -179,12 +167,12 @@ def _backward(
 
 
 class _Shortcut:
-    """Whether gradients need what the last product of a block comes to.
+    """The knowledge whether gradients need the last product of a block; most architectures do not.
 
-    They do not where it is only added to the residual stream, as in most architectures. Tried once
-    per kind of block: without the product, the same bits must leave. Afterwards NaN stands for it,
-    so that a block which does need it cannot go unnoticed. Where the attention of a GPU does not
-    give the same bits twice, the product may be computed after all.
+    Where the product is only added to the residual stream, gradients do not need it. Tried once per
+    kind of block: without the product, the same bits must leave. NaN then stands for the product,
+    so that a block which does need it fails. Where the attention of a GPU does not give the same
+    bits twice, the product may be computed after all.
     """
 
     def __init__(self, streamed: StreamedModel) -> None:

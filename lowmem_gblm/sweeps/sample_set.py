@@ -1,15 +1,13 @@
-"""Which calibration samples still count.
+"""Which calibration samples are still active.
 
-A sample whose hidden states, loss or gradients turn non-finite is dropped, and left out of all that
-follows:
+A sample whose hidden states, loss or gradients turn non-finite is dropped from all later work:
 
-    dense, head     no statistics have been gathered by then: it is as if it had not been drawn
-    reverse, prune  the block in which it is found is measured anew without it; what it gave to
-                    blocks that were done by then stays
+    dense, head     no statistics have been gathered: as if the sample had not been drawn
+    reverse, prune  the block in which it is found is measured again without it; what the sample
+                    gave to earlier blocks stays
 
-Averages are those over the samples that are in them. Where only the gradients overflow, and the
-loss was multiplied with a power of two to keep them from vanishing, the sample is tried again with
-a smaller one first, which is divided out exactly.
+Averages are over the samples that are in them. Where only the gradients of a scaled loss overflow,
+the sample is first tried with a smaller scale, a power of two that is divided out exactly.
 """
 
 from __future__ import annotations
@@ -28,18 +26,17 @@ _LARGEST = 3 * _STEP
 
 
 class SampleSet:
-    """The samples of a run that are left.
+    """The active samples of a run.
 
     Args:
-        count: How many were drawn.
-        scaled: Whether their losses are multiplied with something that may be made smaller.
-        tolerated: Which share of them may be dropped.
-        what: What one is called.
+        count: How many samples were drawn.
+        scaled: Whether their losses have a scale that can be reduced.
+        tolerated: The share of samples that may be dropped.
+        what: The noun for a sample, for messages.
 
     Attributes:
-        dropped: Those that are not left, in the order in which they were found: `sample`, `pass`
-            and `block`, which is None for the head.
-        exponents: Of those whose losses are multiplied with less: by which power of two.
+        dropped: `sample`, `pass` and `block` (None for the head) of every dropped sample, in order.
+        exponents: Of samples with a reduced scale: by which power of two.
     """
 
     def __init__(
@@ -65,26 +62,17 @@ class SampleSet:
         return [n for n in range(self._count) if n not in gone]
 
     def drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
-        """Leave these samples out from now on.
-
-        Args:
-            numbers: Of the samples.
-            name: Of the pass in which they turned non-finite.
-            block: In which block; None for the head.
+        """Drop these samples; `name` is the pass in which they turned non-finite.
 
         Raises:
-            NonFiniteError: They have become too many.
+            NonFiniteError: Too many samples are dropped.
         """
         self.dropped += [{"sample": n, "pass": name, "block": block} for n in numbers]
         if len(self.dropped) > self._tolerated * self._count:
             raise NonFiniteError(self._too_many())
 
     def reduce_scale_or_drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
-        """Try these samples with a smaller loss, or leave them out if that did not help.
-
-        Raises:
-            NonFiniteError: Too many have been dropped.
-        """
+        """Try these samples with a smaller loss, or drop them if that did not help; see `drop`."""
         self.drop([n for n in numbers if not self.reduce_scale(n)], name, block)
 
     def reduce_scale(self, number: int) -> bool:
@@ -100,7 +88,7 @@ class SampleSet:
         return self.exponents.get(number, 0)
 
     def journal_entry(self) -> dict[str, Any]:
-        """What has changed since this was last asked, for the journal."""
+        """Return the changes since the last call, for the journal."""
         dropped, exponents = self._told
         self._told = len(self.dropped), dict(self.exponents)
         changed = {n: power for n, power in self.exponents.items() if exponents.get(n) != power}
@@ -116,7 +104,7 @@ class SampleSet:
         self._told = len(self.dropped), dict(self.exponents)
 
     def notes(self) -> list[str]:
-        """A sentence for the record, if some were dropped."""
+        """Return a sentence for the record, if samples were dropped."""
         if not self.dropped:
             return []
         return [
@@ -138,7 +126,7 @@ class SampleSet:
 
 
 def non_finite(order: Sequence[int], finite: Sequence[Tensor]) -> list[int]:
-    """Which samples are not finite, from a flag for each; waits once for their device."""
+    """Return the samples that are not finite, from a flag for each; waits once for their device."""
     if not finite:
         return []
     flags = torch.stack(list(finite)).tolist()

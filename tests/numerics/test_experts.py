@@ -54,8 +54,8 @@ def mixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def met(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """Which matrices each sample has met in each block."""
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Which matrices each sample has seen in each block."""
     found: list[set[str]] = []
     enter, leave = Tap.__enter__, Tap.__exit__
 
@@ -64,7 +64,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         return enter(self)
 
     def leaving(self: Tap, *error: Any) -> None:
-        found[-1] |= {slot.parameter for slot in self._met}
+        found[-1] |= {slot.parameter for slot in self._seen}
         leave(self, *error)
 
     monkeypatch.setattr(Tap, "__enter__", entering)
@@ -78,7 +78,7 @@ def test_a_sample_need_not_meet_every_expert(
     method: str,
     activations: str,
     mixture: Path,
-    met: list[set[str]],
+    seen: list[set[str]],
     prune_in_place: Callable[..., Any],
     text_file: Path,
     tmp_path: Path,
@@ -87,9 +87,9 @@ def test_a_sample_need_not_meet_every_expert(
     lowmem_gblm.prune(mixture, tmp_path / "out", calibration=str(text_file), **options)
     model = Path(shutil.copytree(mixture, tmp_path / "copy"))
     prune_in_place(model, **options)
-    everything = set().union(*met)
-    assert any(sample < everything for sample in met)
-    assert len({frozenset(sample) for sample in met}) > 2
+    everything = set().union(*seen)
+    assert any(sample < everything for sample in seen)
+    assert len({frozenset(sample) for sample in seen}) > 2
     lowmem_gblm.verify(tmp_path / "out", against=mixture)
     assert tensors(model) == tensors(tmp_path / "out")
 

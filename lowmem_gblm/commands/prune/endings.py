@@ -6,7 +6,7 @@
     weights overwritten    keep          keep      keep, how to resume,     keep,       keep, note
                                                    what is lost             what is lost
 
-A job with finished steps is never removed: what ended it may go away, as a device error does.
+A job with finished steps is never removed: its cause may go away, as a device error does.
 """
 
 from __future__ import annotations
@@ -40,11 +40,9 @@ _HINTS: dict[tuple[Done, Cause], tuple[Hint, ...]] = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ends that has not reached its end.
+    """The ending of a run that has failed: whether the job stays, and what to raise.
 
-    Attributes:
-        keeps: Whether the job stays, to be resumed.
-        error: What to raise in the place of what ended the run; None for the same error.
+    `error` is None where the error that ended the run is to be raised itself.
     """
 
     keeps: bool
@@ -52,13 +50,7 @@ class Ending:
 
 
 def ending(error: BaseException, done: Done, setup: PruneSetup) -> Ending:
-    """Return how a run ends that `error` has ended; notes are added to an error that is a bug.
-
-    Args:
-        error: What was raised.
-        done: What was done so far.
-        setup: Of the run.
-    """
+    """Return the ending of a run that `error` has ended; an error that is a bug gets notes."""
     keeps = done != "nothing"
     cause, told = _cause(error)
     if cause == "disk" and isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""What identifies a job: everything that gives another result if it is another."""
+"""What identifies a job: everything that, if it were different, would give another result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BYTES_SEEN = 512
 
 
 def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str, Any]:
-    """What was asked, as the person asked for it and as it was understood; and by what."""
+    """Return what the user asked, what it was understood to mean, and on which device."""
     asked = {
         one.name: getattr(request, one.name)
         for one in options(PruneRequest)
@@ -57,7 +57,7 @@ def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str,
 
 
 def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """What pruning.json says of these parts of a job's identity, as far as it has them."""
+    """Return what pruning.json says of these parts of a job's identity, as far as it has them."""
     said = dict(record)
     for part in ("fingerprints", "versions"):
         said |= record.get(part) or {}
@@ -65,12 +65,12 @@ def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[s
 
 
 def computing_versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of the packages that compute."""
     return {name: version for name, version in versions().items() if name in _COMPUTING}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of what the result depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -87,14 +87,14 @@ def fingerprints(
     overwritten: Iterable[Iterable[str]] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """SHA-256 of what went in.
+    """Return the SHA-256 of the model and of the samples.
+
+    Names, dtypes, shapes and places of all tensors count, and the first bytes of some hundreds of
+    tensors, which differ between two models of one architecture.
 
     Args:
-        checkpoint: Names, dtypes, shapes and places of its tensors count, and the first bytes of
-            some hundreds of them: two models of one architecture differ there.
-        samples_NT: Token ids.
-        overwritten: Tensors of every block that are overwritten, and so not looked at.
-        trust_remote_code: Whether its Python code runs, and counts.
+        overwritten: Names of tensors of every block that are overwritten, and so not looked at.
+        trust_remote_code: Whether Python code of the model runs, and counts.
     """
     source = hashlib.sha256()
     for entry in checkpoint.tensors.values():
@@ -112,16 +112,12 @@ def fingerprints(
 
 
 def block_fingerprints(checkpoint: Checkpoint, blocks: Iterable[Sequence[str]]) -> list[str]:
-    """SHA-256 of the first bytes of some tensors of every block.
-
-    Args:
-        blocks: Names on disk of what is looked at.
-    """
+    """Return for every block the SHA-256 of the first bytes of some of the named tensors."""
     return [_fingerprint(checkpoint, names, _TENSORS_SEEN_OF_BLOCK) for names in blocks]
 
 
 def _fingerprint(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str:
-    """SHA-256 of the first bytes of at most so many tensors, evenly chosen."""
+    """Return the SHA-256 of the first bytes of at most so many tensors, evenly chosen."""
     names = [name for name in names if checkpoint.tensors[name].nbytes]
     seen = hashlib.sha256()
     for name in names[:: max(1, -(-len(names) // most))]:
@@ -130,10 +126,10 @@ def _fingerprint(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str
 
 
 def text_name(request: PruneRequest) -> str:
-    """The data set that samples come from, if they do not come from a file."""
+    """Return the data set that samples come from, if they do not come from a file."""
     return request.calibration_text if request.calibration_text in NAMED else "a file"
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or "cpu"."""
+    """Return the name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,8 +1,8 @@
 """The complete prune run on one page: read this file first.
 
-The decoder blocks are streamed up to three times, and each pruned block is written the moment it is
-done. Which sweeps run follows from what the method needs (`planning.schedule`); what every step
-reads, writes and drops is the table of steps (`planning.steps`).
+Blocks are streamed up to three times, and each pruned block is written at once. Which sweeps run
+follows from the needs of the method (`planning.schedule`); what every step reads, writes and drops
+is the table of steps (`planning.steps`).
 
     embed     every sample through the embeddings
     dry_run   in place: one sample through all blocks, before one of them is overwritten
@@ -35,21 +35,15 @@ from lowmem_gblm.sweeps.reverse import reverse_sweep
 
 
 def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, Any]:
-    """Prune a model into a new checkpoint, or in place.
-
-    Args:
-        request: What is asked.
-        listener: Told of every step.
-
-    Returns:
-        The content of OUTPUT/pruning.json; in place, of MODEL/pruning.json.
+    """Prune a model into a new checkpoint, or in place; return the content of pruning.json.
 
     Raises:
         LowmemGblmError: See `lowmem_gblm.errors`; nothing is left under the name OUTPUT. In place
             see `lowmem_gblm.storage.in_place`.
     """
     paths = check_paths(request)
-    memory.start_measuring()
+    memory.reset_host_peak()
+    memory.settle_allocator()
     # Headers and configuration; no weight is read.
     model = open_model(request.model, request, unfinished=request.in_place)
     with model_lock(model.folder, alone=request.in_place):

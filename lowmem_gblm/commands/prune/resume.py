@@ -1,4 +1,4 @@
-"""What earlier runs have left: a job to go on with, or the whole result."""
+"""What earlier runs have left: a job to resume, or the complete result."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from lowmem_gblm.storage.job_state import differences, forget_finished, read_des
 
 
 def find_job(folder: Path, **changes: Any) -> PruneRequest:
-    """What to ask `prune` for to go on with an interrupted job.
+    """Return the request that resumes the interrupted job of an OUTPUT.work folder.
 
-    Args:
-        folder: The OUTPUT.work folder that it left.
-        changes: Fields of `Resources` that shall be others than when the job was begun.
+    `changes` are fields of `Resources` that replace those of the interrupted run.
 
     Raises:
         JobError: There is no job, the folder was renamed, or the model is not there any more.
@@ -47,14 +45,10 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
 
 
 def find_finished(request: PruneRequest) -> dict[str, Any] | None:
-    """The content of OUTPUT/pruning.json, if `prune` has made that OUTPUT already.
-
-    Args:
-        request: What is asked.
+    """Return the content of OUTPUT/pruning.json, if `prune` has made that OUTPUT already.
 
     Raises:
-        JobError: Something else is there: every difference is named.
-        LowmemGblmError: The request is bad, or the model cannot be used.
+        JobError: Another result is there: every difference is named.
     """
     paths = paths_of(request)
     output = paths.output

@@ -32,10 +32,6 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
 
     What ends the body early is told as `commands.prune.endings` says.
 
-    Args:
-        setup: What the run is made of.
-        listener: Told of every step.
-
     Raises:
         JobError: Another job is there, or another process works on it.
         DiskFull: The disk or a quota was used up.
@@ -146,6 +142,8 @@ def _assemble(
     store.adopt(job.stored())
     job.clean(job.stored())
     offload = within.enter_context(Offload(store, streamed.device, progress, choices.behind_bytes))
+    # Gradient magnitudes are held in memory where no step writes any.
+    in_memory = all(key.is_per_sample for step in setup.table for key in step.writes)
     run = PruneContext(
         model=streamed,
         checkpoint=checkpoint,
@@ -172,9 +170,7 @@ def _assemble(
         device_name=device_name(streamed.device),
         job=job,
         store=store,
-        gradients=GradientStore(
-            offload, choices.gradient_precision, in_memory=_holds_gradients(setup)
-        ),
+        gradients=GradientStore(offload, choices.gradient_precision, in_memory=in_memory),
         output=output,
         pruner=BlockPruner(
             scope.method, request.target, request.options, streamed.device, stop=stop
@@ -183,11 +179,6 @@ def _assemble(
     within.callback(run.close)
     _restore(run, job)
     return run
-
-
-def _holds_gradients(setup: PruneSetup) -> bool:
-    """Return whether gradient magnitudes are only ever held in memory: no step writes them."""
-    return all(key.is_per_sample for step in setup.table for key in step.writes)
 
 
 def _restore(run: PruneContext, job: Job) -> None:

@@ -1,7 +1,6 @@
-"""What a run is made of: the matrices to prune, the samples, the plan, what identifies the job.
+"""The setup of a run: plain values, computed in the order of the functions below.
 
-Everything is a plain value, computed in the order of the functions below; nothing is drawn, hashed
-or downloaded later.
+Nothing is drawn, hashed or downloaded later.
 """
 
 from __future__ import annotations
@@ -45,15 +44,10 @@ from lowmem_gblm.sweeps.statistics.gradient import loss_scale
 
 @dataclass(frozen=True, kw_only=True)
 class PruneScope:
-    """What is pruned, and how: all that follows from the request and from headers alone.
+    """The part of a setup that follows from the request and from headers alone.
 
     Attributes:
-        request: What was asked.
-        model: The opened model.
-        weights: What will be pruned in every block.
-        method: How weights are ranked.
-        statistics: What the method needs to have measured.
-        schedule: The stages of the run.
+        weights: The matrices to prune, of every block.
         seqlen: Tokens per sample.
         base_bytes: Resident memory of the process before any weight is loaded.
     """
@@ -74,7 +68,7 @@ class PruneScope:
 
     @property
     def loss_scale(self) -> float:
-        """Return what the loss is multiplied with on its way back."""
+        """Return the factor of the loss on its way back."""
         return loss_scale(self.model.streamed.dtype, self.seqlen)
 
     @property
@@ -103,15 +97,9 @@ class PruneSetup:
     """Everything that is known before the first step of a run.
 
     Attributes:
-        scope: What is pruned, and how.
-        paths: The folders.
         tokens_NT: Calibration samples, int64 [N, T]; [0, T] for a method that needs none.
-        budget: What may be used.
-        plan: How the work is done, and what it will take.
-        table: The steps of the run.
-        fingerprints: Of the model and the samples.
-        identity: What gives another result if it is another.
-        job_state: What earlier attempts have left.
+        fingerprints: Hashes of the model and the samples.
+        identity: What, if it were different, would give another result.
     """
 
     scope: PruneScope
@@ -194,7 +182,7 @@ def prepare(scope: PruneScope, paths: Paths, tokens_NT: Tensor, job_state: JobSt
 
     Raises:
         BudgetError: The run does not fit what may be used.
-        JobError: The job that was begun is another one: every difference is named.
+        JobError: The resumable job is another one: every difference is named.
     """
     previous = job_state.description
     with explained_at(paths.work_folder, kept=previous is not None):
@@ -229,9 +217,7 @@ def plan_of(
 ) -> Plan:
     """Return how the work is done and what it will take.
 
-    Args:
-        kept: Choices of an earlier attempt, to which the journal belongs.
-        speed: Of the machine; without it there is no time in the plan.
+    Without `speed` there is no time in the plan. `kept` are the choices of a resumed job.
 
     Raises:
         BudgetError: The work does not fit the budget.
@@ -276,7 +262,7 @@ def identity_of(
     prints: Mapping[str, str],
     previous: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what gives another result if it is another.
+    """Return what, if it were different, would give another result.
 
     Args:
         prints: Fingerprints of the model and of the samples.

@@ -40,11 +40,7 @@ _KINDS = {
 
 
 def ordinary_file(folder: Path, path: Path) -> int:
-    """Return the size in bytes of a file that may be read.
-
-    Args:
-        folder: The model folder that the file belongs to.
-        path: The file.
+    """Return the size in bytes of a file that may be read; it belongs to the model folder.
 
     Raises:
         CheckpointError: The file is missing, not an ordinary file, or lies elsewhere.
@@ -77,18 +73,14 @@ def side_files(folder: Path) -> Iterator[Path]:
         OSError: A folder is gone or cannot be listed: its files would be left out silently.
     """
     for place, folders, files in os.walk(folder, onerror=_not_listed):
-        folders[:] = sorted(
-            name for name in set(folders) - _SKIPPED_FOLDERS if not _is_ours(Path(place, name))
-        )
+        inside = [Path(place, name) for name in sorted(set(folders) - _SKIPPED_FOLDERS)]
+        ours = (MARK, RECORD)
+        folders[:] = [one.name for one in inside if not any((one / name).exists() for name in ours)]
         yield from (Path(place, name) for name in sorted(files) if not _is_no_side_file(name))
 
 
 def _not_listed(error: OSError) -> NoReturn:
     raise error
-
-
-def _is_ours(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (MARK, RECORD))
 
 
 def _is_no_side_file(name: str) -> bool:

@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked against the file before a byte of data is believed.
 
-The format is that of https://github.com/huggingface/safetensors: eight bytes of header length, a
-JSON header, the data.
+Format (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header,
+the data.
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ def header_length(path: Path, beginning: bytes, size: int) -> int:
 def parse_header(path: Path, text: bytes, size: int) -> dict[str, TensorEntry]:
     """Return the tensors that a header describes, each within the file and apart from the others.
 
-    Args:
-        path: The file, for the entries and for messages; it is not opened.
-        text: The header.
-        size: Bytes of the complete file.
+    `path` is for the entries and for messages; `size` is in bytes, of the complete file.
 
     Raises:
         CheckpointError: See `read_header`.

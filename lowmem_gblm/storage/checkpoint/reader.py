@@ -1,8 +1,8 @@
 """Reading a safetensors checkpoint: headers first, then single tensors by `pread`.
 
-A checkpoint is untrusted, so every header is checked against the file it is in before a
-byte of data is believed. Tensors are read into buffers of their own: a mapped file would count as
-resident memory for as long as it stays mapped.
+Tensors are read into buffers of their own: a mapped file would count as resident memory for as long
+as it stays mapped. Reading raises CheckpointError if a file has become shorter than its header
+said.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class Checkpoint:
     """A folder of safetensors shards whose headers have been read and checked.
 
     Attributes:
-        folder: The model folder.
         tensors: Every tensor by name, in the order of the files.
         bytes_read: Tensor data read so far.
         on_disk: Whether the tensors can be read; False for a `described` checkpoint.
@@ -74,12 +73,7 @@ class Checkpoint:
 
     @classmethod
     def described(cls, folder: Path, entries: Iterable[TensorEntry]) -> Checkpoint:
-        """Return a checkpoint of described tensors: enough for a plan, never to be read.
-
-        Args:
-            folder: The model folder; of its files, none is opened.
-            entries: The tensors that its headers would describe.
-        """
+        """Return a checkpoint of described tensors: enough for a plan, never to be read."""
         made = cls.__new__(cls)
         made.folder, made.bytes_read, made.on_disk = folder, 0, False
         made.tensors = {entry.name: entry for entry in entries}
@@ -96,12 +90,7 @@ class Checkpoint:
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return the tensor as it is on disk: its own dtype and shape, on the CPU.
 
-        Args:
-            name: Name of the tensor.
-            into: uint8 CPU memory of just the tensor's bytes; if None, new memory is taken.
-
-        Raises:
-            CheckpointError: The file has become shorter since its header was read.
+        `into` is uint8 CPU memory of just the tensor's bytes; if None, new memory is taken.
         """
         entry = self.tensors[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
@@ -130,21 +119,13 @@ class Checkpoint:
         return tensor
 
     def first_bytes(self, name: str, count: int) -> bytes:
-        """Return the first `count` bytes of a tensor, to tell it from others.
-
-        Raises:
-            CheckpointError: The file has become shorter since its header was read.
-        """
+        """Return the first `count` bytes of a tensor, to tell it from others."""
         buffer = torch.empty(min(count, self.tensors[name].nbytes), dtype=torch.uint8)
         _read_fully(self.tensors[name], buffer)
         return raw_bytes(buffer).tobytes()
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in pieces; a piece is valid until the next one is asked for.
-
-        Raises:
-            CheckpointError: The file has become shorter since its header was read.
-        """
+        """Yield the bytes of a tensor in pieces, each valid until the next one is asked for."""
         entry = self.tensors[name]
         buffer = torch.empty(min(entry.nbytes, _PIECE_BYTES), dtype=torch.uint8)
         for start in range(0, entry.nbytes, _PIECE_BYTES):

@@ -1,7 +1,7 @@
 """Python code that comes with a checkpoint: it can do whatever the user can do.
 
-It runs only where the user has said so, and only if it lies in the model folder, where it
-can be read before and where it becomes part of the output.
+It runs only where the user has said so, and only if it lies in the model folder, where it can be
+read before and where it becomes part of the output.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ _AUTO_MAP = "auto_map"
 
 
 def check_remote_code(path: Path, content: Mapping[str, Any], *, trusted: bool) -> None:
-    """Raise unless all code that a configuration asks for may run.
-
-    Args:
-        path: The file of the model folder that the configuration is from.
-        content: The configuration.
-        trusted: Whether code from the folder may run.
+    """Raise unless all code may run that `content`, the configuration in the file `path`, asks for.
 
     Raises:
         UnsupportedModel: The code is not trusted, or comes from elsewhere.

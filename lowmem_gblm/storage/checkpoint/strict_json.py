@@ -1,8 +1,8 @@
 """Untrusted JSON: bounded in size, strictly UTF-8, every name once, every number a number.
 
-Python's own reader is more generous than the format: it takes NaN, turns 1e999 into infinity, lets
-the last of two equal names win, guesses UTF-16, and makes half surrogate pairs that no file can
-hold. What two readers understand differently is refused.
+Python's own reader takes NaN, turns 1e999 into infinity, lets the last of two equal names win,
+guesses UTF-16, and makes half surrogate pairs that no file can hold. What two readers understand
+differently is refused.
 """
 
 from __future__ import annotations

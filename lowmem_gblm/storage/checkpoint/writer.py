@@ -1,7 +1,8 @@
 """Writing the pruned checkpoint: one shard per decoder block, index last, then one rename.
 
 Everything is written to `OUTPUT.partial/`, which `from_pretrained` refuses because the index is
-missing until the very end. Shard names are known up front, so blocks may come in any order.
+missing until the very end. Shard names are known up front, so blocks may come in any order. Writing
+raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
 from __future__ import annotations
@@ -89,26 +90,16 @@ class CheckpointWriter:
         return {shard: self.shards[shard] for shard in map(self._shard, blocks)}
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
-        """Publish the shard of decoder block `index` in a thread of its own.
+        """Publish the shard of decoder block `index` in a thread; return the future of that.
 
         `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
-
-        Returns:
-            A future that is done when the shard has its name.
-
-        Raises:
-            OSError: An earlier block could not be written.
         """
         write = partial(write_tensors, tensors=dict(tensors))
         shard, names = self._shard(index), self._blocks[index]
         return self._writer.begin(self._write_shard, shard, names, write)
 
     def settle(self) -> None:
-        """Wait until the last block has been written.
-
-        Raises:
-            OSError: The last block could not be written.
-        """
+        """Wait until the last block has been written."""
         self._writer.settle()
 
     def committed(self, blocks: Iterable[int]) -> None:
@@ -117,8 +108,7 @@ class CheckpointWriter:
     def write_rest(self, check: Callable[[], None]) -> None:
         """Write the shard of everything that no block holds, and copy the side files.
 
-        Args:
-            check: Called before every piece; raises if the run is to stop.
+        `check` is called before every piece; it raises if the run is to stop.
         """
         self.settle()
         copy = partial(self._copy_tensors, check=check)
@@ -126,11 +116,7 @@ class CheckpointWriter:
         copy_side_files(self._source.folder, self.partial, check)
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json, then the index; then rename the folder.
-
-        Returns:
-            `record`.
-        """
+        """Write `record` as pruning.json, then the index; rename the folder; return `record`."""
         publish_json(self.partial / RECORD, record, "the record")
         publish_json(self.partial / INDEX, self._index(), "the index")
         publish_folder(self.partial, self.final)
@@ -196,19 +182,12 @@ WriteData = Callable[[Hashing, list[TensorEntry]], None]
 def publish_shard(
     path: Path, entries: list[TensorEntry], write_data: WriteData, holds: str
 ) -> dict[str, Any]:
-    """Create a safetensors file.
+    """Create a safetensors file; return its `bytes` and `sha256`.
 
     Args:
-        path: Name of the file.
         entries: Its tensors; their place in the source does not matter.
         write_data: Writes the data of the tensors, in this order.
         holds: What the file holds, for the sentence about a disk that fails.
-
-    Returns:
-        The `bytes` and the `sha256` of the file.
-
-    Raises:
-        OSError: The disk is full or failing.
     """
     header = _header(entries)
     hashed = sha256()
@@ -245,11 +224,7 @@ def check_absent(final: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, check: Callable[[], None]) -> None:
-    """Copy all files but weights, such as config, tokenizer, generation config and licence.
-
-    Symbolic links (as in a Hub cache) are followed; caches and version control are left out.
-    `check` is called before every piece.
-    """
+    """Copy all files but weights; see `side_files`. `check` is called before every piece."""
     for path in side_files(source):
         relative = path.relative_to(source)
         ordinary_file(source, path)

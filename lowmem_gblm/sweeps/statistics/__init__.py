@@ -1,9 +1,8 @@
 """Statistics of a resident block, gathered at its tap: one file each, found by its name.
 
-A statistic observes the multiplications of every calibration sample, one sample at a time, and then
-answers for each matrix. Accumulators are float32 and lie where the block lies. Dropping a file here
-is all it takes to add one; another package adds one by an entry point of the group
-`lowmem_gblm.statistics`, whose value is the class.
+A statistic observes the multiplications of one calibration sample after the other, then answers for
+each matrix. Accumulators are float32, on the device of the block. A file in this folder adds a
+statistic; so does an entry point of the group `lowmem_gblm.statistics`, whose value is the class.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ StatisticClass = type[ActivationStatistic] | type[GradientStatistic]
 
 @dataclass(frozen=True, kw_only=True)
 class NeededStatistics:
-    """The statistics that a method needs.
-
-    Attributes:
-        activations: Those that a forward pass gives.
-        gradient: The one that takes a backward pass, or None.
-    """
+    """The statistics that a method needs: of a forward pass, and at most one of a backward pass."""
 
     activations: tuple[type[ActivationStatistic], ...] = ()
     gradient: type[GradientStatistic] | None = None
@@ -47,7 +41,7 @@ def needed_statistics(names: Iterable[str]) -> NeededStatistics:
     """Return the statistics of these names.
 
     Raises:
-        RequestError: There is none of a name, it cannot be used, or two of them are of gradients.
+        RequestError: A name is unknown or cannot be used, or two statistics are of gradients.
     """
     found = [find_statistic(name) for name in dict.fromkeys(names)]
     gradients = [one for one in found if issubclass(one, GradientStatistic)]
@@ -63,10 +57,10 @@ def needed_statistics(names: Iterable[str]) -> NeededStatistics:
 
 
 def find_statistic(name: str) -> StatisticClass:
-    """Import the statistic of that name. One of this package comes before one of another.
+    """Import the statistic of that name; this package comes before other packages.
 
     Raises:
-        RequestError: There is none, or the package that has it cannot be used.
+        RequestError: The name is unknown, or the package that has it cannot be used.
     """
     if name in _built_in():
         return _built_in()[name]

@@ -1,7 +1,4 @@
-"""What a statistic is, and what it has to say of itself.
-
-The plan, the sweeps and the pruner ask the declaration; none of them knows a statistic by its name.
-"""
+"""What a statistic declares; the plan, the sweeps and the pruner know no statistic by its name."""
 
 from __future__ import annotations
 
@@ -21,11 +18,10 @@ class Statistic(ABC):
     """A sum over calibration samples for every matrix of one resident block, float32.
 
     Attributes:
-        name: What methods call it in their `needs`.
-        direction: "forward" where the activations suffice, "backward" where the gradients of the
-            loss are needed.
-        axes: The dimensions of the result: the outputs of the matrix, its inputs, or a number.
-            Where it has a row for every output, the outputs come first.
+        name: The name in the `needs` of methods.
+        direction: "forward" where activations suffice, "backward" where gradients are needed.
+        axes: The dimensions of the result: the outputs of the matrix, its inputs, or a number;
+            outputs come first.
         shares_inputs: Whether matrices that are multiplied with one tensor share one sum.
     """
 
@@ -77,11 +73,7 @@ class Statistic(ABC):
 
 
 class ActivationStatistic(Statistic):
-    """A statistic that the forward pass gives.
-
-    Args:
-        nsamples: How many samples it is averaged over.
-    """
+    """A statistic that the forward pass gives, averaged over `nsamples`."""
 
     direction = "forward"
 
@@ -95,11 +87,11 @@ class GradientStatistic(Statistic):
     `result` moves the numbers out, in the shape in which the matrix is stored.
 
     Args:
-        scale: What the loss was multiplied with; a power of two, to be divided out.
-        matrices: Which matrices; all for None.
+        scale: The factor of the loss, a power of two that is divided out.
+        matrices: Which matrices; None for all.
 
     Attributes:
-        boost: By how much less the loss of the sample under way was multiplied; a power of two.
+        boost: How much less the loss of the current sample was multiplied; a power of two.
     """
 
     direction = "backward"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """Whether every number is finite: bool, 0-dim, on the device of `tensor`.
+    """Return whether every number is finite: bool, 0-dim, on the device of `tensor`.
 
     Unlike `isfinite().all()` this takes no memory; a NaN is its own minimum and maximum.
     """
@@ -18,6 +18,6 @@ def all_finite(tensor: Tensor) -> Tensor:
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number of every tensor is finite; waits once for their device."""
+    """Return whether every number of every tensor is finite; this waits once for their device."""
     found = [all_finite(tensor) for tensor in tensors]
     return not found or bool(torch.stack(found).all())

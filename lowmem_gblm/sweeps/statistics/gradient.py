@@ -1,8 +1,7 @@
 """Magnitude of the gradients of single samples, without ever creating a `.grad`.
 
-The weights are frozen. At each multiplication the input is remembered and the gradient of the
-output awaited; their product is the sample's gradient of the weight, and only its magnitude is
-kept.
+The weights are frozen. A hook on the output of each multiplication takes the gradient that arrives
+there; its product with the input is the sample's gradient of the weight.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
-    """Return what the loss is multiplied with so that its gradients do not vanish in the dtype.
+    """Return the factor of the loss that keeps gradients from vanishing in the dtype.
 
     The mean over T tokens makes every gradient a T-th of what a token contributes; in float16 a
-    third of them then rounds to zero at T = 2048. A power of two near T gives that back.
+    third of the gradients would round to zero at T = 2048. The factor is a power of two near T.
     """
     return float(2 ** (seqlen.bit_length() - 1)) if dtype == torch.float16 else 1.0
 
@@ -36,10 +35,8 @@ class Gradient(GradientStatistic):
     """Sum over samples of a magnitude of their gradients, for every matrix as it is stored.
 
     A weight that is used several times in one sample has its gradients summed before the magnitude
-    is taken. GBLM-Pruner (arXiv 2311.04902) divides by nothing: the sum grows with N.
-
-    Attributes:
-        squares: Whether squares are summed, and the root is taken of the sum.
+    is taken. GBLM-Pruner (arXiv 2311.04902) divides by nothing: the sum grows with N. With
+    `squares`, squares are summed, and the root is taken of the sum.
     """
 
     squares: ClassVar[bool]
@@ -74,7 +71,7 @@ class Gradient(GradientStatistic):
         matmul.out.register_hook(arrive)
 
     def finish_sample(self) -> None:
-        """Account for weights some of whose products did not reach the loss."""
+        """Add the gradients of weights some of whose products did not reach the loss."""
         for slot in list(self._partial):
             self._fold(slot)
         self._awaited.clear()
@@ -110,7 +107,7 @@ class Gradient(GradientStatistic):
             self._fold(slot)
 
     def _accumulate(self, slot: MatmulWeight, left_TR: Tensor, right_TC: Tensor) -> None:
-        """Add the magnitude of a whole gradient, a few rows at a time to stay in cache."""
+        """Add the magnitude of a complete gradient, a few rows at a time to stay in cache."""
         rows, columns = left_TR.shape[1], right_TC.shape[1]
         sums = self._sums_of(slot, (rows, columns), left_TR.device)
         step = max(1, TILE[left_TR.device.type] // columns)

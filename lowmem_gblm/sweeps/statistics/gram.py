@@ -13,13 +13,9 @@ from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 
 class Gram(ActivationStatistic):
-    """`(2/N) sum_n x_n^T x_n`, float32 [in, in] for every matrix.
+    """`(2/N) sum_n x_n^T x_n`, float32 [in, in] for every matrix; N is `nsamples`.
 
-    Matrices that are multiplied with one and the same tensor (query, key and value; gate and up)
-    share one.
-
-    Args:
-        nsamples: N.
+    Matrices that are multiplied with the same tensor (query, key and value; gate and up) share one.
     """
 
     name = "gram"
@@ -73,5 +69,5 @@ class Gram(ActivationStatistic):
         return self._sums[self._owner[matrix]] * (2 / self._nsamples)
 
     def finish_sample(self) -> None:
-        """Let go of the last input."""
+        """Release the last input."""
         self._last = None

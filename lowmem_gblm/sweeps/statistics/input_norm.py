@@ -12,12 +12,10 @@ from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 
 class InputNorm(ActivationStatistic):
-    """`sqrt((1/N) sum_n sum_t x_n[t, j]^2)`, float32 [in] for every matrix.
+    """`sqrt((1/N) sum_n sum_t x_n[t, j]^2)`, float32 [in] for every matrix; N is `nsamples`.
 
-    Wanda (arXiv 2306.11695) calls it `scaler_row`.
-
-    Args:
-        nsamples: N; an expert that saw no token of a sample counts it as zeros.
+    Wanda (arXiv 2306.11695) calls it `scaler_row`. For an expert, a sample without a token is
+    zeros.
     """
 
     name = "input_norm"
@@ -43,7 +41,7 @@ class InputNorm(ActivationStatistic):
         return self._last[1]
 
     def finish_sample(self) -> None:
-        """Let go of the last input."""
+        """Release the last input."""
         self._last = None
 
     def sums(self) -> Mapping[MatmulWeight, Tensor]:

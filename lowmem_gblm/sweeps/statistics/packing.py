@@ -1,9 +1,9 @@
-"""How gradient magnitudes are kept between the sweep that measures and the one that prunes.
+"""The format of gradient magnitudes between the sweep that measures and the one that prunes.
 
-In 8 bits they are kept as square roots, in blocks of 256 numbers with one float32 scale each, by
-the unsigned dynamic map of bitsandbytes (arXiv 2110.02861): seven decades of the root, fourteen of
-the magnitude. A block has heavy tails, and what is linear in it, or quantizes the magnitude
-itself, loses the small ones.
+In 8 bits, square roots are kept, in blocks of 256 numbers with one float32 scale each, by the
+unsigned dynamic map of bitsandbytes (arXiv 2110.02861): seven decades of the root, fourteen of the
+magnitude. A block has heavy tails; a linear map, or a map of the magnitude itself, loses the small
+ones.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ from lowmem_gblm.planning import GradientPrecision
 PARTS: dict[GradientPrecision, int] = {"float32": 1, "bfloat16": 1, "int8": 2}
 
 _BLOCK = BLOCK["int8"]
-# Numbers of which a root is held at once: whole blocks.
+# Numbers of which a root is held at once: complete blocks.
 _TILE = 1 << 22
 
 
 def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
-    """Make gradient magnitudes small.
+    """Pack gradient magnitudes into `PARTS[kind]` tensors on the same device.
 
     Args:
         magnitude: float32, finite, none negative, any shape and device. Not modified; in float32
             the result shares its memory.
-        kind: In which precision.
-
-    Returns:
-        `PARTS[kind]` tensors on the same device.
+        kind: The precision.
 
     Raises:
         NonFiniteError: A magnitude is NaN or infinite.
@@ -52,15 +49,9 @@ def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
 
 
 def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int]) -> Tensor:
-    """What `pack` was given, as precisely as it was kept; a zero is a zero again.
+    """Return magnitudes from the parts that `pack` made, float32 on their device; zeros stay zero.
 
-    Args:
-        parts: What `pack` made, on any one device.
-        kind: As it was packed.
-        shape: Shape of the magnitudes.
-
-    Returns:
-        float32, on the device of the parts; where they were kept in float32, not a copy.
+    Where they were kept in float32 the result shares memory with the parts.
     """
     if kind == "int8":
         return _squares(*parts).view(*shape)
@@ -68,14 +59,14 @@ def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int
 
 
 def packed_bytes(numel: int, kind: GradientPrecision) -> int:
-    """What the parts of so many magnitudes take together, exactly."""
+    """Return the exact bytes of the parts of `numel` magnitudes."""
     if kind == "int8":
         return numel + 4 * -(-numel // _BLOCK)
     return numel * (4 if kind == "float32" else 2)
 
 
 def _quantized_roots(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 [numbers], and the largest root of every block, float32 [blocks]."""
+    """Return codes, uint8 [numbers], and the largest root of every block, float32 [blocks]."""
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     scales = flat.new_empty(-(-flat.numel() // _BLOCK))
     for part, blocks in _tiles(flat.numel()):
@@ -92,7 +83,7 @@ def _squares(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _tiles(numel: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the numbers, and of the blocks that they are."""
+    """Yield slices of the numbers, each with the slice of their blocks."""
     for start in range(0, numel, _TILE):
         block = start // _BLOCK
         yield slice(start, start + _TILE), slice(block, block + _TILE // _BLOCK)

@@ -238,15 +238,15 @@ def test_a_refusal_says_when_nothing_helps() -> None:
 
 
 def test_boundaries_and_gradients_never_wait_all_at_the_same_time() -> None:
-    waits = used(Choices())
-    assert waits.stored < waits.boundaries + waits.magnitudes
+    stored = used(Choices())
+    assert stored.stored < stored.boundaries + stored.magnitudes
     # While shards are written, gradient magnitudes go.
-    assert waits.on_disk(0) < waits.stored + SIZES.total_bytes
+    assert stored.on_disk(0) < stored.stored + SIZES.total_bytes
 
 
 def test_every_ninth_boundary_of_70b_takes_what_the_design_says() -> None:
-    waits = used(Choices(boundary_interval=9))
-    assert waits.boundaries == pytest.approx(72 * GIB, rel=0.15)
+    stored = used(Choices(boundary_interval=9))
+    assert stored.boundaries == pytest.approx(72 * GIB, rel=0.15)
 
 
 def test_time_follows_the_machine_and_what_is_done_twice() -> None:
