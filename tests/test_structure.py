@@ -33,7 +33,6 @@ ROWS = (
     ("options", "extensions"),
     ("errors",),
 )
-# Rooms and files whose words are not converted yet.
 # Its strings are the words of children's stories.
 STORIES = "tools/story_tables.py"
 PYTHON = "#!/usr/bin/env python3"
