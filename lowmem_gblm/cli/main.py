@@ -35,7 +35,6 @@ _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
 _ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
 _NOTHING_LEFT = "Nothing half-done is left. To begin again"
-_PRUNED = "What is pruned"
 _RECORD = "pruning.json"
 
 
@@ -68,7 +67,6 @@ def _run(arguments: argparse.Namespace, typed: str, *, ends: bool) -> int:
 
 
 def _interrupted(arguments: argparse.Namespace, typed: str) -> int:
-    """Say what is kept, and what to type to resume; return the exit code."""
     hint = arguments.interrupted(arguments)
     if hint is None:
         return fail(f"interrupted, but {_made(arguments)} is complete already.", INTERRUPTED)
@@ -256,7 +254,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of every command, with flags for the options of these methods."""
     parser = Parser(
         prog="lowmem-gblm",
         description="Prune large language models with gradients, one decoder block in memory at "
@@ -313,7 +310,7 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
-    command.set_defaults(interrupted=lambda _: f"{_PRUNED} stays. To begin again")
+    command.set_defaults(interrupted=lambda _: "What is pruned stays. To begin again")
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     add_options(command, Resources)
     return parser

@@ -62,8 +62,8 @@ def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]
 def methods_to_offer(argv: Sequence[str]) -> list[str]:
     """Return the methods whose options are flags: our own, and others that a user names.
 
-    Methods of other packages are imported when they are named, or for the help. A method that
-    cannot be used is left out: the command says so when it needs the method.
+    Others are imported when they are named, or for the help; those that cannot be used are left
+    out.
     """
     if any(word in _HELP for word in argv):
         return usable_methods(report=tell)

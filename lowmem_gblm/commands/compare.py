@@ -47,7 +47,6 @@ def compare(
     Raises:
         RequestError: None of the methods has an option.
         JobError: An output exists already and is something else; nothing has been done then.
-        LowmemGblmError: See `lowmem_gblm.errors`.
     """
     say = announce or (lambda text: None)
     requests = _requests(request, methods, folder, method_options or {})

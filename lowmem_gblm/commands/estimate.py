@@ -137,11 +137,7 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
 
 
 def check_disks(plan: Plan, output: Path, work_folder: Path) -> None:
-    """Compare a plan with the free space, if output and work folder are on different disks.
-
-    Raises:
-        BudgetError: One of the disks is too small.
-    """
+    """Raise `BudgetError` if output and work folder are on two disks and one is too small."""
     if machine.same_disk(output, work_folder):
         return
     # The files of an earlier attempt take space that is no longer free, and are in the plan.
@@ -188,10 +184,7 @@ def still_needed(plan: Plan, output: Path, work_folder: Path, failed: Path) -> s
 def machine_speed(
     opened: OpenModel, weights: Sequence[list[PrunableWeight]], seqlen: int, write_to: Path
 ) -> MachineSpeed | None:
-    """Measure this machine for about two seconds; return None for a GPU that is not here.
-
-    `write_to` is a folder on the disk that a run would write to; it need not exist.
-    """
+    """Measure this machine and the disk of a folder for two seconds; None if its GPU is away."""
     device = opened.streamed.device
     if device.type == "cuda" and not torch.cuda.is_available():
         return None

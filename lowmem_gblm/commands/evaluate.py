@@ -53,7 +53,6 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
     Raises:
         NonFiniteError: The perplexity is NaN or infinite.
         DiskFull: The disk that the windows are stored on has become full.
-        LowmemGblmError: See `lowmem_gblm.errors`.
     """
     memory.reset_host_peak()
     memory.settle_allocator()
@@ -127,7 +126,6 @@ def _losses(
     folder: Path,
     progress: Progress,
 ) -> list[float]:
-    """Return the loss of every window."""
     checkpoint, streamed, choices = opened.checkpoint, opened.streamed, planned.choices
     weights = prunable_weights(checkpoint, streamed) if request.resident_kind else None
     with (
@@ -160,7 +158,6 @@ def _losses(
 def _plan(
     opened: OpenModel, request: EvalRequest, folder: Path, *, nsamples: int, seqlen: int
 ) -> Plan:
-    """Return what an evaluation with hidden states in `folder` will take."""
     weights = prunable_weights(opened.checkpoint, opened.streamed)
     work = work_of(opened, weights, EVALUATION, None, request, nsamples=nsamples, seqlen=seqlen)
     return plan(

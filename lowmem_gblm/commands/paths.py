@@ -76,10 +76,7 @@ def check_paths(request: PruneRequest) -> Paths:
 
 
 def check_apart(request: PruneRequest, paths: Paths) -> None:
-    """Raise `RequestError` if the run would remove what it reads or makes.
-
-    The work folder is removed at the end, and OUTPUT.partial becomes OUTPUT.
-    """
+    """Raise `RequestError` if the run would remove a folder that it reads or makes."""
     output, work, partial = paths.output, paths.work_folder, paths.partial
     needed = {"MODEL": request.model, "the calibration text": request.calibration_text}
     # A name that is nowhere here is that of the Hub, or of a text.

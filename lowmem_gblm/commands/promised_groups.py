@@ -20,9 +20,8 @@ from lowmem_gblm.storage.checkpoint.file_access import RECORD
 
 @dataclass(frozen=True)
 class PromisedGroups:
-    """Comparison groups in a matrix [out, in]: `repeat` groups of `rows` times `columns`.
-
-    They lie side by side, and each has at least `removed` zeros.
+    """Groups of `rows` x `columns` weights, `repeat` side by side, at least `removed` zeros in
+    each.
     """
 
     rows: int

@@ -145,10 +145,7 @@ class PruneRequest(Resources):
 
     @property
     def calibration_text(self) -> str:
-        """Return where samples come from: as asked, else C4, or the embedded text for "demo".
-
-        A file has its full name, so that it is the same one from any folder.
-        """
+        """Return where samples come from: a file by its full name, C4, or the text of "demo"."""
         asked = self.calibration or (DEMO if self.model == DEMO else "c4")
         is_file = asked not in NAMED and Path(asked).exists()
         return str(Path(asked).resolve()) if is_file else asked
@@ -220,11 +217,7 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
 
 
 def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
-    """Return the request that `to_json` has described.
-
-    Raises:
-        JobError: Another version, which has other options, has described it.
-    """
+    """Return the request that `to_json` of this version has described, else raise `JobError`."""
     values = dict(asked)
     differing = sorted({one.name for one in fields(PruneRequest)} ^ values.keys())
     if differing:

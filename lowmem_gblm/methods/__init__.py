@@ -181,7 +181,6 @@ def usable_methods(
 
 
 def _checked(extension: Any, name: str) -> Method:
-    """Return a method of another package, if it is one."""
     fits = isinstance(extension, Method) and extension.name == name
     if not fits or not is_dataclass(extension.options):
         raise RequestError(

@@ -72,7 +72,7 @@ def block_columns(pattern: Pattern) -> int:
 
 
 def _inverse_factor(gram_II: Tensor) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the damped inverse, and the damping that made it exist."""
+    """Return the upper Cholesky factor of the damped inverse, and the damping that it needed."""
     import torch
 
     mean = gram_II.diagonal().mean()

@@ -205,7 +205,6 @@ class _Buffers:
         self._stopped = False
 
     def take(self) -> Tensor:
-        """Return the next free buffer, after waiting for it."""
         buffer = self._free.get()
         if self._stopped:
             raise InterruptedError("no block is wanted any more")

@@ -122,7 +122,6 @@ def _from_4_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _functional() -> Any:
-    """Return `bitsandbytes.functional`."""
     # It warns that a kernel for inference is missing, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes.functional")

@@ -31,11 +31,7 @@ _SIZES = ("hidden_size", "vocab_size")
 
 
 def check_counts(path: Path, raw: dict[str, Any]) -> None:
-    """Raise unless counts of config.json are plausible, before transformers builds that many parts.
-
-    Raises:
-        CheckpointError: config.json has more blocks, experts or labels than any model has.
-    """
+    """Raise `CheckpointError` if config.json has more blocks, experts or labels than any model."""
     for name, count in _numbers("", raw):
         most = next((most for ending, most in _MOST if ending.search(name)), count)
         if count > most:
@@ -58,12 +54,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
 
 def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
-    """Raise unless the sizes of a model are numbers, and its depth fits the number of tensors.
-
-    Raises:
-        UnsupportedModel: The configuration does not say how large the model is.
-        CheckpointError: The configuration has more blocks than there are tensors.
-    """
+    """Raise unless the sizes of a model are numbers, and its depth fits the number of tensors."""
     text = config.get_text_config()
     for name in _SIZES:
         size = getattr(text, name, None)

@@ -28,10 +28,7 @@ from lowmem_gblm.storage.checkpoint.reader import (
 
 
 def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Return the checkpoint as its headers say; as config.json says, if a shard is missing.
-
-    A folder that holds its weights in a form that is refused is refused here, too.
-    """
+    """Return the checkpoint as its headers say; as config.json says, if a shard is missing."""
     if _lacks_weights(folder):
         return describe(folder, trust_remote_code=trust_remote_code)
     return Checkpoint(folder)

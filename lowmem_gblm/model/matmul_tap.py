@@ -98,13 +98,13 @@ class Tap(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        pair = operands(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        pair = operands(func, args, kwargs)
         slot = None if pair is None else self._slots.get(pair[1].data_ptr())
         if pair is None or slot is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         skips = slot == self._skipped
-        # mypy: torch declares no type for `apply`.
-        out = _Skipped.apply(*pair) if skips else func(*args, **(kwargs or {}))  # type: ignore
+        out = _Skipped.apply(*pair) if skips else func(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._match(slot, *pair, out)
         return out
 
@@ -121,10 +121,7 @@ class Tap(TorchFunctionMode):
         return seen[-1]
 
     def skip(self, slot: MatmulWeight | None) -> None:
-        """Stop computing the product with this slot: its output is NaN, its gradient as before.
-
-        Only for the last product of a block, if its value is not needed.
-        """
+        """Stop computing the last product of a block: its output is NaN, its gradient as before."""
         self._skipped = slot
 
     @property

@@ -152,11 +152,7 @@ def _silence() -> Iterator[None]:
 
 
 def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder blocks.
-
-    Raises:
-        UnsupportedModel: No list has the length that the configuration says.
-    """
+    """Return the list of decoder blocks; raise `UnsupportedModel` if none has their number."""
     depth = model.config.get_text_config().num_hidden_layers
     if depth < 1:
         raise UnsupportedModel(f"{type(model).__name__} is said to have {depth} decoder blocks")

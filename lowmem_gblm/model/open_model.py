@@ -76,11 +76,7 @@ def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
 
 
 def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
-    """Return the device meant by "auto", "cpu", "cuda" or "cuda:1".
-
-    Raises:
-        RequestError: This machine has no such device.
-    """
+    """Return the device meant by "auto", "cpu", "cuda" or "cuda:1", if this machine has it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -115,7 +115,6 @@ def _alike_or_found(
 
 
 def _numberless(name: str, index: int) -> str:
-    """Return a name on disk without the number of its block."""
     return name.replace(f".{index}.", ".*.", 1)
 
 

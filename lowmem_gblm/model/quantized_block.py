@@ -201,7 +201,6 @@ def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:
 
 
 def _matrices(stand_in: Tensor) -> list[tuple[int | None, Tensor]]:
-    """Return the matrices of a parameter, each with its expert."""
     return [(None, stand_in)] if stand_in.ndim == 2 else list(enumerate(stand_in))
 
 

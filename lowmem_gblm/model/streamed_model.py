@@ -128,10 +128,7 @@ class StreamedModel:
             raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {missing[0]}")
 
     def load_block(self, index: int, tensors: dict[str, Tensor], *, on_host: bool = False) -> None:
-        """Fill a block from tensors named as on disk.
-
-        With `on_host` the block stays in host memory, where it cannot be run, for `pack_block`.
-        """
+        """Fill a block from tensors named as on disk; `on_host`, it stays there to be packed."""
         self.conversion.load(tensors, torch.device("cpu") if on_host else self.device)
         block = self.block(index)
         block.requires_grad_(False)
@@ -209,10 +206,7 @@ class StreamedModel:
             ) from error
 
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
-        """Return the mean next-token cross-entropy of one sample, a float32 scalar.
-
-        `hidden` is [1, T, hidden], after the last block.
-        """
+        """Return the mean next-token cross-entropy of hidden states [1, T, hidden], float32."""
         with torch.no_grad():
             return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
 
@@ -244,11 +238,7 @@ class StreamedModel:
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and the normed hidden states [1, T, hidden] with their graph.
-
-        Chunks of tokens keep the logits small: `visit` is called for every chunk with its part of
-        both.
-        """
+        """Return loss and normed hidden states [1, T, hidden]; `visit` gets chunks of both."""
         tokens_T = tokens_T.to(self.device)
         with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):
             output = self._decoder(input_ids=tokens_T[None], use_cache=False)

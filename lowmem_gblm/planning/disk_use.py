@@ -59,10 +59,7 @@ class DiskUse:
 
 
 def disk_use(table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices) -> DiskUse:
-    """Return what is stored and written at every step of a table.
-
-    What a step drops is removed beside the next step, so that it still counts there.
-    """
+    """Return what is stored at every step of a table; drops are removed beside the next step."""
     stored: dict[Key, int] = {}
     leaving: Sequence[Key] = ()
     output, overwriting, moments = 0, 0, [Moment()]

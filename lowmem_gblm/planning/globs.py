@@ -33,10 +33,7 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 
 
 def check_globs(option: str, globs: Sequence[str], names: Sequence[str], what: str) -> None:
-    """Raise `RequestError`, naming each glob that matches none of the names.
-
-    The message calls the names `what`, and the globs by the name of their option.
-    """
+    """Raise `RequestError` that names each glob of an option that matches none of the names."""
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
     if idle:
         said = "; ".join(

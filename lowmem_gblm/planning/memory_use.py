@@ -58,10 +58,7 @@ class Footprint:
 def footprints(
     sizes: ModelSizes, work: Workload, choices: Choices, base_bytes: int
 ) -> list[Footprint]:
-    """Return the footprints of all passes, in order.
-
-    `base_bytes` is the resident memory of the process before any tensor is loaded.
-    """
+    """Return the footprints of all passes; `base_bytes` is resident before any tensor is loaded."""
     passes = (*work.schedule.stages, "finish")
     made = {
         "embed": _outside,
@@ -195,7 +192,6 @@ def _deciding(sizes: ModelSizes, work: Workload) -> int:
 
 
 def _forward(sizes: ModelSizes, work: Workload) -> int:
-    """Return the bytes of one sample without a graph."""
     numbers = _FORWARD_HIDDEN * sizes.hidden_size + _FORWARD_FEATURES * sizes.feature_widths
     return _slack(work.seqlen * numbers * work.itemsize + _attention(sizes, work, graph=False))
 

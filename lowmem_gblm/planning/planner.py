@@ -90,13 +90,13 @@ def _fitting(
             ]
             # The journal counts on what it lists to be on the disk.
             left = 0
-        found = _waiting_somewhere(sizes, work, ways, made, left, budget)
+        found = _stored_somewhere(sizes, work, ways, made, left, budget)
         if found is not None:
             return found
     return None
 
 
-def _waiting_somewhere(
+def _stored_somewhere(
     sizes: ModelSizes,
     work: Workload,
     ways: Sequence[Choices],

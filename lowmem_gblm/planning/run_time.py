@@ -65,7 +65,6 @@ class _Clock:
         self._tokens = work.nsamples * work.seqlen
 
     def stage_s(self, steps: Sequence[Step]) -> float:
-        """Return the seconds of the steps of one stage."""
         computing_s = sum(map(self._computing_of_step_s, steps))
         stored = [self._stored(step.reads) * max(1, step.forwards) for step in steps]
         reads = sum(step_reads(step, self._sizes) for step in steps) + sum(stored)
@@ -112,7 +111,6 @@ class _Clock:
         return flops / self._speed.flops_s + elementwise_bytes / self._speed.memory_bytes_s
 
     def _forward_s(self) -> float:
-        """Return the seconds of all samples through one block."""
         sizes, work = self._sizes, self._work
         attention = 4 * work.seqlen * sizes.hidden_size
         flops = self._tokens * (2 * self._block_weights * sizes.active_fraction + attention)
@@ -131,7 +129,6 @@ class _Clock:
         return flops / self._speed.flops_s + accumulated_bytes / self._speed.memory_bytes_s
 
     def _decisions_s(self) -> float:
-        """Return the seconds of deciding about the weights of one block."""
         sizes, cost = self._sizes, self._work.deciding
         # Statistics of activations; factors of matrices [in, in]; columns one after the other.
         flops: float = self._tokens * self._work.activations.flops_per_token

@@ -214,7 +214,6 @@ def _dense(schedule: Schedule, layout: Layout) -> Iterator[Step]:
 
 
 def _forward(stage: Stage, stream: Stream, block: int) -> Step:
-    """Return the step that runs the samples of a stream through a block once."""
     return Step(
         stage=stage,
         block=block,

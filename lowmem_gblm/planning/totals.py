@@ -26,10 +26,7 @@ def step_reads(step: Step, sizes: ModelSizes) -> int:
 
 
 def read_bytes(table: Sequence[Step], sizes: ModelSizes, work: Workload) -> int:
-    """Return what a run reads from the checkpoint; what no block holds is copied at the end.
-
-    In place, everything is read once more at the end, for the hashes of the shards.
-    """
+    """Return the bytes read from the checkpoint; in place, all are read once more for hashes."""
     copied = (sizes.total_bytes - sum(sizes.block_bytes)) * work.writes
     checked = sizes.total_bytes * work.rewrites
     return sum(step_reads(step, sizes) for step in table) + copied + checked

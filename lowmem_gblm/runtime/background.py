@@ -13,26 +13,20 @@ def worker(name: str) -> ThreadPoolExecutor:
 
 
 class SerialWorker:
-    """A named thread that does one piece of work at a time, the next after the last."""
+    """A named thread that does one piece of work at a time; several threads may wait for it."""
 
     def __init__(self, name: str) -> None:
         self._thread = worker(name)
         self._last: Future[None] | None = None
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Begin a piece of work once the last one is done; return its future.
-
-        An exception of the last piece is raised.
-        """
+        """Begin a piece of work after the last one, raising its exception; return the future."""
         self.settle()
         self._last = self._thread.submit(work, *arguments)
         return self._last
 
     def settle(self) -> None:
-        """Wait until the last piece of work is done, and raise its exception.
-
-        Several threads may wait.
-        """
+        """Wait until the last piece of work is done, and raise its exception."""
         if self._last is not None:
             self._last.result()
 

@@ -70,10 +70,7 @@ def limit_gpu(device: torch.device, limit_bytes: int) -> None:
 
 
 def reset_host_peak() -> None:
-    """Reset the peak of host memory, so that several runs in one process are told apart.
-
-    Only Linux can; elsewhere, and where the kernel forbids it, the peak stays that of the process.
-    """
+    """Reset the peak of host memory to that of a new run, where the system can."""
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:

@@ -2,7 +2,7 @@
 
 A file or folder appears under its final name complete or not at all: it is written beside it with a
 temporary name, flushed to the disk, renamed, and the folder is flushed too. Every function raises
-OSError if the disk is full or failing; what has a temporary name is removed then.
+OSError if the disk is full or failing; `publish_file` and `replace_file` leave no file then.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ class Writable(Protocol):
 
 
 def publish_file(path: Path, write: Callable[[Writable], object], holds: str = "") -> None:
-    """Create `path` with what `write` puts into the open file; `holds` says what that is.
-
-    Raises:
-        FileExistsError: `path` exists; nothing is ever overwritten.
-    """
+    """Create `path` with what `write` puts into it; raise `FileExistsError` if it exists."""
     _publish(PendingFile(path, holds), write)
 
 
@@ -127,11 +123,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Give a finished folder its final name; it keeps its former name if that fails.
-
-    Raises:
-        JobError: `final` exists by now.
-    """
+    """Give a finished folder its final name; raise `JobError` if that exists by now."""
     _check_still_absent(final)
     flush_folder(partial)
     try:

@@ -87,5 +87,4 @@ def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
 
 
 def _what(error: OSError, path: Path) -> str:
-    """Return what a file holds, as `blamed` was told."""
     return getattr(error, "holds", "") or f"the file {path.name.removesuffix('.tmp')}"

@@ -114,19 +114,13 @@ class InPlaceWriter:
         return {name: self._published[name] for name in map(_file_name, blocks)}
 
     def committed(self, blocks: Sequence[int]) -> None:
-        """Write these blocks, which the journal has, over the old ones.
-
-        If this fails, the next run repeats it.
-        """
+        """Write these blocks, which the journal has, over the old ones; a next run repeats it."""
         for name in map(_file_name, blocks):
             self._marker.tell(overwritten=True)
             self._overwrite(self._work_folder / name)
 
     def write_rest(self, check: Callable[[], None]) -> None:
-        """Read all shards for their hashes; nothing is left to be written.
-
-        `check` is called before every piece; it raises if the run is to stop.
-        """
+        """Read all shards for their hashes; `check` is called before every piece."""
         files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
         self.shards = {name: _summary(file, check) for name, file in sorted(files.items())}
         self._source.bytes_read += self._source.nbytes()
@@ -138,7 +132,6 @@ class InPlaceWriter:
         return record
 
     def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Publish the file of a block; called in a thread of its own."""
         entries = self._entries(index)
         path = self._work_folder / _file_name(index)
         write = partial(write_tensors, tensors=tensors)
@@ -294,7 +287,6 @@ def _opened(file: Path, flags: int) -> Iterator[int]:
 
 
 def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> None:
-    """Write the bytes of a tensor over those of another one of the same size."""
     assert entry.nbytes == place.nbytes, entry.name
     done = 0
     while done < entry.nbytes:

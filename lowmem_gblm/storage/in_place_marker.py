@@ -68,10 +68,7 @@ def is_about(model: Path, job: str) -> bool:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a model is being pruned in place and has not been finished.
-
-    A model with a record is finished: that is written before the marker goes.
-    """
+    """Return whether a model is being pruned in place; a model with a record is finished."""
     return (folder / MARKER_FILE).exists() and not (folder / RECORD).exists()
 
 

@@ -71,11 +71,7 @@ class JobState:
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """Return the description of the job in a work folder; None where none was begun.
-
-    Raises:
-        JobError: The description cannot be read.
-    """
+    """Return the description of the job in a work folder, or None; raise `JobError` if damaged."""
     path = folder / DESCRIPTION
     if not (folder / MARK).is_file() or not path.is_file():
         return None
@@ -117,11 +113,7 @@ def has_steps(folder: Path) -> bool:
 
 
 def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
-    """Return the entries of the journal in a work folder, oldest first.
-
-    Raises:
-        JobError: An entry is missing or damaged.
-    """
+    """Return the entries of the journal, oldest first; raise `JobError` if one is damaged."""
     last = max((path.stem for path in (folder / JOURNAL).glob("*.json")), default="-1")
     paths = [entry_path(folder, number) for number in range(int(last) + 1)]
     try:
@@ -167,7 +159,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
-    """Old and new value; of hashes of blocks, which blocks."""
+    """Return old and new value; of hashes of blocks, which blocks."""
     if name == "source_blocks" and old and new:
         others = [
             str(index)

@@ -90,11 +90,7 @@ class TensorStore:
         return (name, item) in self._held or (name, item) in self._places
 
     def read(self, name: str, item: Item) -> torch.Tensor:
-        """Return the tensor, on the CPU; not to be modified.
-
-        Raises:
-            JobError: The file is gone, or has become shorter.
-        """
+        """Return the tensor, on the CPU, not to be modified; a damaged file raises `JobError`."""
         if (name, item) in self._held:
             return self._held[name, item]
         place = self._places[name, item]
@@ -115,10 +111,7 @@ class TensorStore:
             return list(self._growing)
 
     def publish(self, names: Iterable[str]) -> dict[str, Table]:
-        """Make what was written under these names durable; return their tables for `adopt`.
-
-        Nothing can be added to these names then.
-        """
+        """Make what was written under these names durable and final; return tables for `adopt`."""
         tables = {}
         for name in names:
             self._growing[name].publish()
@@ -128,11 +121,7 @@ class TensorStore:
         return tables
 
     def adopt(self, tables: Mapping[str, Any]) -> None:
-        """Take over files that an earlier run has published.
-
-        Raises:
-            JobError: A file is missing or has another size.
-        """
+        """Take over files that an earlier run has published; raise `JobError` if one is damaged."""
         for name, table in tables.items():
             end = 0
             for item, offset, dtype, shape in table:

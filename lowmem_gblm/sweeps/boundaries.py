@@ -36,9 +36,6 @@ def advance(
 
     Samples that leave the block non-finite are dropped. `tap` is used until it has seen every
     matrix.
-
-    Raises:
-        NonFiniteError: Too many samples are dropped.
     """
     order, finite = run.samples.active, []
     after = boundary(stream, block.index + 1)

@@ -167,10 +167,7 @@ class PruneContext(SweepContext):
             self.progress.step()
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Give the result its name and return `record`, the content of pruning.json.
-
-        Once begun this is completed, whatever interrupts the run.
-        """
+        """Give the result its name, whatever interrupts; return `record` (pruning.json)."""
         self._committer.begin(self._publish, record).result()
         return record
 

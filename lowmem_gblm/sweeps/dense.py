@@ -11,11 +11,7 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 def dense_sweep(run: SweepContext) -> None:
-    """Run every sample through every block, first to last; the table says which boundaries stay.
-
-    Raises:
-        UnsupportedModel: A block multiplies with a prunable matrix in a way that is not followed.
-    """
+    """Run every sample through every block, first to last; the table says which boundaries stay."""
     for step, block in run.blocks("dense"):
         tap = Tap(block.module, block.slots, [])
         advance(run, step, block, "dense", tap)
@@ -27,9 +23,6 @@ def loss_gradients(run: PruneContext) -> None:
 
     Samples whose loss is not finite are dropped; those whose gradient overflows get a smaller
     scale.
-
-    Raises:
-        NonFiniteError: Too many samples are dropped.
     """
     for step in run.steps("head"):
         with run.model.filled(run.checkpoint):

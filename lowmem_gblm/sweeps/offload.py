@@ -22,11 +22,7 @@ from lowmem_gblm.storage.tensor_store import Item, TensorStore
 
 
 def open_store(folder: Path, host_bytes: int, what_to_do: str = "") -> TensorStore:
-    """Return the store of a work folder, whose names are those of keys of the table of steps.
-
-    At most `host_bytes` are stored in host memory. Messages about damaged files end in
-    `what_to_do`.
-    """
+    """Return the store of a work folder; its names are those of keys of the table of steps."""
     return TensorStore(folder, host_bytes, what_to_do, lambda name: Key.named(name).holds)
 
 
@@ -104,10 +100,7 @@ class Offload:
         self._read, self._written = set(), set()
 
     def write_behind(self, key: Key, item: Item, tensor: Tensor) -> None:
-        """Write a tensor, which must not change any more, behind the computation.
-
-        An OSError may be that of an earlier tensor.
-        """
+        """Write a tensor, unchanged from now on; an OSError may be that of an earlier tensor."""
         self._settle_down_to(self._allowed_bytes - tensor.nbytes)
         ready = torch.cuda.Event() if tensor.is_cuda else None
         if ready is not None:
@@ -150,7 +143,7 @@ class Offload:
                 future.result()
 
     def _fetch(self, keys: Sequence[Key], n: int) -> tuple[Tensor, ...]:
-        """In the reading thread."""
+        """Copy tensors to the device, in the reading thread."""
         tensors = tuple(self._tensors.read(str(key), n) for key in keys)
         if self._in is None:
             return tensors
@@ -162,7 +155,7 @@ class Offload:
         return copies
 
     def _store(self, key: Key, item: Item, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
-        """In the writing thread; `ready` is when a GPU has computed the tensor."""
+        """Write a tensor, in the writing thread; `ready` is when a GPU has computed it."""
         if ready is not None and self._out is not None:
             self._out.wait_event(ready)
             tensor.record_stream(self._out)

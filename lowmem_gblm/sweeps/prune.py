@@ -21,11 +21,7 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 def prune_sweep(run: PruneContext) -> None:
-    """Prune every block, first block first, and write it.
-
-    Raises:
-        NonFiniteError: Too many samples turn non-finite, or a score does.
-    """
+    """Prune every block, first block first, and write it."""
     for step, block in run.blocks("prune"):
         measured = measure(run, step, block) if step.forwards else []
         run.pruner.prune(block, measured, run.gradients.reader(block))
@@ -54,7 +50,6 @@ def measure(run: PruneContext, step: Step, block: Block) -> list[ActivationStati
 
 
 def _is_finite_alone(run: PruneContext, block: Block, n: int) -> bool:
-    """Return whether the statistics of a single sample are finite."""
     alone = run.activations(1)
     _run(run, block, [n], alone, advances=False)
     return all(statistic.is_finite() for statistic in alone)

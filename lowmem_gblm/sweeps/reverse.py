@@ -29,9 +29,6 @@ def reverse_sweep(run: PruneContext) -> None:
     """Measure the gradient magnitudes of every block, last block first.
 
     Where no prune sweep follows, the block is pruned and written at once.
-
-    Raises:
-        NonFiniteError: Too many samples turn non-finite, or a score does.
     """
     prunes = run.schedule.prune_in == "reverse"
     shortcut = _Shortcut(run.model)
@@ -61,10 +58,7 @@ class _BlockBackward:
         self._exponents_before = dict(self.run.samples.exponents)
 
     def measure(self) -> list[ActivationStatistic]:
-        """Keep the gradient magnitudes of every part of the block; return what else was measured.
-
-        Where a sample turns non-finite, all parts are measured again without the sample.
-        """
+        """Keep the gradient magnitudes of all parts; repeat all if a sample turns non-finite."""
         while True:
             measured = self._activations(len(self.run.samples.active))
             for number, matrices in enumerate(self._parts()):

@@ -1,6 +1,7 @@
 """Which calibration samples are still active.
 
-A sample whose hidden states, loss or gradients turn non-finite is dropped from all later work:
+A sample whose hidden states, loss or gradients turn non-finite is dropped from all later work;
+where too many are dropped, a sweep ends with NonFiniteError.
 
     dense, head     no statistics have been gathered: as if the sample had not been drawn
     reverse, prune  the block in which it is found is measured again without it; what the sample
@@ -62,11 +63,7 @@ class SampleSet:
         return [n for n in range(self._count) if n not in gone]
 
     def drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
-        """Drop these samples; `name` is the pass in which they turned non-finite.
-
-        Raises:
-            NonFiniteError: Too many samples are dropped.
-        """
+        """Drop these samples of the pass `name`; raise `NonFiniteError` if too many are dropped."""
         self.dropped += [{"sample": n, "pass": name, "block": block} for n in numbers]
         if len(self.dropped) > self._tolerated * self._count:
             raise NonFiniteError(self._too_many())

@@ -40,10 +40,7 @@ _HINTS: dict[tuple[Done, Cause], tuple[Hint, ...]] = {
 
 @dataclass(frozen=True)
 class Ending:
-    """The ending of a run that has failed: whether the job stays, and what to raise.
-
-    `error` is None where the error that ended the run is to be raised itself.
-    """
+    """The ending of a failed run: whether its job stays, and what to raise instead, if anything."""
 
     keeps: bool
     error: LowmemGblmError | None = None
@@ -90,7 +87,6 @@ def _disk_error(error: OSError, setup: PruneSetup, *, keeps: bool) -> LowmemGblm
 
 
 def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:
-    """Return the sentence of a hint."""
     paths = setup.paths
     if hint == "lost":
         return (

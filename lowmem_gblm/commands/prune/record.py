@@ -52,7 +52,6 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
 
 
 def _notes(setup: PruneSetup, run: PruneContext) -> list[str]:
-    """Return everything that a user should know of a run, a sentence each."""
     return [
         *_other_rounding(run.job, run.device_name),
         *setup.plan.reasons,
@@ -64,7 +63,6 @@ def _notes(setup: PruneSetup, run: PruneContext) -> list[str]:
 
 
 def _other_rounding(job: Job, here: str) -> list[str]:
-    """Return a sentence about a job that was resumed on another device."""
     devices = list(dict.fromkeys([*(entry["device"] for entry in job.entries), here]))
     if len(devices) == 1:
         return []
@@ -73,7 +71,6 @@ def _other_rounding(job: Job, here: str) -> list[str]:
 
 
 def _unused(scope: PruneScope) -> list[str]:
-    """Return a sentence about tensors that the model does not use."""
     streamed = scope.model.streamed
     used = {name for names in [*streamed.block_tensors, streamed.rest_tensors] for name in names}
     unused = [name for name in scope.model.checkpoint.tensors if name not in used]
@@ -83,7 +80,6 @@ def _unused(scope: PruneScope) -> list[str]:
 
 
 def _dense(scope: PruneScope) -> list[str]:
-    """Return a sentence about matrices inside decoder blocks that stay dense, unless few do."""
     pruned = {weight.name for block in scope.weights for weight in block}
     sizes = {
         name: math.prod(scope.model.checkpoint.tensors[name].shape)

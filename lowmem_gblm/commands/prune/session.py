@@ -64,7 +64,6 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
 
 
 def _limit_memory(setup: PruneSetup) -> None:
-    """Hold the allocators to the plan and the budget."""
     device = setup.scope.model.streamed.device
     memory.reset_gpu_peak(device)
     memory.settle_allocator(setup.scope.model.boundary_bytes(setup.scope.seqlen))
@@ -98,7 +97,6 @@ def _done(setup: PruneSetup, job: Job, output: BlockWriter | None) -> Done:
 
 
 def _writer(setup: PruneSetup, job: Job) -> BlockWriter:
-    """Return what the run writes to, as an earlier attempt has left it."""
     scope, keep = setup.scope, _shards(job)
     checkpoint = scope.model.checkpoint
     if setup.paths.in_place:
@@ -182,7 +180,6 @@ def _assemble(
 
 
 def _restore(run: PruneContext, job: Job) -> None:
-    """Take over what the finished steps have found."""
     for step, entry in zip(run.table, job.entries, strict=False):
         assert (entry["stage"], entry["block"]) == (step.stage, step.block), entry
         run.pruner.restore(entry)

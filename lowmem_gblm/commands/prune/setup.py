@@ -1,6 +1,8 @@
 """The setup of a run: plain values, computed in the order of the functions below.
 
-Nothing is drawn, hashed or downloaded later.
+Nothing is drawn, hashed or downloaded later. A request that does not fit the model raises a
+RequestError, text or a tokenizer that cannot be used a RequestError or CheckpointError, and a plan
+that does not fit the budget a BudgetError.
 """
 
 from __future__ import annotations
@@ -124,11 +126,7 @@ class PruneSetup:
 
 
 def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
-    """Return what is pruned, and how; no weight is loaded.
-
-    Raises:
-        RequestError: The request does not fit the model.
-    """
+    """Return what is pruned, and how; no weight is loaded."""
     weights = prunable_weights(model.checkpoint, model.streamed, request.include, request.exclude)
     if request.in_place and Path(request.model).is_dir() and model.checkpoint.on_disk:
         names = [weight.name for block in weights for weight in block]
@@ -157,12 +155,7 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
 
 
 def draw_samples(scope: PruneScope) -> Tensor:
-    """Return calibration samples, int64 [N, T]; [0, T] for a method that needs none.
-
-    Raises:
-        RequestError: The text is too short, or not there.
-        CheckpointError: The tokenizer has more tokens than the model.
-    """
+    """Return calibration samples, int64 [N, T]; [0, T] for a method that needs none."""
     if not scope.schedule.needs_samples:
         return torch.empty(0, scope.seqlen, dtype=torch.int64)
     request, folder = scope.request, scope.model.checkpoint.folder
@@ -178,12 +171,7 @@ def draw_samples(scope: PruneScope) -> Tensor:
 
 
 def prepare(scope: PruneScope, paths: Paths, tokens_NT: Tensor, job_state: JobState) -> PruneSetup:
-    """Return the setup of a run: its plan, its table, its identity.
-
-    Raises:
-        BudgetError: The run does not fit what may be used.
-        JobError: The resumable job is another one: every difference is named.
-    """
+    """Return the setup of a run; a `JobError` names every difference to the job that is there."""
     previous = job_state.description
     with explained_at(paths.work_folder, kept=previous is not None):
         prints = fingerprints_of(scope, tokens_NT)
@@ -218,9 +206,6 @@ def plan_of(
     """Return how the work is done and what it will take.
 
     Without `speed` there is no time in the plan. `kept` are the choices of a resumed job.
-
-    Raises:
-        BudgetError: The work does not fit the budget.
     """
     return plan(
         scope.sizes,

@@ -1,4 +1,7 @@
-"""Hashes of complete files: shards against the record, side files against those of the source."""
+"""Hashes of complete files: shards against the record, side files against those of the source.
+
+A file that is not an ordinary file of its folder raises CheckpointError.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,7 @@ def check_hashes(shards: Any) -> None:
 
 
 def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for every shard that is gone or has other bytes; each file is read once.
-
-    Raises:
-        CheckpointError: A shard is not an ordinary file of the folder.
-    """
+    """Yield a sentence for every shard that is gone or has other bytes; each file is read once."""
     for name, described in shards.items():
         path = folder / name
         if not path.exists():
@@ -51,11 +50,7 @@ def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
 
 
 def side_file_violations(folder: Path, source: Path) -> Iterator[str]:
-    """Yield a sentence for every side file that an output lacks or has otherwise, but for `.md`.
-
-    Raises:
-        CheckpointError: A side file is not an ordinary file of its folder.
-    """
+    """Yield a sentence for every side file that an output lacks or has otherwise, but for `.md`."""
     for path in side_files(source):
         name = path.relative_to(source)
         copy = folder / name

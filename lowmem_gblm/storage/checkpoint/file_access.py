@@ -40,11 +40,7 @@ _KINDS = {
 
 
 def ordinary_file(folder: Path, path: Path) -> int:
-    """Return the size in bytes of a file that may be read; it belongs to the model folder.
-
-    Raises:
-        CheckpointError: The file is missing, not an ordinary file, or lies elsewhere.
-    """
+    """Return the size in bytes of a file; raise `CheckpointError` unless it may be read."""
     try:
         real = Path(os.path.realpath(path, strict=True))
         found = os.stat(real)
@@ -101,7 +97,6 @@ def _why(path: Path, error: OSError | ValueError) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the folders that files may lie in."""
     home = Path(os.path.realpath(folder))
     places = [home]
     places += [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]

@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked against the file before a byte of data is believed.
 
 Format (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header,
-the data.
+the data. Any deviation raises CheckpointError, which names tensor and file, expected and found.
 """
 
 from __future__ import annotations
@@ -52,11 +52,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of one safetensors file of a model folder, by name.
-
-    Raises:
-        CheckpointError: The file is refused; names tensor and file, what was expected and found.
-    """
+    """Return the tensors of one safetensors file of a model folder, by name."""
     size = ordinary_file(path.parent, path)
     with open(path, "rb") as file:
         length = header_length(path, file.read(_LENGTH_BYTES), size)
@@ -64,11 +60,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def header_length(path: Path, beginning: bytes, size: int) -> int:
-    """Return the length of the header in bytes, from the first eight of a file of `size` bytes.
-
-    Raises:
-        CheckpointError: The header would not fit into the file, or is larger than any header.
-    """
+    """Return the length of the header in bytes, from the first eight of a file of `size` bytes."""
     length = int.from_bytes(beginning, "little")
     if not 2 <= length <= size - _LENGTH_BYTES:
         raise CheckpointError(
@@ -86,9 +78,6 @@ def parse_header(path: Path, text: bytes, size: int) -> dict[str, TensorEntry]:
     """Return the tensors that a header describes, each within the file and apart from the others.
 
     `path` is for the entries and for messages; `size` is in bytes, of the complete file.
-
-    Raises:
-        CheckpointError: See `read_header`.
     """
     try:
         header = strict_json(text)

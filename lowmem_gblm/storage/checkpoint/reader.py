@@ -99,11 +99,7 @@ class Checkpoint:
         return buffer.view(entry.dtype).view(entry.shape)
 
     def read_finite(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tensor as `read` does, after a check that every number is finite.
-
-        Raises:
-            NonFiniteError: The tensor holds a NaN or an infinity.
-        """
+        """Return the tensor as `read` does; raise `NonFiniteError` for a NaN or an infinity."""
         tensor = self.read(name, into)
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             return tensor
@@ -186,11 +182,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def shards_of_index(path: Path, index: dict[str, Any]) -> dict[str, set[str]]:
-    """Return tensor names by shard, from the content of `model.safetensors.index.json`.
-
-    Raises:
-        CheckpointError: The index is empty, or a shard is not the name of a file in the folder.
-    """
+    """Return tensor names by shard, from the index; raise `CheckpointError` if it is not valid."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map")

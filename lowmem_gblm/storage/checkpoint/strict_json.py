@@ -50,11 +50,7 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def strict_json(content: bytes) -> Any:
-    """Return the value that a JSON text stands for.
-
-    Raises:
-        ValueError: The text is refused; the message is one line.
-    """
+    """Return the value of a JSON text; raise `ValueError` with a message of one line."""
     brackets = content.count(b"{") + content.count(b"[")
     if brackets > MAX_BRACKETS:
         raise ValueError(f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")

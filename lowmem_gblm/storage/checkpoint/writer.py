@@ -106,10 +106,7 @@ class CheckpointWriter:
         """Do nothing: once the journal has these blocks, their shards are final."""
 
     def write_rest(self, check: Callable[[], None]) -> None:
-        """Write the shard of everything that no block holds, and copy the side files.
-
-        `check` is called before every piece; it raises if the run is to stop.
-        """
+        """Write the shard of all other tensors and the side files; `check` may raise to stop."""
         self.settle()
         copy = partial(self._copy_tensors, check=check)
         self._write_shard(self._shard(len(self._blocks)), self._rest, copy)
@@ -124,7 +121,6 @@ class CheckpointWriter:
         return record
 
     def _clean(self) -> None:
-        """Remove the files that an earlier attempt left unfinished."""
         self._folder.empty(but=self.shards)
         for shard, finished in self.shards.items():
             path = self.partial / shard

@@ -57,11 +57,7 @@ def needed_statistics(names: Iterable[str]) -> NeededStatistics:
 
 
 def find_statistic(name: str) -> StatisticClass:
-    """Import the statistic of that name; this package comes before other packages.
-
-    Raises:
-        RequestError: The name is unknown, or the package that has it cannot be used.
-    """
+    """Import the statistic of that name; this package comes before other packages."""
     if name in _built_in():
         return _built_in()[name]
     extension = load_extension(_EXTENSIONS, name, "statistic")

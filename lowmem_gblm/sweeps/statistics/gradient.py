@@ -127,7 +127,6 @@ class Gradient(GradientStatistic):
         return self._sums[slot]
 
     def _magnitude(self, gradient: Tensor) -> Tensor:
-        """Return what a sample adds."""
         if self.boost != 1:
             gradient = gradient.float() * self.boost
         # Not `addcmul_`: it rounds once where this rounds twice.

@@ -49,7 +49,7 @@ def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
 
 
 def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int]) -> Tensor:
-    """Return magnitudes from the parts that `pack` made, float32 on their device; zeros stay zero.
+    """Return magnitudes from the parts of `pack`, float32 on their device; zeros stay zero.
 
     Where they were kept in float32 the result shares memory with the parts.
     """
