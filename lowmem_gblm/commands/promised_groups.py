@@ -20,8 +20,9 @@ from lowmem_gblm.storage.checkpoint.file_access import RECORD
 
 @dataclass(frozen=True)
 class PromisedGroups:
-    """Groups of `rows` x `columns` weights, `repeat` side by side, at least `removed` zeros in
-    each.
+    """Groups of `rows` x `columns` weights, `repeat` of them side by side in a matrix [out, in].
+
+    At least `removed` weights are zero in each group.
     """
 
     rows: int
