@@ -60,21 +60,24 @@ class DiskUse:
 
 def disk_use(table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices) -> DiskUse:
     """Return what is stored at every step of a table; drops are removed beside the next step."""
-    stored: dict[Key, int] = {}
+    # Boundaries and loss gradients, then gradient magnitudes.
+    stored = {True: 0, False: 0}
     leaving: Sequence[Key] = ()
     output, overwriting, moments = 0, 0, [Moment()]
     for step in table:
-        stored |= {key: key_bytes(key, sizes, work, choices) for key in step.writes}
+        for key in step.writes:
+            stored[key.is_per_sample] += key_bytes(key, sizes, work, choices)
         block = sizes.block_bytes[step.block or 0] * step.prunes
         output += block * work.writes
         # In place, the new tensors of a block are overwritten beside the next step.
-        moments.append(_moment(stored, output + overwriting + block * work.rewrites))
+        on_disk = output + overwriting + block * work.rewrites
+        moments.append(Moment(stored[True], stored[False], on_disk))
         overwriting = block * work.rewrites
         for key in leaving:
-            stored.pop(key, None)
+            stored[key.is_per_sample] -= key_bytes(key, sizes, work, choices)
         leaving = step.drops
     rest = sizes.total_bytes - sum(sizes.block_bytes) + sizes.side_bytes
-    moments.append(_moment(stored, output + rest * work.writes))
+    moments.append(Moment(stored[True], stored[False], output + rest * work.writes))
     return DiskUse(tuple(moments))
 
 
@@ -83,8 +86,3 @@ def key_bytes(key: Key, sizes: ModelSizes, work: Workload, choices: Choices) -> 
     if key.is_per_sample:
         return work.nsamples * boundary_bytes(sizes, work)
     return stored_bytes(sizes.prunable[key.index], choices.gradient_precision)
-
-
-def _moment(stored: dict[Key, int], output: int) -> Moment:
-    per_sample = sum(size for key, size in stored.items() if key.is_per_sample)
-    return Moment(per_sample, sum(stored.values()) - per_sample, output)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, cast
 
 from lowmem_gblm.planning.schedule import Schedule, Stage
@@ -170,8 +171,9 @@ def step_table(sizes: ModelSizes, work: Workload, choices: Choices) -> tuple[Ste
     return steps(work.schedule, layout)
 
 
+@lru_cache(maxsize=256)
 def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
-    """Return the table of a run, in order."""
+    """Return the table of a run, in order; a planner asks for the same one many times."""
     rows = {
         "embed": _embed,
         "dry_run": _dry_run,

@@ -29,6 +29,8 @@ def test_the_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     assert len(blocks("bash")) == 1
     (tmp_path / ".venv").symlink_to(sys.prefix)
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    # Beside other tests, two threads on a core would wait for each other.
+    bare["OMP_NUM_THREADS"] = "1"
     for block in blocks("bash"):
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=bare, capture_output=True
