@@ -19,10 +19,9 @@ import pytest
 from lowmem_gblm.storage import atomic
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
-# A method, its activations, and of which photographs its job is resumed: of all, or of every n-th.
-# A sample of one job is always run; all of the matrix is slow.
+# A method, its activations, and of how many photographs one is resumed from. All photographs of the
+# methods that are sampled here are slow.
 KILL_MATRIX = [
-    # Method, activations, and of how many photographs one is resumed from.
     *(
         pytest.param(method, activations, every, id=f"{method}-{activations}-{every}")
         for method, every in (

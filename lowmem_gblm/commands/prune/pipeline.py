@@ -1,14 +1,19 @@
 """The complete prune run on one page: read this file first.
 
-Blocks are streamed up to three times, and each pruned block is written at once. Which sweeps run
-follows from the needs of the method (`planning.schedule`); what every step reads, writes and drops
-is the table of steps (`planning.steps`).
+The decoder blocks are streamed up to three times, and each pruned block is written the moment it is
+done. Boundary i is the hidden states that enter block i. Boundaries and gradient magnitudes are
+stored in the work folder until the last step that reads them. What every step reads, writes and
+drops is the table of steps (`planning.steps`); which sweeps run follows from what the method needs
+(`planning.schedule`). A step is durable when it ends: an interrupted run resumes with the step that
+was under way, and `commands.prune.endings` says what is kept after an error.
 
-    embed     every sample through the embeddings
-    dry_run   in place: one sample through all blocks, before one of them is overwritten
+    embed     every sample through the embeddings: boundary 0
+    dry_run   in place, where no dense sweep runs: one sample through all blocks, before the first
+              is overwritten
     dense     first block to last: forward, keeping boundaries
     head      norm, head and loss: the gradient of the loss at the last boundary
-    reverse   last block to first: forward again and backward, gradient magnitudes
+    reverse   last block to first: forward again and backward, gradient magnitudes of the dense
+              model; with `--activations dense` each block is pruned and written here
     prune     first block to last: activations of the model pruned so far, decide, write, advance
     finish    what lies outside the blocks, side files, pruning.json, index, one rename
 """
