@@ -5,6 +5,7 @@ Every function takes about `seconds`, or longer where a single call does.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -148,6 +149,8 @@ def _seconds(
     action: Callable[[], object], seconds: float, device: torch.device | None = None
 ) -> float:
     """Measure the mean seconds of an action: a stall counts, as it does in a run."""
+    # Where CUDA is installed and no GPU is there, the import warns of it on stderr.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # The import takes 40 ms and 3 MiB, which only a plan with times has to pay.
     from torch.utils.benchmark import Timer
 
