@@ -265,7 +265,6 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     model_help = "a model folder, a Hub id, or demo (the embedded model)"
-
     command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
     command.add_argument("model", metavar="MODEL", help=model_help)
     command.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_gblm.commands.prune.endings import Done, ending
 from lowmem_gblm.commands.prune.identity import device_name
 from lowmem_gblm.commands.prune.setup import PruneSetup
+from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.planning.totals import step_flops
 from lowmem_gblm.runtime import memory
@@ -54,7 +55,8 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
                 yield _assemble(setup, job, output, progress, stop, within)
             except BaseException as error:
                 within.close()
-                how = ending(error, _done(setup, job, output), setup)
+                refused = output is None and isinstance(error, JobError)
+                how = ending(error, _done(setup, job, refused=refused), setup)
                 _put_away(setup, job, output, keep=how.keeps)
                 if how.error is not None:
                     raise how.error from (None if isinstance(error, type(how.error)) else error)
@@ -89,9 +91,9 @@ def _stages(setup: PruneSetup) -> list[Stage]:
     return [*found, Stage(name="finish", steps=1, cost=0)]
 
 
-def _done(setup: PruneSetup, job: Job, output: BlockWriter | None) -> Done:
-    """Return what of a job is done; nothing is overwritten before there is an output."""
-    if setup.paths.in_place and output is not None and _shards(job):
+def _done(setup: PruneSetup, job: Job, *, refused: bool) -> Done:
+    """Return what of a job is done; a model that was put back, and so `refused`, is complete."""
+    if setup.paths.in_place and _shards(job) and not refused:
         return "weights overwritten"
     return "finished steps" if job.resumed else "nothing"
 
