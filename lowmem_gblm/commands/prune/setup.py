@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,12 @@ class PruneScope:
         """Return the factor of the loss on its way back."""
         return loss_scale(self.model.streamed.dtype, self.seqlen)
 
-    @property
+    @cached_property
     def sizes(self) -> ModelSizes:
         """Return the sizes that memory and work follow from."""
         return sizes_of(self.model, self.weights)
 
-    @property
+    @cached_property
     def work(self) -> Workload:
         """Return what is to be done."""
         found = work_of(
