@@ -13,8 +13,6 @@ LowmemGblmError
 └── VerificationError       7  an output breaks a promise
 """
 
-from __future__ import annotations
-
 INTERRUPTED = 130
 _LONGEST_NAME = 160
 _LONGEST_LINE = 2000

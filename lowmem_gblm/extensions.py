@@ -3,8 +3,6 @@
 Reading an entry point imports nothing; a package is imported when its extension is asked for.
 """
 
-from __future__ import annotations
-
 from importlib import metadata
 from typing import Any
 

@@ -4,8 +4,6 @@ A field declared with `option` is an option of the command line, of the Python A
 of a run.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import Field, dataclass, field, fields
 from typing import Any

@@ -3,8 +3,6 @@
 Results go to stdout (with `--json`, exactly one JSON object), progress and errors to stderr.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """The fields of a request as flags of the command line, and back."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
@@ -9,12 +7,7 @@ from typing import Any
 
 from lowmem_gblm.cli.streams import tell
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.methods import (
-    find_method,
-    method_names,
-    option_owners,
-    usable_methods,
-)
+from lowmem_gblm.methods import find_method, method_names, option_owners, usable_methods
 from lowmem_gblm.options import flag_of, options
 
 _HELP = ("-h", "--help")

@@ -4,8 +4,6 @@ Text that cannot be written is dropped, at the exit of the interpreter too: a re
 on the disk is not lost for lack of a terminal.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

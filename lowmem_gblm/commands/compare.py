@@ -1,7 +1,5 @@
 """Several methods on one model: prune with each, measure each, one table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +96,7 @@ def _requests(
 
 
 def _row(
-    method: str,
-    perplexity: float,
-    sparsity: float,
-    record: dict[str, Any],
-    output: Path | None,
+    method: str, perplexity: float, sparsity: float, record: dict[str, Any], output: Path | None
 ) -> dict[str, Any]:
     used = record.get("memory", {})
     return {

@@ -1,7 +1,5 @@
 """From an opened model and a request to a plan: sizes, work, budget, speeds."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Sequence

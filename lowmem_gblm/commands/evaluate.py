@@ -1,7 +1,5 @@
 """Perplexity of a model, one decoder block resident at a time."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """The options of methods within a request: which method has them, and what the record says."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The folders of a prune run: where they are, and whether the run may write and remove them."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The needs of a prune run, before anything is written."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from lowmem_gblm.commands.estimate import check_disks, machine_speed

@@ -4,8 +4,6 @@ Nothing here calls the code that made the masks: whether the counts of the recor
 pattern is calculated independently.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The command line, the Python API and the record of a run all follow from these fields.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal

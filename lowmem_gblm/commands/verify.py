@@ -1,7 +1,5 @@
 """Proof that an output keeps its promises, from its files alone and against its source."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,11 +124,7 @@ class _Rule:
         self._updates_weights = record["updates_weights"]
 
     def violations(
-        self,
-        name: str,
-        tensor: Tensor,
-        described: dict[str, Any] | None,
-        original: Tensor | None,
+        self, name: str, tensor: Tensor, described: dict[str, Any] | None, original: Tensor | None
     ) -> Iterator[str]:
         """Yield broken promises about a tensor; a pruned one is `described` in the record."""
         if described is None:

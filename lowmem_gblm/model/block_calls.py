@@ -4,8 +4,6 @@ A recorder keeps how every block is called; a replayer passes given hidden state
 follows the last block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

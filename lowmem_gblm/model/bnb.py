@@ -3,8 +3,6 @@
 The import takes seconds and most runs quantize nothing, so it happens at the first matrix.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging

@@ -4,8 +4,6 @@ A config.json of a few hundred bytes can ask for a thousand million blocks, or f
 as large as the machine. The headers, checked against the files, tell the size of the model.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -6,8 +6,6 @@ through its own conversion; which part of which parameter a tensor on disk becom
 sending coordinates back through the reverse conversion.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Names, shapes and dtypes are those that `save_pretrained` writes, so a plan from
 plan from the headers.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath

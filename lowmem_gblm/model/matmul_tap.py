@@ -6,8 +6,6 @@ expert's slice of a fused parameter are thereby one case, and input norms, gram 
 per-sample gradients are all computed from what the tap reports.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

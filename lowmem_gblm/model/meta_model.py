@@ -1,7 +1,5 @@
 """A model on `meta` from the configuration of a checkpoint."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

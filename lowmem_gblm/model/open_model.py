@@ -1,7 +1,5 @@
 """Opening a model: headers, configuration, and the device and dtype of the computation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The prunable weights of decoder blocks, from headers and the meta model alone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace

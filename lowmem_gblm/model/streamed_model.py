@@ -5,8 +5,6 @@ anything else): stubs replace the blocks and record their arguments. Embeddings,
 and loss are the model's own code too. There is no table of architectures.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """The tokenizer of a model folder."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

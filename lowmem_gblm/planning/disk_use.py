@@ -1,7 +1,5 @@
 """The bytes in the work folder and in the output after every step: the running sum of the table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Globs over the names of tensors on disk, and what a misspelt glob may have meant."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase

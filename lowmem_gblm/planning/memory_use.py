@@ -1,7 +1,5 @@
 """The memory that every pass takes, part by part."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within

@@ -1,7 +1,5 @@
 """The sentences of a plan: why it was chosen, and what is missing if nothing fits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from lowmem_gblm.planning.disk_use import DiskUse

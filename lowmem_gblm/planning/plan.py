@@ -1,7 +1,5 @@
 """A plan: what was chosen, what it will take, and the least that a run could take."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

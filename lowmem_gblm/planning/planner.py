@@ -1,7 +1,5 @@
 """Choosing how a run is done: the fastest way that fits the budget, exact ways first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product

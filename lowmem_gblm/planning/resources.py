@@ -1,7 +1,5 @@
 """Opening a model and limits of the machine: the options that every command has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast

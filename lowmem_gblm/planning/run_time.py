@@ -1,7 +1,5 @@
 """How long every stage takes: totals of the table of steps, over the speed of the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,11 +34,7 @@ class MachineSpeed:
 
 
 def run_time(
-    table: Sequence[Step],
-    sizes: ModelSizes,
-    work: Workload,
-    choices: Choices,
-    speed: MachineSpeed,
+    table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices, speed: MachineSpeed
 ) -> dict[str, float]:
     """Return the seconds of every stage.
 

@@ -1,7 +1,5 @@
 """Which sweeps a run makes, derived from what the method needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

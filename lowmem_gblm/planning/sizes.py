@@ -1,7 +1,5 @@
 """What a plan follows from: the sizes of the model, the work to be done, and the choices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

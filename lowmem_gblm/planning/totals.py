@@ -1,7 +1,5 @@
 """Totals of the table of steps: FLOPs, bytes read from the checkpoint, bytes written."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lowmem_gblm.planning.disk_use import key_bytes

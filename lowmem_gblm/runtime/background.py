@@ -1,7 +1,5 @@
 """One piece of work at a time beside the rest, in a thread of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any

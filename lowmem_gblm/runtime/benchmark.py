@@ -3,8 +3,6 @@
 Every function takes about `seconds`, or longer where a single call does.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

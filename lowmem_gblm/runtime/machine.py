@@ -1,7 +1,5 @@
 """The free memory and disk space of this machine: host memory, GPU memory, disk space."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The memory of this process as the operating system counts it: now, its peak, its limits."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import resource

@@ -1,7 +1,5 @@
 """The progress of a run, and an estimate of the time left."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

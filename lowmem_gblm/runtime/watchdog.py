@@ -4,8 +4,6 @@ If a plan is wrong, the system would swap until nothing answers, or kill a proce
 sentence is better.
 """
 
-from __future__ import annotations
-
 import threading
 from typing import Self
 

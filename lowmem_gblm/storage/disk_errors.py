@@ -1,7 +1,5 @@
 """A disk that fills up or fails in the middle of a run: which error it is, and its sentence."""
 
-from __future__ import annotations
-
 import errno
 import shlex
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The place of a model: a folder, the embedded model, or the Hub."""
 
-from __future__ import annotations
-
 import re
 from importlib import resources
 from pathlib import Path

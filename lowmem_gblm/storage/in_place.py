@@ -17,8 +17,6 @@ needed any more, so 3 can be repeated as often as needed, and is repeated by the
 raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

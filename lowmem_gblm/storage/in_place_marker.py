@@ -4,8 +4,6 @@ It is there from before the first byte is overwritten until after the last one, 
 folder with some blocks pruned and some not is not taken for a model.
 """
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

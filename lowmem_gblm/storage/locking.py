@@ -3,8 +3,6 @@
 Model folders are locked, too: many processes may read one, or one process may overwrite it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Prune one resident block: decisions from statistics, written into the tensors of the disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +42,7 @@ class BlockPruner:
         """Return the decisions since the last call, for the journal."""
         tensors, notes = self._told
         self._told = len(self.tensors), len(self.notes)
-        return {
-            "tensors": dict(list(self.tensors.items())[tensors:]),
-            "notes": self.notes[notes:],
-        }
+        return {"tensors": dict(list(self.tensors.items())[tensors:]), "notes": self.notes[notes:]}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
         """Take over the decisions of an earlier attempt."""

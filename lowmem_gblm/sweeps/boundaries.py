@@ -1,7 +1,5 @@
 """Boundaries: hidden states between blocks, and the forward pass from one to the next."""
 
-from __future__ import annotations
-
 import torch
 
 from lowmem_gblm.model.block_loader import Block

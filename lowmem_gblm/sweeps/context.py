@@ -4,8 +4,6 @@ A step is finished when the body of the loop over `SweepContext.steps` or `Sweep
 ended; a step whose body raises stays unfinished, and a resumed run does the step again.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """The dense sweep, and the head: the dense model forward, then the loss and its gradient."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Tap

@@ -1,7 +1,5 @@
 """Before a model is overwritten: one sample through all of it, while it is still complete."""
 
-from __future__ import annotations
-
 import torch
 
 from lowmem_gblm.model.matmul_tap import Tap

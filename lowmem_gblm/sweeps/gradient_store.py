@@ -1,7 +1,5 @@
 """The gradient magnitudes of a block between the sweep that measures them and the pruning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -4,8 +4,6 @@ Block i sees the outputs of the pruned blocks before it (`--activations pruned`,
 Wanda, SparseGPT and GBLM-Pruner), or those of the dense blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

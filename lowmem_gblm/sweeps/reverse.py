@@ -85,10 +85,7 @@ class _BlockBackward:
         return statistic(self.run.loss_scale, matrices)
 
     def _measure_part(
-        self,
-        matrices: list[MatmulWeight],
-        measured: Sequence[ActivationStatistic],
-        advances: bool,
+        self, matrices: list[MatmulWeight], measured: Sequence[ActivationStatistic], advances: bool
     ) -> dict[MatmulWeight, Tensor] | None:
         """Return the gradient magnitudes of some matrices; None if a sample was non-finite."""
         order, gradient = self.run.samples.active, self._gradient(matrices)

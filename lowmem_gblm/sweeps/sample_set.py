@@ -11,8 +11,6 @@ Averages are over the samples that are in them. Where only the gradients of a sc
 the sample is first tried with a smaller scale, a power of two that is divided out exactly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@
 A job with finished steps is never removed: its cause may go away, as a device error does.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

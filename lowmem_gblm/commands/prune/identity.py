@@ -1,7 +1,5 @@
 """What identifies a job: everything that, if it were different, would give another result."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence

@@ -18,8 +18,6 @@ was under way, and `commands.prune.endings` says what is kept after an error.
     finish    what lies outside the blocks, side files, pruning.json, index, one rename
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lowmem_gblm.commands.paths import check_paths

@@ -1,7 +1,5 @@
 """The record of a run, `pruning.json`: what was asked, what was measured, with what."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from typing import Any

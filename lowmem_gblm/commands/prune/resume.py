@@ -1,7 +1,5 @@
 """What earlier runs have left: a job to resume, or the complete result."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The context of one run: assembled as an earlier attempt left it, put away when the run ends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any

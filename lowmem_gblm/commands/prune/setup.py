@@ -5,8 +5,6 @@ RequestError, text or a tokenizer that cannot be used a RequestError or Checkpoi
 that does not fit the budget a BudgetError.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -243,10 +241,7 @@ def fingerprints_of(scope: PruneScope, tokens_NT: Tensor) -> dict[str, str]:
 
 
 def identity_of(
-    scope: PruneScope,
-    paths: Paths,
-    prints: Mapping[str, str],
-    previous: Mapping[str, Any] | None,
+    scope: PruneScope, paths: Paths, prints: Mapping[str, str], previous: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return what, if it were different, would give another result.
 

@@ -3,8 +3,6 @@
 A file that is not an ordinary file of its folder raises CheckpointError.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Mapping

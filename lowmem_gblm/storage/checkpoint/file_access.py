@@ -12,8 +12,6 @@ would be read, and copied into the output. So a file is read only if, links foll
 A pipe or a device may block for ever, or never end: it is refused before it is opened.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

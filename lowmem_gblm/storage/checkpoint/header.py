@@ -4,8 +4,6 @@ Format (https://github.com/huggingface/safetensors): eight bytes of header lengt
 the data. Any deviation raises CheckpointError, which names tensor and file, expected and found.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ It runs only where the user has said so, and only if it lies in the model folder
 read before and where it becomes part of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path

@@ -5,8 +5,6 @@ guesses UTF-16, and makes half surrogate pairs that no file can hold. What two r
 differently is refused.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -5,8 +5,6 @@ each matrix. Accumulators are float32, on the device of the block. A file in thi
 statistic; so does an entry point of the group `lowmem_gblm.statistics`, whose value is the class.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

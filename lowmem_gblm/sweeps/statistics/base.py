@@ -1,7 +1,5 @@
 """What a statistic declares; the plan, the sweeps and the pruner know no statistic by its name."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping

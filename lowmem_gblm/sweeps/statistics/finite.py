@@ -1,7 +1,5 @@
 """Whether numbers are finite, without memory of their own and without waiting for a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

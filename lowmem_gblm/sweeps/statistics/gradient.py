@@ -4,8 +4,6 @@ The weights are frozen. A hook on the output of each multiplication takes the gr
 there; its product with the input is the sample's gradient of the weight.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Gram matrix of the inputs of a matrix, for SparseGPT."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

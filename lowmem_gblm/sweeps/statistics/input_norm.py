@@ -1,7 +1,5 @@
 """Norm of the inputs of a matrix: averaged over samples, summed over tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

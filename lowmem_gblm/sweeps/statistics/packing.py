@@ -6,8 +6,6 @@ magnitude. A block has heavy tails; a linear map, or a map of the magnitude itse
 ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
