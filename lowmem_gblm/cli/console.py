@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lowmem_gblm.cli.streams import write
 from lowmem_gblm.planning import gibibytes
@@ -31,15 +30,10 @@ class Console:
         self._terminal = stream is not None and not self._silent and stream.isatty()
         self._last = time.monotonic()
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._clear()
 
     def __call__(self, tick: Tick) -> None:
@@ -50,10 +44,8 @@ class Console:
         if now - self._last < pause and not finished:
             return
         self._last = now
-        if self._terminal:
-            self._write(f"{_CLEARED}{progress_line(tick)}")
-        else:
-            self._write(f"{progress_line(tick)}\n")
+        line = progress_line(tick)
+        self._write(f"{_CLEARED}{line}" if self._terminal else f"{line}\n")
 
     def announce(self, text: str) -> None:
         """Write what begins."""

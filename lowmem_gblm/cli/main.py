@@ -10,8 +10,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowmem_gblm import __version__
 from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
@@ -25,7 +26,7 @@ from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime.signals import raise_on_signals
 
 _DEMO_FOLDER = "lowmem-gblm-demo"
-_DEMO_METHODS = ("magnitude", "gradient", "wanda", "gblm", "sparsegpt")
+_DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
 _DEMO_SEQLEN = 256
 _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
@@ -36,6 +37,17 @@ _NOTHING_LEFT = "Nothing half-done is left. To begin again"
 _RECORD = "pruning.json"
 
 
+class _Outcome(NamedTuple):
+    """The outcome of a command, as JSON and as lines; a record in `folder` says the same."""
+
+    result: dict[str, Any]
+    lines: Sequence[str]
+    folder: Path | None = None
+
+
+_Run = Callable[[argparse.Namespace], _Outcome]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (see `lowmem_gblm.errors`)."""
     reserve_streams()
@@ -43,16 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     typed = shlex.join([*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv])
     try:
-        return _run(arguments, typed, ends=argv is None)
+        with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=argv is None):
+            _print(arguments.run(arguments), as_json=arguments.json)
+            return 0
     except KeyboardInterrupt:
-        return _interrupted(arguments, typed)
-
-
-def _run(arguments: argparse.Namespace, typed: str, *, ends: bool) -> int:
-    try:
-        with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=ends):
-            code: int = arguments.run(arguments)
-            return code
+        hint = arguments.interrupted(arguments)
+        if hint is None:
+            return fail(f"interrupted, but {_made(arguments)} is complete already.", INTERRUPTED)
+        return fail(f"interrupted. {hint}:\n{typed}", INTERRUPTED)
     except LowmemGblmError as error:
         return fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
@@ -62,13 +72,6 @@ def _run(arguments: argparse.Namespace, typed: str, *, ends: bool) -> int:
         return fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
     except OSError as error:
         return fail_of_system(error)
-
-
-def _interrupted(arguments: argparse.Namespace, typed: str) -> int:
-    hint = arguments.interrupted(arguments)
-    if hint is None:
-        return fail(f"interrupted, but {_made(arguments)} is complete already.", INTERRUPTED)
-    return fail(f"interrupted. {hint}:\n{typed}", INTERRUPTED)
 
 
 def _program() -> list[str]:
@@ -112,125 +115,98 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
-def _prune(arguments: argparse.Namespace) -> int:
-    from lowmem_gblm.commands.prune.pipeline import prune
-
+def _prune(arguments: argparse.Namespace) -> _Outcome:
     output = None if arguments.output is None else Path(arguments.output)
     request = request_from(PruneRequest, arguments, output=output)
-    with Console(sys.stderr) as console:
-        record = prune(request, console)
-    made = _made(arguments)
-    _print(arguments, record, lambda: prune_lines(record, made), Path(made))
-    return 0
+    return _pruned(request, _made(arguments))
 
 
-def _resume(arguments: argparse.Namespace) -> int:
+def _resume(arguments: argparse.Namespace) -> _Outcome:
     from lowmem_gblm.commands.paths import paths_of
-    from lowmem_gblm.commands.prune.pipeline import prune
     from lowmem_gblm.commands.prune.resume import find_job
 
     defaults = {one.name: one.default for one in options(PruneRequest)}
     given = {name: getattr(arguments, name) for name in _MAY_CHANGE}
     changed = {name: value for name, value in given.items() if value != defaults[name]}
     request = find_job(Path(arguments.work_folder), **changed)
-    arguments.output = made = paths_of(request).output
+    arguments.output = paths_of(request).output
+    return _pruned(request, _made(arguments))
+
+
+def _pruned(request: PruneRequest, made: str) -> _Outcome:
+    from lowmem_gblm.commands.prune.pipeline import prune
+
     with Console(sys.stderr) as console:
         record = prune(request, console)
-    _print(arguments, record, lambda: prune_lines(record, str(made)), made)
-    return 0
+    return _Outcome(record, prune_lines(record, made), Path(made))
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> _Outcome:
     from lowmem_gblm.commands.plan import plan_request
 
-    made = plan_request(request_from(PruneRequest, arguments)).as_json()
-    _print(arguments, made, lambda: plan_lines(made))
-    return 0
+    plan = plan_request(request_from(PruneRequest, arguments)).as_json()
+    return _Outcome(plan, plan_lines(plan))
 
 
-def _eval(arguments: argparse.Namespace) -> int:
+def _eval(arguments: argparse.Namespace) -> _Outcome:
     from lowmem_gblm.commands.evaluate import evaluate
 
     with Console(sys.stderr) as console:
         result = evaluate(request_from(EvalRequest, arguments), console)
-    _print(
-        arguments,
-        result,
-        lambda: [
-            f"perplexity {result['perplexity']:.4f} on {result['text']} "
-            f"({result['windows']} windows of {result['seqlen']} tokens)"
-        ],
+    line = (
+        f"perplexity {result['perplexity']:.4f} on {result['text']} "
+        f"({result['windows']} windows of {result['seqlen']} tokens)"
     )
-    return 0
+    return _Outcome(result, [line])
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> _Outcome:
     from lowmem_gblm.commands.verify import verify
 
     result = verify(arguments.output, arguments.against)
     checked = f"against {arguments.against}" if arguments.against else "by itself"
-    _print(
-        arguments,
-        result,
-        lambda: [
-            f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
-            f"tensors, {result['pruned_tensors']} of them pruned to "
-            f"{result['sparsity_measured']:.2%} zeros",
-            *(f"note: {note}" for note in result["notes"]),
-        ],
+    line = (
+        f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
+        f"tensors, {result['pruned_tensors']} of them pruned to "
+        f"{result['sparsity_measured']:.2%} zeros"
     )
-    return 0
+    return _Outcome(result, [line, *(f"note: {note}" for note in result["notes"])])
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace) -> _Outcome:
     request = request_from(PruneRequest, arguments, method_options={})
-    evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
-    methods = [name.strip() for name in arguments.methods.split(",")]
-    return _run_comparison(arguments, request, methods, evaluation, Path(arguments.output))
+    return _compared(arguments, request, Path(arguments.output))
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> _Outcome:
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
-    evaluation = evaluation_of(request)
     folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
-    return _run_comparison(arguments, request, _DEMO_METHODS, evaluation, folder)
+    return _compared(arguments, request, folder)
 
 
-def _free_folder(path: Path) -> Path:
-    """Return the path, or the first of path-2, path-3, … that does not exist."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
-
-
-def _run_comparison(
-    arguments: argparse.Namespace,
-    request: PruneRequest,
-    methods: Sequence[str],
-    evaluation: EvalRequest,
-    folder: Path,
-) -> int:
+def _compared(arguments: argparse.Namespace, request: PruneRequest, folder: Path) -> _Outcome:
     from lowmem_gblm.commands.compare import compare
 
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
     given = method_options_of(arguments)
     with Console(sys.stderr) as console:
         rows = compare(request, methods, evaluation, folder, console, console.announce, given)
     result = {"model": request.model, "pattern": str(request.target), "rows": rows}
-    _print(arguments, result, lambda: comparison_table(rows))
-    return 0
+    return _Outcome(result, comparison_table(rows))
 
 
-def _print(
-    arguments: argparse.Namespace,
-    result: dict[str, Any],
-    lines: Callable[[], Sequence[str]],
-    folder: Path | None = None,
-) -> None:
-    """Print a result; if that fails, name the record in `folder`, which has it."""
-    text = json.dumps(result, ensure_ascii=False) if arguments.json else "\n".join(lines())
+def _free_folder(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3, … that does not exist."""
+    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(one for one in chain([path], others) if not one.exists())
+
+
+def _print(outcome: _Outcome, *, as_json: bool) -> None:
+    """Print an outcome; if that fails, name the record that has it."""
+    result, lines, folder = outcome
+    text = json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines)
     try:
         write(sys.stdout, f"{text}\n")
     except OSError as error:
@@ -307,15 +283,16 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
     command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
-    command.set_defaults(interrupted=lambda _: "What is pruned stays. To begin again")
+    command.set_defaults(
+        model=DEMO, methods=_DEMO_METHODS, text=None, windows=None,
+        interrupted=lambda _: "What is pruned stays. To begin again",
+    )  # fmt: skip
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")
     add_options(command, Resources)
     return parser
 
 
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: _Run, help: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
     command.set_defaults(run=run, interrupted=lambda _: _NOTHING_LEFT)
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -33,10 +33,10 @@ def add_options(
         if one.name in without:
             command.set_defaults(**{one.name: one.default})
             continue
+        help = one.metadata["help"]
         if one.name == "method":
-            _add(command, one, default=one.default, help=f"one of {', '.join(method_names())}")
-        else:
-            _add(command, one, default=one.default, help=one.metadata["help"])
+            help = f"one of {', '.join(method_names())}"
+        _add(command, one, default=one.default, help=help)
     if methods:
         _add_method_options(command, methods)
 
