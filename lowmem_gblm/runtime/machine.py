@@ -23,8 +23,9 @@ _DEVICE_ERROR = re.compile(
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
-_V2_LIMITS, _V2_USED = ("memory.max", "memory.high"), "memory.current"
-_V1_LIMITS, _V1_USED = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+# Of version 2, and of version 1; a cgroup has the files of one version.
+_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+_USED = ("memory.current", "memory.usage_in_bytes")
 _FILE_CACHE = ("inactive_file", "active_file")
 
 _HOST_MARGIN = 0.05
@@ -60,9 +61,10 @@ def host_memory() -> HostMemory:
     """Return the host memory now, of the machine or of the container around this process."""
     system = psutil.virtual_memory()
     total, available = float(system.total), float(system.available)
-    for folder, limits, used in _own_cgroups():
-        limit = min(_number(folder / name, math.inf) for name in limits)
-        left = limit - _number(folder / used, 0) + _file_cache(folder)
+    for folder in _own_cgroups():
+        limit = min(_number(folder / name, math.inf) for name in _LIMITS)
+        used = max(_number(folder / name, 0) for name in _USED)
+        left = limit - used + _file_cache(folder)
         total, available = min(total, limit), min(available, left)
     return HostMemory(total_bytes=int(total), available_bytes=int(max(0, min(total, available))))
 
@@ -119,8 +121,8 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
-def _own_cgroups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
-    """Yield the cgroups that limit this process, each with the files of its limits and its use.
+def _own_cgroups() -> Iterator[Path]:
+    """Yield the folders of the cgroups that limit this process.
 
     Inside a container the path may be one of the host, of which only the root is visible. A
     missing file limits nothing.
@@ -130,16 +132,11 @@ def _own_cgroups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if not controllers:
-            yield from ((one, _V2_LIMITS, _V2_USED) for one in _upwards(_CGROUPS, path))
-        elif "memory" in controllers.split(","):
-            root = _CGROUPS / "memory"
-            yield from ((one, _V1_LIMITS, _V1_USED) for one in _upwards(root, path))
-
-
-def _upwards(root: Path, path: str) -> Iterator[Path]:
-    own = root / path.lstrip("/")
-    yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+        # Version 2 has one line for all controllers, which names none.
+        if not controllers or "memory" in controllers.split(","):
+            root = _CGROUPS / "memory" if controllers else _CGROUPS
+            own = root / path.lstrip("/")
+            yield from (one for one in (own, *own.parents) if one.is_relative_to(root))
 
 
 def _number(path: Path, otherwise: float) -> float:

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,6 @@ CUDA_CONTEXT_BYTES = 512 << 20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
 _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
 _KEPT_AT_END_BYTES = 1 << 30
@@ -26,11 +26,10 @@ _FROM_SYSTEM_BYTES = 1 << 25
 
 def host_peak_bytes() -> int:
     """Return the largest resident set since the process began, or since `reset_host_peak`."""
-    if _STATUS.exists():
-        match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-        if match:
-            return int(match[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    kib = int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * 1024
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
@@ -69,10 +68,8 @@ def limit_gpu(device: torch.device, limit_bytes: int) -> None:
 
 def reset_host_peak() -> None:
     """Reset the peak of host memory to that of a new run, where the system can."""
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-    except OSError:
-        return
+    with suppress(OSError):
+        _CLEAR.write_text("5")
 
 
 def settle_allocator(boundary_bytes: int = 0) -> None:
