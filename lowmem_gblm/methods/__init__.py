@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,37 +34,25 @@ _NO_METHODS = {"masks"}
 _EXTENSIONS = "lowmem_gblm.methods"
 
 
-class Statistics(Mapping[str, "Tensor"]):
+class Statistics(dict[str, "Tensor"]):
     """The float32 statistics of one matrix [out, in], by the names that the method's `needs` gives.
 
     Those named in `per_output` have a row for every output; the others belong to the inputs.
     """
 
     def __init__(self, values: Mapping[str, Tensor], per_output: Collection[str] = ()) -> None:
-        self._values = dict(values)
+        super().__init__(values)
         self._per_output = frozenset(per_output)
 
-    def __getitem__(self, name: str) -> Tensor:
-        # Not a KeyError: that would be taken for the answer of `get` and `in`.
-        assert name in self._values, (
+    def __missing__(self, name: str) -> Tensor:
+        raise AssertionError(
             f"a method reads the statistic {name!r}, which its `needs` does not name"
         )
-        return self._values[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def of_rows(self, rows: slice) -> Statistics:
         """Return the statistics of some outputs; what belongs to the inputs stays complete."""
         values = {
-            name: value[rows] if name in self._per_output else value
-            for name, value in self._values.items()
+            name: value[rows] if name in self._per_output else value for name, value in self.items()
         }
         return Statistics(values, self._per_output)
 
@@ -155,10 +143,16 @@ def find_method(name: str) -> Method:
     if name in built_in_names():
         method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
         return method
-    extension = load_extension(_EXTENSIONS, name, "method")
+    extension: Method | None = load_extension(_EXTENSIONS, name, "method")
     if extension is None:
         raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
-    return _checked(extension, name)
+    named = isinstance(extension, Method) and extension.name == name
+    if not named or not is_dataclass(extension.options):
+        raise RequestError(
+            f"the method {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
+            f"lowmem_gblm.methods.Method of that name with a dataclass of options: {extension!r}"
+        )
+    return extension
 
 
 def usable_methods(
@@ -178,17 +172,6 @@ def usable_methods(
         else:
             names.append(name)
     return sorted(names)
-
-
-def _checked(extension: Any, name: str) -> Method:
-    fits = isinstance(extension, Method) and extension.name == name
-    if not fits or not is_dataclass(extension.options):
-        raise RequestError(
-            f"the method {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
-            f"lowmem_gblm.methods.Method of that name with a dataclass of options: {extension!r}"
-        )
-    method: Method = extension
-    return method
 
 
 def option_owners(names: Iterable[str]) -> dict[str, list[str]]:
@@ -215,6 +198,17 @@ def by_score(
             the inputs). A few rows are then decided at a time, which takes less memory and time.
     """
 
+    def keep(weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: Any) -> Tensor:
+        score_OI = score(weight_OI, statistics, options)
+        least_O, most_O = score_OI.aminmax(dim=1)
+        if not bool((least_O.isfinite() & most_O.isfinite()).all()):
+            count = int((~score_OI.isfinite()).sum())
+            raise NonFiniteError(f"{count} of {score_OI.numel()} scores are not finite")
+        silent_O = (least_O == 0) & (most_O == 0)
+        if bool(silent_O.any()):
+            score_OI[silent_O] = weight_OI[silent_O].abs()
+        return keep_mask(score_OI, pattern, group)
+
     def decide(
         weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: Any
     ) -> Decision:
@@ -224,29 +218,9 @@ def by_score(
         if rowwise and group == "row":
             rows = max(1, AT_ONCE[weight_OI.device.type] // weight_OI.shape[1])
         keeps = [
-            _keep(score, weight_OI[part].float(), statistics.of_rows(part), pattern, group, options)
+            keep(weight_OI[part].float(), statistics.of_rows(part), pattern, options)
             for part in (slice(start, start + rows) for start in range(0, len(weight_OI), rows))
         ]
         return Decision(keep=keeps[0] if len(keeps) == 1 else torch.cat(keeps))
 
     return decide
-
-
-def _keep(
-    score: Callable[[Tensor, Statistics, Any], Tensor],
-    weight_OI: Tensor,
-    statistics: Statistics,
-    pattern: Pattern,
-    group: Group,
-    options: Any,
-) -> Tensor:
-    score_OI = score(weight_OI, statistics, options)
-    least_O, most_O = score_OI.aminmax(dim=1)
-    if not bool((least_O.isfinite() & most_O.isfinite()).all()):
-        raise NonFiniteError(
-            f"{int((~score_OI.isfinite()).sum())} of {score_OI.numel()} scores are not finite"
-        )
-    silent_O = (least_O == 0) & (most_O == 0)
-    if bool(silent_O.any()):
-        score_OI[silent_O] = weight_OI[silent_O].abs()
-    return keep_mask(score_OI, pattern, group)

@@ -36,7 +36,7 @@ class Unstructured:
         return "unstructured"
 
     def removed(self, group_size: int) -> int:
-        """Return the exact number of weights to remove: `floor(group_size * sparsity)`."""
+        """Return how many weights of a group to remove: `floor(group_size * sparsity)`."""
         return math.floor(group_size * Fraction(self.sparsity))
 
 
@@ -65,6 +65,10 @@ class NofM:
     def sparsity(self) -> Decimal:
         """Return the fraction of zeros in a matrix whose width M divides."""
         return 1 - Decimal(self.n) / Decimal(self.m)
+
+    def removed(self, group_size: int) -> int:
+        """Return how many weights of a group to remove: none of a ragged tail."""
+        return self.m - self.n if group_size == self.m else 0
 
     def check_width(self, name: str, in_features: int) -> None:
         """Raise `RequestError` if M does not divide the width of the named matrix."""
@@ -140,18 +144,11 @@ def comparison_groups(
     if isinstance(pattern, NofM):
         rows, columns = 1, pattern.m
     repeat, tail = divmod(in_features, columns)
-    sizes = [(width, times) for width, times in ((columns, repeat), (tail, 1)) if width * times]
     return [
-        {"rows": rows, "columns": width, "repeat": times, "removed": _removed(pattern, rows, width)}
-        for width, times in sizes
+        {"rows": rows, "columns": width, "repeat": times, "removed": pattern.removed(rows * width)}
+        for width, times in ((columns, repeat), (tail, 1))
+        if width * times
     ]
-
-
-def _removed(pattern: Pattern, rows: int, columns: int) -> int:
-    """Return how many weights of a group of this size go; none of the ragged tail of N:M."""
-    if isinstance(pattern, NofM):
-        return pattern.m - pattern.n if columns == pattern.m else 0
-    return pattern.removed(rows * columns)
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
@@ -159,7 +156,6 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
 
     Args:
         score_OI: Finite scores [out, in], floating point, any device. Not modified.
-        pattern: How many stay.
         group: The comparison group where the pattern is unstructured.
     """
     if isinstance(pattern, NofM):
