@@ -7,9 +7,10 @@ be compared number by number.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ Split = Literal["calibration", "evaluation"]
 # Texts that are known by name; any other name is that of a file.
 NAMED = ("c4", "wikitext2", "demo")
 
+_A_FILE = "a .txt, .jsonl, .json.gz or .parquet file"
 _DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _C4_EVALUATION_DOCUMENTS = 1100
 
@@ -47,49 +49,34 @@ class Documents:
 def calibration_samples(
     source: Text | Documents, tokenize: Tokenize, *, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Draw calibration samples, int64 [N, T].
+    """Draw calibration samples, int64 [N, T]; a sample of `Documents` lies within one of them.
+
+    Every start is `randint(0, len(tokens) - seqlen - 1)`, in the order of the samples; documents
+    are drawn until one is longer than `seqlen` tokens.
 
     Args:
-        source: The text or the documents.
         tokenize: Text to token ids, with the tokenizer's default special tokens.
-        nsamples: N.
-        seqlen: T.
         seed: Seed of `random.Random`.
 
     Raises:
         RequestError: The text, or every document, is too short.
     """
+    import torch
+
+    draw = random.Random(seed)
     if isinstance(source, Text):
-        return text_windows(tokenize(source.text), source.origin, nsamples, seqlen, seed)
-    return document_windows(source, tokenize, nsamples, seqlen, seed)
-
-
-def text_windows(
-    tokens: Sequence[int], origin: str, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
-    """Return windows of one text; starts are `randint(0, len(tokens) - seqlen - 1)`, in order."""
-    import torch
-
-    if len(tokens) <= seqlen:
-        raise RequestError(
-            f"{origin} has {len(tokens)} tokens; samples of {seqlen} tokens need at least "
-            f"{seqlen + 1}. Give a longer text, or a smaller --seqlen"
-        )
-    draw = random.Random(seed)
-    starts = [draw.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
-    return torch.tensor([list(tokens[start : start + seqlen]) for start in starts])
-
-
-def document_windows(
-    source: Documents, tokenize: Tokenize, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
-    """Return windows of documents, each drawn until one is longer than `seqlen` tokens."""
-    import torch
-
-    draw = random.Random(seed)
+        complete = tokenize(source.text)
+        if len(complete) <= seqlen:
+            raise RequestError(
+                f"{source.origin} has {len(complete)} tokens; samples of {seqlen} tokens need at "
+                f"least {seqlen + 1}. Give a longer text, or a smaller --seqlen"
+            )
+        drawn: Iterable[Sequence[int]] = repeat(complete, nsamples)
+    else:
+        # Drawn one by one: each before the start of its sample.
+        drawn = (_draw_document(source, tokenize, seqlen, draw) for _ in range(nsamples))
     samples = []
-    for _ in range(nsamples):
-        tokens = _draw_document(source, tokenize, seqlen, draw)
+    for tokens in drawn:
         start = draw.randint(0, len(tokens) - seqlen - 1)
         samples.append(list(tokens[start : start + seqlen]))
     return torch.tensor(samples)
@@ -156,12 +143,10 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
         return _wikitext2(split)
     path = Path(name)
     if path.is_dir():
-        raise RequestError(f"{path} is a folder: give a .txt, .jsonl, .json.gz or .parquet file")
+        raise RequestError(f"{path} is a folder: give {_A_FILE}")
     if not path.is_file():
-        raise RequestError(
-            f"there is no text {name!r}: give {', '.join(NAMED)}, or the path of a .txt, .jsonl, "
-            f".json.gz or .parquet file"
-        )
+        named = ", ".join(NAMED)
+        raise RequestError(f"there is no text {name!r}: give {named}, or the path of {_A_FILE}")
     if path.stat().st_size == 0:
         raise RequestError(f"{path} is empty")
     return _open_file(path, column)
@@ -196,22 +181,22 @@ def _documents(dataset: Any, column: str, origin: str) -> Documents:
     return Documents(_Column(dataset, column, origin), origin)
 
 
+@dataclass(frozen=True)
 class _Column(Sequence[str]):
     """A column of a data set, read row by row from its memory-mapped table."""
 
-    def __init__(self, dataset: Any, column: str, origin: str) -> None:
-        self._origin = origin
-        self._dataset = dataset
-        self._column = column
+    dataset: Any
+    name: str
+    origin: str
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        text = self._dataset[index][self._column]
+        text = self.dataset[index][self.name]
         if not isinstance(text, str):
             raise RequestError(
-                f"row {index} of {self._origin} holds no text in column {self._column!r}"
+                f"row {index} of {self.origin} holds no text in column {self.name!r}"
             )
         return text
 
@@ -226,9 +211,8 @@ def _c4(split: Split) -> Documents | Text:
 
 def _wikitext2(split: Split) -> Text:
     """Return WikiText-2; calibration joins the rows of `train` by a space, as the authors do."""
-    part = "train" if split == "calibration" else "test"
+    part, joint = ("train", " ") if split == "calibration" else ("test", "\n\n")
     dataset = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
-    joint = " " if split == "calibration" else "\n\n"
     return Text(joint.join(dataset["text"]), "WikiText-2")
 
 
