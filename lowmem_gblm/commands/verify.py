@@ -21,6 +21,7 @@ from lowmem_gblm.storage.hub import locate
 
 NAMED = 10
 _CONFIG = "config.json"
+_KEYS = ("tensors", "sparsity", "sparsity_measured", "pattern", "group", "updates_weights")
 
 _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
 
@@ -55,17 +56,11 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     checkpoint = _readable(folder, changed)
     source = Checkpoint(locate(against)) if against is not None else None
     violations = list(_folder_violations(folder, checkpoint, source, record))
-    zeros = numel = 0
     if not violations:
-        rule = _Rule(record)
         for name in checkpoint.tensors:
             tensor = checkpoint.read(name)
             original = source.read(name) if source is not None else None
-            described = record["tensors"].get(name)
-            if described is not None:
-                zeros += int((tensor == 0).sum())
-                numel += tensor.numel()
-            violations += rule.violations(name, tensor, described, original)
+            violations += _tensor_violations(name, tensor, original, record)
     if changed or violations:
         raise _broken(folder, [*changed, *violations])
     return {
@@ -74,7 +69,8 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "pruned_tensors": len(record["tensors"]),
         "hashed_shards": len(hashes),
-        "sparsity_measured": zeros / numel,
+        # The zeros of every tensor have just been found to be those of the record.
+        "sparsity_measured": _sparsity(record),
         "notes": [] if hashes else [_UNHASHED],
     }
 
@@ -83,7 +79,9 @@ def _folder_violations(
     folder: Path, checkpoint: Checkpoint, source: Checkpoint | None, record: dict[str, Any]
 ) -> Iterator[str]:
     """Yield broken promises that show without a look at a single number."""
-    yield from _unhashed(checkpoint, record.get("shards", {}))
+    if hashes := record.get("shards"):
+        used = {entry.file.name for entry in checkpoint.tensors.values()}
+        yield from (f"{name} has no hash in {RECORD}" for name in sorted(used - hashes.keys()))
     yield from _index_violations(folder, checkpoint, record)
     if not (folder / _CONFIG).is_file():
         yield f"{_CONFIG} is missing"
@@ -110,82 +108,63 @@ def _broken(folder: Path, violations: list[str]) -> VerificationError:
     )
 
 
-def _unhashed(checkpoint: Checkpoint, hashes: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for every shard that the model is loaded from without a hash."""
-    if hashes:
-        used = {entry.file.name for entry in checkpoint.tensors.values()}
-        yield from (f"{name} has no hash in {RECORD}" for name in sorted(used - hashes.keys()))
+def _tensor_violations(
+    name: str, tensor: Tensor, original: Tensor | None, record: dict[str, Any]
+) -> Iterator[str]:
+    """Yield broken promises of `pruning.json` about one tensor."""
+    described = record["tensors"].get(name)
+    if described is None:
+        if original is not None and not torch.equal(_bits(tensor), _bits(original)):
+            yield f"{name} was not to be pruned, and differs from the source"
+        return
+    zeros = int((tensor == 0).sum())
+    if zeros != described["zeros"]:
+        yield f"{name} has {zeros} zeros, {RECORD} says {described['zeros']}"
+    kept = original is not None and not record["updates_weights"]
+    yield from _group_violations(name, tensor, original if kept else None, described)
+    if original is None:
+        return
+    if bool((tensor.signbit() & (tensor == 0) & (original != 0)).any()):
+        yield f"{name} has a negative zero"
+    if kept:
+        changed = int(((_bits(tensor) != _bits(original)) & (tensor != 0)).sum())
+        if changed:
+            yield f"{name} has {changed} kept weights that differ from the source"
 
 
-class _Rule:
-    """The promises that `pruning.json` makes about single tensors."""
+def _group_violations(
+    name: str, tensor: Tensor, original: Tensor | None, described: dict[str, Any]
+) -> Iterator[str]:
+    """Yield groups with fewer zeros than recorded, or more beyond those of the original."""
 
-    def __init__(self, record: dict[str, Any]) -> None:
-        self._updates_weights = record["updates_weights"]
+    def wrong(label: str, amount: str, zeros: Tensor, where: Tensor, removed: int) -> Iterator[str]:
+        places = where.nonzero().flatten().tolist()
+        if places:
+            yield (
+                f"{name}: {len(places)} {label} with too {amount} zeros; the first, {places[0]}, "
+                f"has {int(zeros[places[0]])} instead of {removed}"
+            )
 
-    def violations(
-        self, name: str, tensor: Tensor, described: dict[str, Any] | None, original: Tensor | None
-    ) -> Iterator[str]:
-        """Yield broken promises about a tensor; a pruned one is `described` in the record."""
-        if described is None:
-            if original is not None and not torch.equal(_bits(tensor), _bits(original)):
-                yield f"{name} was not to be pruned, and differs from the source"
-            return
-        zeros = int((tensor == 0).sum())
-        if zeros != described["zeros"]:
-            yield f"{name} has {zeros} zeros, {RECORD} says {described['zeros']}"
-        yield from self._counts(name, tensor, described, original)
-        if original is None:
-            return
-        if bool((tensor.signbit() & (tensor == 0) & (original != 0)).any()):
-            yield f"{name} has a negative zero"
-        if not self._updates_weights:
-            changed = int(((_bits(tensor) != _bits(original)) & (tensor != 0)).sum())
-            if changed:
-                yield f"{name} has {changed} kept weights that differ from the source"
-
-    def _counts(
-        self, name: str, tensor: Tensor, described: dict[str, Any], original: Tensor | None
-    ) -> Iterator[str]:
-        """Yield groups with fewer zeros than recorded, or more beyond those of the source."""
-        in_first, promised = described["layout"] == "in,out", promised_groups(described)
-        for label, groups, removed in cut(_rows(tensor, in_first), promised):
-            found = (groups == 0).sum(dim=1)
-            few = (found < removed).nonzero().flatten()
-            if len(few):
-                yield (
-                    f"{name}: {len(few)} {label} with too few zeros; the first, {int(few[0])}, has "
-                    f"{int(found[few[0]])} instead of {removed}"
-                )
-        if original is None or self._updates_weights:
-            return
-        for (label, groups, removed), (_, before, _) in zip(
-            cut(_rows(tensor, in_first), promised),
-            cut(_rows(original, in_first), promised),
-            strict=True,
-        ):
-            found, own = (groups == 0).sum(dim=1), (before == 0).sum(dim=1)
-            many = (found > removed + own).nonzero().flatten()
-            if len(many):
-                yield (
-                    f"{name}: {len(many)} {label} with too many zeros; the first, {int(many[0])}, "
-                    f"has {int(found[many[0]])} instead of {removed}"
-                )
+    found = _zeros_of_groups(tensor, described)
+    for label, zeros, removed in found:
+        yield from wrong(label, "few", zeros, zeros < removed, removed)
+    if original is None:
+        return
+    before = _zeros_of_groups(original, described)
+    for (label, zeros, removed), (_, own, _) in zip(found, before, strict=True):
+        yield from wrong(label, "many", zeros, zeros > removed + own, removed)
 
 
-def _rows(tensor: Tensor, in_first: bool) -> Tensor:
-    return tensor.mT if in_first else tensor
+def _zeros_of_groups(tensor: Tensor, described: dict[str, Any]) -> list[tuple[str, Tensor, int]]:
+    """Return what groups are called, the zeros in each of them, and those promised in each."""
+    weight = tensor.mT if described["layout"] == "in,out" else tensor
+    groups = cut(weight, promised_groups(described))
+    return [(label, (group == 0).sum(dim=1), removed) for label, group, removed in groups]
 
 
 def _bits(tensor: Tensor) -> Tensor:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.dtype.itemsize])
-
-
-def _index(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    if (folder / INDEX).exists():
-        return read_json(folder / INDEX)
-    return {"weight_map": dict.fromkeys(checkpoint.tensors, SINGLE)}
 
 
 def _index_violations(
@@ -196,12 +175,13 @@ def _index_violations(
     A model pruned in place may be one file without an index, and may have other files of weights,
     which it is not loaded from and which the run has not touched.
     """
-    index = _index(folder, checkpoint)
-    surplus = sorted(checkpoint.tensors.keys() - index["weight_map"].keys())
+    shards = dict.fromkeys(checkpoint.tensors, SINGLE)
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX)["weight_map"]
+    surplus = sorted(checkpoint.tensors.keys() - shards.keys())
     if surplus:
         yield f"{surplus[0]} is in a shard, but not in {INDEX}"
-    strays = {path.name for path in folder.glob("*.safetensors")}
-    strays -= set(index["weight_map"].values())
+    strays = {path.name for path in folder.glob("*.safetensors")} - set(shards.values())
     if record.get("in_place") is True:
         strays &= record.get("shards", {}).keys()
     yield from (f"{stray} is not named in {INDEX}" for stray in sorted(strays))
@@ -238,15 +218,16 @@ def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterat
             yield f"{name} is in {RECORD}, but not in the checkpoint"
         elif list(entry.shape) != described["shape"]:
             yield f"{name} has the shape {list(entry.shape)}, {RECORD} says {described['shape']}"
-    numel = sum(math.prod(one["shape"]) for one in record["tensors"].values())
-    counted = sum(one["zeros"] for one in record["tensors"].values()) / numel
-    if not math.isclose(counted, record["sparsity_measured"]):
-        yield f"sparsity_measured is {record['sparsity_measured']}, the tensors give {counted}"
+    recorded, counted = record["sparsity_measured"], _sparsity(record)
+    if not math.isclose(counted, recorded):
+        yield f"sparsity_measured is {recorded}, the tensors give {counted}"
 
 
-_KEYS = (
-    "tensors", "sparsity", "sparsity_measured", "pattern", "group", "updates_weights",
-)  # fmt: skip
+def _sparsity(record: dict[str, Any]) -> float:
+    """Return the fraction of zeros in all pruned tensors, by their counts in the record."""
+    tensors = record["tensors"].values()
+    numel = sum(math.prod(one["shape"]) for one in tensors)
+    return float(sum(one["zeros"] for one in tensors) / numel)
 
 
 def _source_violations(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
