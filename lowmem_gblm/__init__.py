@@ -144,12 +144,11 @@ def compare(
         LowmemGblmError: As for `prune`.
     """
     from lowmem_gblm.commands.compare import compare as run
-    from lowmem_gblm.commands.request import PruneRequest, evaluation_of, sort_options
+    from lowmem_gblm.commands.request import PruneRequest, sort_options
 
     values, method_options = sort_options(options)
     request = PruneRequest(model=fspath(model), **values)
-    evaluation = evaluation_of(request, text=text, windows=windows)
-    return run(request, methods, evaluation, Path(folder), listener, None, method_options)
+    return run(request, methods, Path(folder), text, windows, method_options, listener)
 
 
 def verify(

@@ -18,7 +18,7 @@ from lowmem_gblm import __version__
 from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
 from lowmem_gblm.cli.options import add_options, method_options_of, methods_to_offer, request_from
 from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
-from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest, evaluation_of
+from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
 from lowmem_gblm.methods import method_names
 from lowmem_gblm.options import options
@@ -189,10 +189,9 @@ def _compared(arguments: argparse.Namespace, request: PruneRequest, folder: Path
     from lowmem_gblm.commands.compare import compare
 
     methods = [name.strip() for name in arguments.methods.split(",")]
-    evaluation = evaluation_of(request, text=arguments.text, windows=arguments.windows)
-    given = method_options_of(arguments)
+    text, windows, given = arguments.text, arguments.windows, method_options_of(arguments)
     with Console(sys.stderr) as console:
-        rows = compare(request, methods, evaluation, folder, console, console.announce, given)
+        rows = compare(request, methods, folder, text, windows, given, console, console.announce)
     result = {"model": request.model, "pattern": str(request.target), "rows": rows}
     return _Outcome(result, comparison_table(rows))
 

@@ -1,7 +1,7 @@
 """Several methods on one model: prune with each, measure each, one table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ Announce = Callable[[str], None]
 def compare(
     request: PruneRequest,
     methods: Sequence[str],
-    evaluation: EvalRequest,
     folder: Path,
-    listener: Listener | None = None,
-    announce: Announce | None = None,
-    method_options: Mapping[str, Any] | None = None,
+    text: str | None,
+    windows: int | None,
+    method_options: Mapping[str, Any],
+    listener: Listener | None,
+    announce: Announce = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Prune with several methods and measure the perplexity of each result.
 
@@ -33,10 +34,10 @@ def compare(
 
     Args:
         request: The shared options; its method and output are replaced.
-        evaluation: How perplexity is measured; its model is replaced.
         folder: Folder for one checkpoint per method, `folder/METHOD`.
-        announce: Called with a text about what begins.
+        text, windows: Those of the `EvalRequest`; its other options are those of `request`.
         method_options: Options of methods, each for those of `methods` that have it.
+        announce: Called with a text about what begins.
 
     Returns:
         A row each for the dense model and every method: `method`, `perplexity`, `sparsity`,
@@ -46,28 +47,29 @@ def compare(
         RequestError: None of the methods has an option.
         JobError: An output exists already and is something else; nothing has been done then.
     """
-    say = announce or (lambda text: None)
-    requests = _requests(request, methods, folder, method_options or {})
+    shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
+    values = {name: getattr(request, name) for name in shared}
+    evaluation = EvalRequest(**values, text=text, windows=windows)
+    requests = _requests(request, methods, folder, method_options)
     finished = {one.method: find_finished(one) for one in requests}
     for one in requests:
         if finished[one.method] is None:
             check_absent(folder / one.method)
-    say("dense: measuring perplexity")
-    dense = evaluate(replace(evaluation, model=request.model), listener)
+    announce("dense: measuring perplexity")
+    dense = evaluate(evaluation, listener)
     # The embedded text of the dense model is also used to measure the pruned ones.
     evaluation = replace(evaluation, text=dense["text"], seqlen=dense["seqlen"])
-    rows = [_row("dense", dense["perplexity"], 0.0, {}, None)]
+    rows = [_row("dense", dense["perplexity"], {"sparsity_measured": 0.0}, None)]
     for one in requests:
         record = finished[one.method]
         if record is None:
-            say(f"{one.method}: pruning")
+            announce(f"{one.method}: pruning")
             record = prune(one, listener)
         else:
-            say(f"{one.method}: is pruned already")
-        say(f"{one.method}: measuring perplexity")
+            announce(f"{one.method}: is pruned already")
+        announce(f"{one.method}: measuring perplexity")
         result = evaluate(replace(evaluation, model=str(one.output)), listener)
-        sparsity = record["sparsity_measured"]
-        rows.append(_row(one.method, result["perplexity"], sparsity, record, one.output))
+        rows.append(_row(one.method, result["perplexity"], record, one.output))
     return rows
 
 
@@ -96,13 +98,13 @@ def _requests(
 
 
 def _row(
-    method: str, perplexity: float, sparsity: float, record: dict[str, Any], output: Path | None
+    method: str, perplexity: float, record: dict[str, Any], output: Path | None
 ) -> dict[str, Any]:
     used = record.get("memory", {})
     return {
         "method": method,
         "perplexity": perplexity,
-        "sparsity": sparsity,
+        "sparsity": record["sparsity_measured"],
         "seconds": record.get("seconds", {}).get("total"),
         "host_peak_bytes": used.get("host_peak_bytes"),
         "gpu_peak_bytes": used.get("gpu_peak_bytes"),

@@ -16,7 +16,7 @@ class Paths:
 
     Attributes:
         output: Where the pruned model will be; in place, the model folder.
-        work_folder: What is stored between steps, and the journal.
+        work_folder: What is stored between steps, and the journal; in `work_dir`, or beside output.
         partial: Where the output is written until it is complete; unused in place.
     """
 
@@ -42,15 +42,10 @@ def paths_of(request: PruneRequest) -> Paths:
         folder = folder.resolve()
     return Paths(
         output=folder,
-        work_folder=work_folder_of(folder, request.work_dir),
+        work_folder=(request.work_dir or folder.parent) / f"{folder.name}.work",
         partial=folder.with_name(f"{folder.name}.partial") if folder.name else folder,
         in_place=request.in_place,
     )
-
-
-def work_folder_of(output: Path, work_dir: Path | None) -> Path:
-    """Return the work folder for an output: in `work_dir`, else beside the output."""
-    return (work_dir or output.parent) / f"{output.name}.work"
 
 
 def check_paths(request: PruneRequest) -> Paths:

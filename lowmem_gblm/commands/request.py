@@ -231,15 +231,6 @@ def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
     return PruneRequest(**values)
 
 
-def evaluation_of(
-    request: PruneRequest, *, text: str | None = None, windows: int | None = None
-) -> EvalRequest:
-    """Return the request that measures an output: model, windows and resources of `request`."""
-    shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
-    values = {name: getattr(request, name) for name in shared}
-    return EvalRequest(**values, text=text, windows=windows)
-
-
 def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
     """Return tokens per sample: as asked, else 2048 or what the model's positions allow, if known.
 

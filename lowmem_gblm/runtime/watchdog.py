@@ -5,14 +5,13 @@ sentence is better.
 """
 
 import threading
+from dataclasses import dataclass
 from typing import Self
 
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.runtime.machine import HostMemory, host_memory
 from lowmem_gblm.runtime.memory import host_resident_bytes
 from lowmem_gblm.runtime.signals import StopFlag
-
-INTERVAL_S = 0.05
 
 # Asking about the system takes ten times as long as asking about this process.
 _SYSTEM_EVERY = 4
@@ -21,26 +20,21 @@ _FLOOR_BYTES = 256 << 20
 _SIZEABLE = 0.25
 
 
+@dataclass
 class HostWatch:
     """A thread that requests a stop, a `BudgetError`, once host memory gets short.
 
-    Args:
+    Attributes:
         limit_bytes: Most resident memory of this process; None if only the system is watched.
         planned_bytes: The planned memory, for the message; None without a plan.
     """
 
-    def __init__(
-        self,
-        limit_bytes: int | None,
-        stop: StopFlag,
-        *,
-        planned_bytes: int | None = None,
-        interval_s: float = INTERVAL_S,
-    ) -> None:
-        self._limit_bytes = limit_bytes
-        self._stop = stop
-        self._planned_bytes = planned_bytes
-        self._interval_s = interval_s
+    limit_bytes: int | None
+    stop: StopFlag
+    planned_bytes: int | None = None
+    interval_s: float = 0.05
+
+    def __post_init__(self) -> None:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="host-watch", daemon=True)
 
@@ -54,20 +48,20 @@ class HostWatch:
 
     def _watch(self) -> None:
         looks = 0
-        while not self._over.wait(self._interval_s):
+        while not self._over.wait(self.interval_s):
             reason = self._look(at_system=looks % _SYSTEM_EVERY == 0)
             if reason is not None:
-                self._stop.request(BudgetError(reason))
+                self.stop.request(BudgetError(reason))
                 return
             looks += 1
 
     def _look(self, *, at_system: bool) -> str | None:
         """Return why the run must stop; None if it need not."""
         resident = host_resident_bytes()
-        if self._limit_bytes is not None and resident > self._limit_bytes:
+        if self.limit_bytes is not None and resident > self.limit_bytes:
             return (
                 f"this process has taken {_gib(resident)} of host memory, "
-                f"{_gib(self._limit_bytes)} may be used: stopped before the system runs short. "
+                f"{_gib(self.limit_bytes)} may be used: stopped before the system runs short. "
                 f"{self._plan()}Give a larger --cpu-memory, or try a smaller --seqlen"
             )
         memory = host_memory() if at_system else None
@@ -81,7 +75,7 @@ class HostWatch:
         return None
 
     def _plan(self) -> str:
-        return "" if self._planned_bytes is None else f"The plan was {_gib(self._planned_bytes)}. "
+        return "" if self.planned_bytes is None else f"The plan was {_gib(self.planned_bytes)}. "
 
 
 def _runs_short(memory: HostMemory, resident_bytes: int) -> bool:
