@@ -107,11 +107,7 @@ def plan(model: str | PathLike[str], **options: Any) -> dict[str, Any]:
 def evaluate(
     model: str | PathLike[str], *, listener: Listener | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Measure the perplexity of `model`; options are the fields of `lowmem_gblm.EvalRequest`.
-
-    Raises:
-        LowmemGblmError: The request is bad, or the model cannot be used.
-    """
+    """Measure the perplexity of `model`; options are the fields of `lowmem_gblm.EvalRequest`."""
     from lowmem_gblm.commands.evaluate import evaluate as run
     from lowmem_gblm.commands.request import EvalRequest
 
@@ -131,17 +127,10 @@ def compare(
     """Prune `model` with several methods into `folder/METHOD` and measure each result.
 
     Args:
-        model: Folder, Hub id, or "demo".
-        methods: Names of methods.
-        folder: Folder for the checkpoints.
         text: Text that perplexity is measured on, as for `evaluate`.
         windows: Number of windows of the text; None for all.
-        listener: Called after every step.
         options: Options as for `prune`, shared by all methods; an option of a method is given to
             the methods that have it.
-
-    Raises:
-        LowmemGblmError: As for `prune`.
     """
     from lowmem_gblm.commands.compare import compare as run
     from lowmem_gblm.commands.request import PruneRequest, sort_options

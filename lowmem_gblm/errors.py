@@ -1,17 +1,4 @@
-"""The errors that this package raises on purpose, and the exit code of each.
-
-LowmemGblmError
-├── RequestError            2  an option is wrong, or contradicts another
-├── DiskError               2  a disk fails in the middle of a run, or may not be written any more
-├── DeviceError             2  a GPU or its driver fails in the middle of a run
-├── CheckpointError         3  the model folder cannot be used
-│   └── UnsupportedModel    3  the architecture does not fit the streaming contract
-├── BudgetError             4  memory or disk do not suffice
-│   └── DiskFull            4  the disk, or a quota, was used up in the middle of a run
-├── JobError                5  the output exists, or belongs to another job
-├── NonFiniteError          6  a loss, a hidden state or a score is NaN or infinite
-└── VerificationError       7  an output breaks a promise
-"""
+"""The errors that this package raises on purpose, and the exit code of each."""
 
 INTERRUPTED = 130
 _LONGEST_NAME = 160
@@ -80,7 +67,7 @@ class DiskFull(BudgetError):
 
 
 class DiskError(LowmemGblmError):
-    """A disk fails in the middle of a run; what was done is kept."""
+    """A disk fails in the middle of a run, or may no longer be written; what was done is kept."""
 
     exit_code = 2
 
@@ -98,7 +85,7 @@ class JobError(LowmemGblmError):
 
 
 class NonFiniteError(LowmemGblmError):
-    """A number that must be finite is not."""
+    """A loss, a hidden state, a score or a weight is NaN or infinite."""
 
     exit_code = 6
 

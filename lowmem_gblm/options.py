@@ -44,11 +44,8 @@ def option(
     """Declare a field of a request, or of the options of a method.
 
     Args:
-        default: The value if the user gives none.
-        help: One line for `--help`.
         identity: Whether another value gives another result.
-        choices: The values allowed, if they can be listed.
-        parse: Turns the typed string into the value.
+        parse: Turns the typed string into the value; `bool` makes a flag without a value.
         metavar: Placeholder in `--help`.
         repeat: Whether the option may be given several times.
     """

@@ -85,13 +85,13 @@ def prune_lines(record: dict[str, Any], output: str) -> list[str]:
     """Return the lines that `prune` prints when it is done."""
     used = record["memory"]
     gpu = f", {gibibytes(used['gpu_peak_bytes'])} GPU" if used["gpu_peak_bytes"] else ""
-    lines = [
+    return [
+        *(f"note: {note}" for note in record["notes"]),
         f"pruned {len(record['tensors'])} tensors with {record['method']} to "
         f"{record['sparsity_measured']:.2%} zeros in {record['seconds']['total']:.1f} s, "
         f"peak {gibibytes(used['host_peak_bytes'])} host memory{gpu}",
         f"the checkpoint is {output}",
     ]
-    return [*(f"note: {note}" for note in record["notes"]), *lines]
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:

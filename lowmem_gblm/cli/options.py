@@ -76,14 +76,13 @@ def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, 
     """Give a command the flag of one option."""
     described = one.metadata
     if described["parse"] is bool:
-        default = argparse.SUPPRESS if default is argparse.SUPPRESS else False
         command.add_argument(flag_of(one.name), action="store_true", default=default, help=help)
         return
     repeated = described["repeat"] and default is not argparse.SUPPRESS
     shown = "" if one.default in (None, ()) else f" [{one.default}]"
     command.add_argument(
         flag_of(one.name),
-        default=None if repeated else default,
+        default=[] if repeated else default,
         type=_typed(described["parse"]),
         choices=described["choices"] or None,
         metavar=None if described["choices"] else described["metavar"],
@@ -95,8 +94,6 @@ def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, 
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
     """Return the request that was typed; `more` are fields that no flag gives."""
     values = {one.name: getattr(arguments, one.name) for one in options(kind)}
-    repeated = {one.name for one in options(kind) if one.metadata["repeat"]}
-    values |= {name: tuple(values[name] or ()) for name in repeated}
     if "method_options" in {one.name for one in fields(kind)}:
         values["method_options"] = method_options_of(arguments)
     return kind(model=arguments.model, **values | more)

@@ -129,7 +129,6 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
     Args:
         name: "c4", "wikitext2", "demo", or the path of a .txt, .jsonl, .json.gz or .parquet file.
         split: Calibration and evaluation read different parts of the named data sets.
-        column: Column of the text, in files of documents.
 
     Raises:
         RequestError: The text does not exist, is empty, or has no such column.

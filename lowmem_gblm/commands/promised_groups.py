@@ -30,9 +30,8 @@ class PromisedGroups:
 
     def __post_init__(self) -> None:
         numbers = (self.rows, self.columns, self.repeat, self.removed)
-        if any(type(number) is not int for number in numbers):
-            raise ValueError(f"not a comparison group: {self}")
-        if min(numbers[:3]) < 1 or not 0 <= self.removed <= self.size:
+        valid = all(type(number) is int for number in numbers) and min(numbers[:3]) > 0
+        if not valid or not 0 <= self.removed <= self.size:
             raise ValueError(f"not a comparison group: {self}")
 
     @property

@@ -15,7 +15,7 @@ from lowmem_gblm.commands.method_options import check_method_options
 from lowmem_gblm.errors import JobError, RequestError, shown
 from lowmem_gblm.methods import find_method
 from lowmem_gblm.methods.masks import Pattern, parse_pattern
-from lowmem_gblm.options import check_choices, option
+from lowmem_gblm.options import check_choices, flag_of, option
 from lowmem_gblm.planning.globs import as_globs
 from lowmem_gblm.planning.resources import Resources
 
@@ -105,7 +105,7 @@ class PruneRequest(Resources):
         if not self.in_place:
             for name in ("overwrite_my_only_copy", "in_place_shared"):
                 if getattr(self, name):
-                    raise RequestError(f"--{name.replace('_', '-')} needs --in-place")
+                    raise RequestError(f"{flag_of(name)} needs --in-place")
         elif self.output is not None:
             raise RequestError(
                 f"--in-place overwrites {self.model} itself: give that, or the OUTPUT "
@@ -226,8 +226,6 @@ def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
     for name in ("output", "work_dir"):
         if values[name] is not None:
             values[name] = Path(values[name])
-    for name in ("include", "exclude"):
-        values[name] = tuple(values[name])
     return PruneRequest(**values)
 
 

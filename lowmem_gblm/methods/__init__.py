@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
 from lowmem_gblm.extensions import extension_names, load_extension, package_of
-from lowmem_gblm.methods.masks import Group, Pattern, comparison_groups, keep_mask
+from lowmem_gblm.methods.masks import Group, NofM, Pattern, keep_mask
 from lowmem_gblm.options import NoOptions, options
 
 if TYPE_CHECKING:
@@ -117,10 +117,22 @@ class Method:
     def comparison_groups(
         self, pattern: Pattern, out_features: int, in_features: int
     ) -> list[dict[str, int]]:
-        """Return the comparison groups of a matrix [out, in]; see `masks`."""
+        """Return the comparison groups of a matrix [out, in], from the first input to the last.
+
+        Each has `rows` and `columns` (the last one may have fewer columns), `repeat`: how many lie
+        side by side, and `removed`: how many weights of each are removed.
+        """
         rows = 1 if self.group == "row" else out_features
         columns = self.block_columns(pattern) if self.block_columns else in_features
-        return comparison_groups(pattern, rows, columns, in_features)
+        if isinstance(pattern, NofM):
+            rows, columns = 1, pattern.m
+        whole, tail = divmod(in_features, columns)
+        found = []
+        for width, repeat in ((columns, whole), (tail, 1)):
+            if width * repeat:
+                removed = pattern.removed(rows * width)
+                found.append({"rows": rows, "columns": width, "repeat": repeat, "removed": removed})
+        return found
 
 
 def method_names() -> list[str]:

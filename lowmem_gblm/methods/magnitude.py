@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowmem_gblm.methods import Method, Statistics, by_score
+from lowmem_gblm.options import NoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lowmem_gblm.options import NoOptions
 
 
 def magnitude_scores(weight_OI: Tensor, statistics: Statistics, options: NoOptions) -> Tensor:

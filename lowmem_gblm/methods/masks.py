@@ -126,31 +126,6 @@ def _decimal(value: str | float | Decimal) -> Decimal:
     return number
 
 
-def comparison_groups(
-    pattern: Pattern, rows: int, columns: int, in_features: int
-) -> list[dict[str, int]]:
-    """Return the comparison groups of a matrix [out, in], and how many weights of each are removed.
-
-    Args:
-        pattern: N:M makes groups of its own, whatever `rows` and `columns` are.
-        rows, columns: Size of an unstructured group; where `columns` does not divide the inputs,
-            the last group has fewer.
-        in_features: Inputs of the matrix.
-
-    Returns:
-        From the first input to the last: `rows` and `columns` of a group, `repeat`: how many lie
-        side by side, `removed`: how many weights of each are removed.
-    """
-    if isinstance(pattern, NofM):
-        rows, columns = 1, pattern.m
-    repeat, tail = divmod(in_features, columns)
-    return [
-        {"rows": rows, "columns": width, "repeat": times, "removed": pattern.removed(rows * width)}
-        for width, times in ((columns, repeat), (tail, 1))
-        if width * times
-    ]
-
-
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """Choose the weights of one matrix that stay: bool [out, in], on the device of the scores.
 
@@ -203,12 +178,10 @@ def keep_n_of_m(score_OI: Tensor, pattern: NofM) -> Tensor:
     """Keep the N largest of every M consecutive scores of a row; ties as in `keep_largest`."""
     import torch
 
-    rows, width = score_OI.shape
-    whole = width - width % pattern.m
     keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
-    groups = score_OI[:, :whole].reshape(rows, -1, pattern.m)
-    order = groups.argsort(dim=2, stable=True)
-    keep = torch.ones_like(groups, dtype=torch.bool)
-    keep.scatter_(2, order[:, :, : pattern.m - pattern.n], False)
-    keep_OI[:, :whole] = keep.view(rows, whole)
+    width = score_OI.shape[1] // pattern.m * pattern.m
+    score_OGM = score_OI[:, :width].unflatten(1, (-1, pattern.m))
+    keep_OGM = keep_OI[:, :width].unflatten(1, (-1, pattern.m))
+    order_OGM = score_OGM.argsort(dim=2, stable=True)
+    keep_OGM.scatter_(2, order_OGM[:, :, : pattern.m - pattern.n], False)
     return keep_OI

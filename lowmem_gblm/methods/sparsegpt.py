@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.methods import Decision, Method, Statistics
 from lowmem_gblm.methods.masks import NofM, Pattern, keep_largest, keep_n_of_m
+from lowmem_gblm.options import NoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lowmem_gblm.options import NoOptions
 
 COLUMNS = 128
 DAMPING = 0.01

@@ -47,12 +47,10 @@ def flops_rate(
     """Measure the FLOP/s of multiplications with the matrices of a block.
 
     Args:
-        device: Where the matrices are multiplied.
         dtype: Of the numbers; float16 becomes float32 on a CPU, as it does in a run.
         shapes: `[out, in]` of every matrix of a block, as often as it is in it; not empty.
         tokens: Rows of the input.
         limit_bytes: Most memory it takes, half of which is left to what libraries pack.
-        seconds: About how long the measurement takes.
     """
     if device.type == "cpu" and dtype == torch.float16:
         dtype = torch.float32

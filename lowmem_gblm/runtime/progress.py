@@ -44,7 +44,6 @@ class Progress:
     """A count of the steps of a run's stages, reported to a listener.
 
     Attributes:
-        seconds: Seconds of each stage.
         check: Raises the requested error of `stop`; called before every sample and piece of work.
         waited_seconds: Seconds of each stage in which the computation waited for data.
     """
