@@ -23,15 +23,12 @@ def add_options(
     """Add a flag to a command for every field of a request class that is an option.
 
     Args:
-        without: Fields that keep their default.
+        without: Fields that get no flag.
         only: Fields that get a flag; None for all.
         methods: Methods whose options get a flag, too.
     """
     for one in options(kind):
-        if only is not None and one.name not in only:
-            continue
-        if one.name in without:
-            command.set_defaults(**{one.name: one.default})
+        if one.name in without or (only is not None and one.name not in only):
             continue
         help = one.metadata["help"]
         if one.name == "method":
@@ -93,7 +90,7 @@ def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, 
 
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
     """Return the request that was typed; `more` are fields that no flag gives."""
-    values = {one.name: getattr(arguments, one.name) for one in options(kind)}
+    values = {one.name: getattr(arguments, one.name, one.default) for one in options(kind)}
     if "method_options" in {one.name for one in fields(kind)}:
         values["method_options"] = method_options_of(arguments)
     return kind(model=arguments.model, **values | more)
