@@ -11,7 +11,6 @@ from lowmem_gblm.storage.in_place_marker import check_complete
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
-_DESCRIPTION = ["config.json"]
 _EMBEDDED = "demo"
 
 
@@ -32,8 +31,15 @@ def locate(
         CheckpointError: `model` is none of these.
         JobError: The model is being pruned in place, and that has not been finished.
     """
-    wanted = [*(_WANTED if weights else _DESCRIPTION), *([PATTERN] if code else [])]
-    found = _found(model, wanted)
+    if Path(model).is_dir():
+        found = Path(model)
+    elif model == _EMBEDDED:
+        found = Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
+    elif is_on_hub(model):
+        wanted = [*(_WANTED if weights else ["config.json"]), *([PATTERN] if code else [])]
+        found = _download(model, wanted)
+    else:
+        raise CheckpointError(f"there is no model folder {model}")
     if not unfinished:
         check_complete(found)
     return found
@@ -42,17 +48,6 @@ def locate(
 def is_on_hub(model: str) -> bool:
     """Return whether `model` may be a Hub id: neither a folder nor the embedded model."""
     return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
-
-
-def _found(model: str, wanted: list[str]) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if model == _EMBEDDED:
-        return Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
-    if not is_on_hub(model):
-        raise CheckpointError(f"there is no model folder {model}")
-    return _download(model, wanted)
 
 
 def _download(model: str, wanted: list[str]) -> Path:
