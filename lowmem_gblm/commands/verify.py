@@ -16,7 +16,8 @@ from lowmem_gblm.storage.checkpoint.checksums import (
     side_file_violations,
 )
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
-from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint, read_json
+from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.hub import locate
 
 NAMED = 10

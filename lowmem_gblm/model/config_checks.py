@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
 from lowmem_gblm.model.conversion import NameConversion
-from lowmem_gblm.storage.checkpoint.reader import Checkpoint, TensorEntry
+from lowmem_gblm.storage.checkpoint.header import TensorEntry
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
 # Endings of names in config.json, and the most that is accepted: far beyond every known model,
 # as the largest have 130 blocks, 512 experts, 22000 labels and ten million positions.

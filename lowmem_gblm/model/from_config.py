@@ -15,14 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.conversion import as_stored
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, load_config, reason
-from lowmem_gblm.storage.checkpoint.reader import (
-    INDEX,
-    PICKLES,
-    SINGLE,
-    Checkpoint,
-    TensorEntry,
-    read_json,
-)
+from lowmem_gblm.storage.checkpoint.header import TensorEntry
+from lowmem_gblm.storage.checkpoint.reader import INDEX, PICKLES, SINGLE, Checkpoint
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 
 def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:

@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
 from lowmem_gblm.model.config_checks import check_counts, check_headers, check_sizes
-from lowmem_gblm.storage.checkpoint.reader import Checkpoint, read_json
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 MAX_CONFIG_BYTES = 4 << 20
 _OWN_CLASS = AutoModelForCausalLM.__name__

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.errors import CheckpointError, shown
-from lowmem_gblm.storage.checkpoint.reader import read_json
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 # Text to token ids.
 Tokenize = Callable[[str], Sequence[int]]

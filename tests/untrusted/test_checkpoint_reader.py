@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lowmem_gblm.errors import CheckpointError
-from lowmem_gblm.storage.checkpoint.reader import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    read_header,
-    read_json,
-)
+from lowmem_gblm.storage.checkpoint.header import DTYPES, read_header
+from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (4, 0), (2, 3, 4), (1, 1, 1, 2)]
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

@@ -11,7 +11,7 @@ from lowmem_gblm.commands.request import PruneRequest, request_from_json
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
-from lowmem_gblm.storage.checkpoint.reader import read_json
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.job_state import differences, forget_finished, read_description
 
 
