@@ -2,48 +2,40 @@
 
 A file or folder appears under its final name complete or not at all: it is written beside it with a
 temporary name, flushed to the disk, renamed, and the folder is flushed too. Every function raises
-OSError if the disk is full or failing; `publish_file` and `replace_file` leave no file then.
+OSError if the disk is full or failing; `publish_file` leaves no new file then.
 """
 
-from __future__ import annotations
-
-import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.raw_io import Bytes, opened, summary, write_at
 
 TEMPORARY = ".tmp"
 
 
-class Writable(Protocol):
-    """A file whose end can be written to."""
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Append all of `data`; return the number of bytes."""
-
-
-def publish_file(path: Path, write: Callable[[Writable], object], holds: str = "") -> None:
-    """Create `path` with what `write` puts into it; raise `FileExistsError` if it exists."""
-    _publish(PendingFile(path, holds), write)
-
-
-def replace_file(path: Path, data: bytes, holds: str = "") -> None:
-    """Write `data` to `path`, in the place of any former file; one of the two is always there."""
-    _publish(PendingFile(path, holds, replaces=True), lambda file: file.write(data))
-
-
-def _publish(growing: PendingFile, write: Callable[[Writable], object]) -> None:
+def publish_file(
+    path: Path, pieces: Iterable[Bytes], holds: str = "", *, replaces: bool = False
+) -> dict[str, Any]:
+    """Write all pieces to `path`, as a `PendingFile` does; return their `summary`."""
+    growing = PendingFile(path, holds, replaces=replaces)
     try:
-        write(growing)
+        written = summary(pieces, growing.append)
         growing.publish()
     except BaseException:
         growing.discard()
         raise
+    return written
+
+
+def publish_json(path: Path, value: Any, holds: str, *, replaces: bool = False) -> None:
+    """Write `path` as readable JSON, in the key order of `value`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    publish_file(path, [text.encode()], holds, replaces=replaces)
 
 
 def temporary_name(path: Path) -> Path:
@@ -55,71 +47,45 @@ class PendingFile:
     """A file that is written piece by piece, and has its name only when it is complete.
 
     Args:
-        path: The final name.
         holds: What the file holds, for the sentence about a disk that fails.
-        replaces: Whether a file of this tool that has become untrue may be at `path`.
-
-    Raises:
-        FileExistsError: `path` exists, and `replaces` is False.
+        replaces: Whether a file of this tool that has become untrue may be at `path`; otherwise
+            a file there raises `FileExistsError`.
     """
 
     def __init__(self, path: Path, holds: str = "", *, replaces: bool = False) -> None:
         if path.exists() and not replaces:
             raise FileExistsError(f"{path} exists already")
-        self.path = path
-        self.size_bytes = 0
+        self._path = path
+        self._size_bytes = 0
         self._holds = holds
         self._temporary = temporary_name(path)
-        self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
-    def append(self, data: memoryview) -> int:
+    def append(self, data: Bytes) -> int:
         """Write `data` at the end; return its offset in bytes."""
-        start = self.size_bytes
-        with blamed(self.path, self._holds):
-            while data:
-                count = os.pwrite(self.descriptor, data, self.size_bytes)
-                if count == 0:
-                    raise OSError(errno.EIO, "nothing was written")
-                self.size_bytes += count
-                data = data[count:]
+        start = self._size_bytes
+        with blamed(self._path, self._holds):
+            write_at(self._descriptor, memoryview(data), start)
+        self._size_bytes += len(data)
         return start
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Append all of `data`; return the number of bytes, as other files do."""
-        self.append(memoryview(data))
-        return len(data)
 
     def publish(self) -> None:
         """Give the file its name; nothing can be written any more."""
-        with blamed(self.path, self._holds):
-            os.fsync(self.descriptor)
-            os.rename(self._temporary, self.path)
-            flush_folder(self.path.parent)
+        with blamed(self._path, self._holds):
+            os.fsync(self._descriptor)
+            os.rename(self._temporary, self._path)
+            flush_folder(self._path.parent)
         self._close()
 
     def discard(self) -> None:
         """Remove the file, unless it has been published."""
-        if self.descriptor >= 0:
+        if self._descriptor >= 0:
             self._temporary.unlink(missing_ok=True)
             self._close()
 
     def _close(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = -1
-
-
-def publish_json(path: Path, value: Any, holds: str) -> None:
-    """Create `path` as readable JSON, in the key order of `value`."""
-    publish_file(path, lambda file: file.write(_as_json(value)), holds)
-
-
-def replace_json(path: Path, value: Any, holds: str) -> None:
-    """Write `path` as readable JSON, in the place of any former file."""
-    replace_file(path, _as_json(value), holds)
-
-
-def _as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def publish_folder(partial: Path, final: Path) -> None:
@@ -149,9 +115,5 @@ def _check_still_absent(final: Path) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with blamed(folder):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with opened(folder) as descriptor, blamed(folder):
+        os.fsync(descriptor)

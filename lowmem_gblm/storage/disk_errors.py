@@ -17,9 +17,7 @@ _FAILING = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENXIO, errn
 def blamed(path: Path, holds: str = "") -> Iterator[None]:
     """Run the body; an error of the system in it names `path`, unless it names a file itself.
 
-    Args:
-        path: The file or folder that the body works on.
-        holds: What is in it, for the sentence about the error; without, its name is given.
+    The sentence about the error says what the file `holds`; without that, its name.
     """
     try:
         yield
@@ -38,16 +36,15 @@ def is_trouble(error: OSError) -> bool:
 def explained(error: OSError, needs: str, what_to_do: str) -> DiskFull | DiskError:
     """Return the error of the system as one with a sentence for the user.
 
-    Args:
-        needs: How much is still needed and how much is free, and where; empty if not known.
-        what_to_do: What the user can do, once the disk is in order.
+    `needs` says how much is still needed and how much is free, and where; empty if not known.
     """
     path = Path(str(error.filename or "a file of this run"))
-    failed = f"{_what(error, path)} could not be written to {path}"
+    what = getattr(error, "holds", "") or f"the file {path.name.removesuffix('.tmp')}"
+    failed = f"{what} could not be written to {path}"
     if error.errno in _FULL:
         wanting = f"{failed}, {needs}" if needs else failed
         return DiskFull(f"{_FULL[error.errno]}: {wanting}: make room, then {what_to_do}")
-    failed = f"{_what(error, path)} could not be written to or read from {path}"
+    failed = f"{what} could not be written to or read from {path}"
     if error.errno in _FAILING:
         return DiskError(
             f"a disk is failing ({error.strerror}): {failed}: look after that disk, then "
@@ -71,18 +68,18 @@ def to_resume(work_folder: Path, *, kept: bool) -> str:
     """Say what to do after an attempt that has ended early, where the job is `kept` or not."""
     if not kept:
         return "give the same command again; nothing was done yet that could be kept"
-    command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
+    command = resume_command(work_folder)
     return f"give the same command again, or {command}, which resumes from what is done"
 
 
 def to_resume_or_discard(work_folder: Path, discarded: Sequence[Path]) -> str:
     """Say how to resume a job that an error has ended, and what to remove to discard it."""
-    command = shlex.join(["lowmem-gblm", "resume", str(work_folder)])
-    kept = f"What is done is kept in {work_folder}: {command} resumes it"
-    return (
-        f"{kept}; to discard it, remove {' and '.join(map(str, discarded))}" if discarded else kept
-    )
+    kept = f"What is done is kept in {work_folder}: {resume_command(work_folder)} resumes it"
+    if not discarded:
+        return kept
+    return f"{kept}; to discard it, remove {' and '.join(map(str, discarded))}"
 
 
-def _what(error: OSError, path: Path) -> str:
-    return getattr(error, "holds", "") or f"the file {path.name.removesuffix('.tmp')}"
+def resume_command(work_folder: Path) -> str:
+    """Return what to type to resume a job."""
+    return shlex.join(["lowmem-gblm", "resume", str(work_folder)])

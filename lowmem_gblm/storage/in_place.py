@@ -17,35 +17,41 @@ needed any more, so 3 can be repeated as often as needed, and is repeated by the
 raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
-import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from hashlib import sha256
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from lowmem_gblm.errors import JobError, RequestError, shown
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.storage.atomic import publish_json
-from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
-from lowmem_gblm.storage.checkpoint.reader import Checkpoint, TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD, named
+from lowmem_gblm.storage.checkpoint.header import TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.writer import (
     CheckpointWriter,
     publish_shard,
-    summary_of,
-    write_tensors,
+    shard_summary,
+    tensor_data,
 )
 from lowmem_gblm.storage.disk_errors import blamed
-from lowmem_gblm.storage.in_place_marker import InPlaceMarker
+from lowmem_gblm.storage.in_place_marker import remove_marker, write_marker
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.storage.job_state import read_journal
+from lowmem_gblm.storage.raw_io import (
+    PIECE_BYTES,
+    checked,
+    file_pieces,
+    opened,
+    read_at,
+    summary,
+    write_at,
+)
 
-_PIECE_BYTES = 1 << 20
 _HUB_MODEL = "models--"
 
 
@@ -53,7 +59,6 @@ class InPlaceWriter:
     """A checkpoint whose blocks are overwritten; a run uses it like a `CheckpointWriter`.
 
     Args:
-        source: The checkpoint.
         pruned: Names on disk of the tensors of every decoder block that are to be pruned.
         job: The job; no other process uses its work folder.
         keep: Files of the work folder that the journal has; the remaining ones are written over the
@@ -61,7 +66,7 @@ class InPlaceWriter:
 
     Attributes:
         shards: All shards, each with its `bytes` and its `sha256`; empty before `write_rest`.
-        bytes_written: Bytes written into the shards.
+        bytes_written: Bytes written into the shards by this process.
 
     Raises:
         JobError: A file in `keep` is damaged, or the model was replaced in the meantime.
@@ -78,11 +83,10 @@ class InPlaceWriter:
         self.bytes_written = 0
         self._source = source
         self._pruned = pruned
-        self._work_folder = job.folder
+        self._job = job
         self._published: dict[str, dict[str, Any]] = {}
-        self._marker = InPlaceMarker(source.folder, job.folder, job.id)
         self._check_overwritten(keep)
-        self._marker.tell(overwritten=bool(keep))
+        write_marker(source.folder, job.folder, job.id, overwritten=bool(keep))
         self._repair(keep)
         self._writer = SerialWorker("write-block")
 
@@ -90,17 +94,10 @@ class InPlaceWriter:
         """Stop writing; the marker stays for another attempt to `keep`, or is removed."""
         self._writer.close()
         if not keep:
-            self.withdraw()
-
-    def withdraw(self) -> None:
-        """Remove the marker: the model is complete, or unchanged."""
-        self._marker.remove()
+            remove_marker(self._source.folder)
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
-        """Publish the pruned tensors of block `index` in a thread; return the future of that.
-
-        `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
-        """
+        """Publish the pruned tensors of block `index` as `CheckpointWriter.write_block` does."""
         return self._writer.begin(self._publish, index, dict(tensors))
 
     def settle(self) -> None:
@@ -113,68 +110,66 @@ class InPlaceWriter:
 
     def committed(self, blocks: Sequence[int]) -> None:
         """Write these blocks, which the journal has, over the old ones; a next run repeats it."""
+        job = self._job
         for name in map(_file_name, blocks):
-            self._marker.tell(overwritten=True)
-            self._overwrite(self._work_folder / name)
+            write_marker(self._source.folder, job.folder, job.id, overwritten=True)
+            self._overwrite(job.folder / name)
 
     def write_rest(self, check: Callable[[], None]) -> None:
         """Read all shards for their hashes; `check` is called before every piece."""
         files = {entry.file.name: entry.file for entry in self._source.tensors.values()}
-        self.shards = {name: _summary(file, check) for name, file in sorted(files.items())}
+        self.shards = {
+            name: summary(checked(file_pieces(file, "the shard"), check))
+            for name, file in sorted(files.items())
+        }
         self._source.bytes_read += self._source.nbytes()
 
-    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json, remove the marker, and return `record`."""
+    def publish(self, record: dict[str, Any]) -> None:
+        """Write `record` as pruning.json, and remove the marker."""
         publish_json(self._source.folder / RECORD, record, "the record")
-        self.withdraw()
-        return record
+        remove_marker(self._source.folder)
 
     def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        entries = self._entries(index)
-        path = self._work_folder / _file_name(index)
-        write = partial(write_tensors, tensors=tensors)
-        self._published[path.name] = publish_shard(
-            path, entries, write, f"the new weights of block {index}"
-        )
-
-    def _entries(self, index: int) -> list[TensorEntry]:
-        return [self._source.tensors[name] for name in self._pruned[index]]
+        entries = [self._source.tensors[name] for name in self._pruned[index]]
+        path = self._job.folder / _file_name(index)
+        holds = f"the new weights of block {index}"
+        data = tensor_data(entries, tensors)
+        self._published[path.name] = publish_shard(path, entries, data, holds)
 
     def _check_overwritten(self, keep: Mapping[str, dict[str, Any]]) -> None:
         """Raise `JobError` unless blocks that were overwritten hold what was written."""
-        for index in range(len(self._pruned)):
+        for index, names in enumerate(self._pruned):
             name = _file_name(index)
-            if name not in keep or (self._work_folder / name).exists():
+            if name not in keep or (self._job.folder / name).exists():
                 continue
-            if summary_of(self._source, self._entries(index)) != keep[name]:
+            if shard_summary(self._source, names) != keep[name]:
                 raise JobError(
                     f"{self._source.folder} is not the model that was being pruned: block {index} "
                     f"does not hold what was written over it. If the model was put back or fetched "
-                    f"again, remove {self._source.folder / MARKER_FILE} and {self._work_folder} to "
+                    f"again, remove {self._source.folder / MARKER_FILE} and {self._job.folder} to "
                     f"start over"
                 )
 
     def _repair(self, keep: Mapping[str, dict[str, Any]]) -> None:
         """Finish the writes over old tensors that an earlier run has begun."""
-        for path in sorted(self._work_folder.glob(_file_name("*"))):
+        for path in sorted(self._job.folder.glob(_file_name("*"))):
             if path.name not in keep:
                 path.unlink()
                 continue
-            if _summary(path) != keep[path.name]:
+            if summary(file_pieces(path, "the shard")) != keep[path.name]:
                 why = "its checksum is not the one in the journal"
                 raise _damaged(path, why, self._source.folder)
             self._overwrite(path)
 
     def _overwrite(self, path: Path) -> None:
         """Write all tensors of a file over those of the same names, then remove the file."""
-        with ExitStack() as opened:
-            new = opened.enter_context(_opened(path, os.O_RDONLY))
+        with ExitStack() as stack:
+            new = stack.enter_context(opened(path))
             shards: dict[Path, int] = {}
             for name, entry in read_header(path).items():
                 target = self._source.tensors[name]
                 if target.file not in shards:
-                    shard = opened.enter_context(_opened(target.file, os.O_WRONLY))
-                    shards[target.file] = shard
+                    shards[target.file] = stack.enter_context(opened(target.file, os.O_WRONLY))
                 _copy(new, entry, shards[target.file], target)
                 self.bytes_written += entry.nbytes
             for file, shard in shards.items():
@@ -212,7 +207,7 @@ def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool
         also = _elsewhere(file)
         if also and not shared:
             raise RequestError(
-                f"{_named(file)} {also}: --in-place would prune it for whoever else uses it, too. "
+                f"{named(file)} {also}: --in-place would prune it for whoever else uses it, too. "
                 f"Give a copy of the model; or add --in-place-shared, if no one else needs it"
             )
         _check_writable(file)
@@ -228,7 +223,7 @@ def overwritten_blocks(work_folder: Path) -> list[int]:
 def _check_writable(path: Path) -> None:
     if not os.access(path, os.W_OK):
         raise RequestError(
-            f"{_named(path)} may not be written to by this user, and --in-place has to: change its "
+            f"{named(path)} may not be written to by this user, and --in-place has to: change its "
             f"permissions, or give an OUTPUT folder instead"
         )
 
@@ -244,28 +239,9 @@ def _elsewhere(file: Path) -> str | None:
     return f"has {names} names (hard links)" if names > 1 else None
 
 
-def _named(path: Path) -> str:
-    return f"{path.parent}/{shown(path.name)}"
-
-
 def _file_name(block: int | str) -> str:
     number = f"{block:05}" if isinstance(block, int) else block
     return f"overwrites-{number}.safetensors"
-
-
-def _summary(file: Path, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Return `bytes` and `sha256` of a file; `check` is called before every piece."""
-    hashed = sha256()
-    with open(file, "rb") as opened:
-        while piece := _read(opened, file):
-            check()
-            hashed.update(piece)
-        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashed.hexdigest()}
-
-
-def _read(opened: BinaryIO, file: Path) -> bytes:
-    with blamed(file, "the shard"):
-        return opened.read(_PIECE_BYTES)
 
 
 def _damaged(file: Path, why: str, model: Path) -> JobError:
@@ -275,32 +251,13 @@ def _damaged(file: Path, why: str, model: Path) -> JobError:
     )
 
 
-@contextmanager
-def _opened(file: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(file, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _copy(source: int, entry: TensorEntry, target: int, place: TensorEntry) -> None:
     assert entry.nbytes == place.nbytes, entry.name
-    done = 0
-    while done < entry.nbytes:
+    for start in range(0, entry.nbytes, PIECE_BYTES):
+        piece = memoryview(bytearray(min(PIECE_BYTES, entry.nbytes - start)))
         with blamed(entry.file):
-            piece = os.pread(source, min(_PIECE_BYTES, entry.nbytes - done), entry.offset + done)
-        if not piece:
+            count = read_at(source, piece, entry.offset + start)
+        if count < len(piece):
             raise _damaged(entry.file, "it has become shorter", place.file.parent)
-        _write(target, memoryview(piece), place.offset + done, place.file)
-        done += len(piece)
-
-
-def _write(target: int, data: memoryview, offset: int, file: Path) -> None:
-    with blamed(file, "the shard"):
-        while data:
-            count = os.pwrite(target, data, offset)
-            if count == 0:
-                raise OSError(errno.EIO, "nothing was written")
-            offset += count
-            data = data[count:]
+        with blamed(place.file, "the shard"):
+            write_at(target, piece, place.offset + start)

@@ -4,12 +4,12 @@ It is there from before the first byte is overwritten until after the last one, 
 folder with some blocks pruned and some not is not taken for a model.
 """
 
-import shlex
 from pathlib import Path
 
 from lowmem_gblm.errors import JobError
-from lowmem_gblm.storage.atomic import replace_file
+from lowmem_gblm.storage.atomic import publish_file
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
+from lowmem_gblm.storage.disk_errors import resume_command
 
 _INTACT = """\
 lowmem-gblm is pruning the model in this folder in place. Nothing has been overwritten yet.
@@ -37,26 +37,19 @@ Job {job}
 """
 
 
-class InPlaceMarker:
-    """The marker of one job, by its id and work folder, in a model folder."""
+def write_marker(model: Path, work_folder: Path, job: str, *, overwritten: bool) -> None:
+    """Write the marker of a job, by its id: the model is unchanged, or partly `overwritten`."""
+    path, work_folder = model / MARKER_FILE, work_folder.absolute()
+    words = _PARTLY if overwritten else _INTACT
+    command = resume_command(work_folder)
+    text = words.format(command=command, work_folder=work_folder, job=job)
+    if not path.is_file() or path.read_text() != text:
+        publish_file(path, [text.encode()], replaces=True)
 
-    def __init__(self, model: Path, work_folder: Path, job: str) -> None:
-        self._path = model / MARKER_FILE
-        self._job = job
-        self._work_folder = work_folder.absolute()
 
-    def tell(self, *, overwritten: bool) -> None:
-        """Write the marker: the model is unchanged, or partly `overwritten`."""
-        command = shlex.join(["lowmem-gblm", "resume", str(self._work_folder)])
-        words = _PARTLY if overwritten else _INTACT
-        text = words.format(command=command, work_folder=self._work_folder, job=self._job)
-        if self._path.is_file() and self._path.read_text() == text:
-            return
-        replace_file(self._path, text.encode())
-
-    def remove(self) -> None:
-        """Remove the marker."""
-        self._path.unlink(missing_ok=True)
+def remove_marker(model: Path) -> None:
+    """Remove the marker: the model is complete, or unchanged."""
+    (model / MARKER_FILE).unlink(missing_ok=True)
 
 
 def is_about(model: Path, job: str) -> bool:
@@ -65,14 +58,9 @@ def is_about(model: Path, job: str) -> bool:
     return path.is_file() and f"Job {job}" in path.read_text(errors="replace").splitlines()
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Return whether a model is being pruned in place; a model with a record is finished."""
-    return (folder / MARKER_FILE).exists() and not (folder / RECORD).exists()
-
-
 def check_complete(folder: Path) -> None:
-    """Raise `JobError` if a model is being pruned in place and has not been finished."""
-    if is_unfinished(folder):
+    """Raise `JobError` if a model is being pruned in place; one with a record is finished."""
+    if (folder / MARKER_FILE).exists() and not (folder / RECORD).exists():
         raise JobError(
             f"{folder} is being pruned in place, or was until that was interrupted: some of its "
             f"blocks may be pruned and others not. {folder / MARKER_FILE} says how to resume it"

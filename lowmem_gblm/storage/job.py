@@ -9,16 +9,15 @@ Every file appears complete or not at all (`atomic`), so after a crash the journ
 last step of which everything is on the disk. A resumed job begins with the step after it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 from lowmem_gblm.errors import JobError, RequestError
-from lowmem_gblm.storage.atomic import flush_folder, publish_json, replace_json
+from lowmem_gblm.storage.atomic import flush_folder, publish_json
 from lowmem_gblm.storage.checkpoint.writer import partial_folder
+from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import is_about
 from lowmem_gblm.storage.job_state import (
     DESCRIPTION,
@@ -30,37 +29,21 @@ from lowmem_gblm.storage.job_state import (
     how_to_start_over,
     read_description,
     read_journal,
-    resume_command,
 )
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 
-_DESCRIBES = "the description of the job"
-
-
-def check_partial(output: Path, job: Job) -> None:
-    """Raise `JobError` if the partial output belongs to a job in another folder."""
-    number, _, name = owner_of(partial_folder(output)).partition(" ")
-    folder = Path(name)
-    if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
-        return
-    if (read_description(folder) or {}).get("id") != number:
-        return
-    raise JobError(
-        f"{partial_folder(output)} belongs to the job in {folder}: resume that job "
-        f"({resume_command(folder)}); to start over, remove both"
-    )
-
 
 class Job:
-    """The work folder of one run.
+    """The work folder of one run, created if it does not exist.
 
     Args:
-        folder: The folder; created if it does not exist.
         description: Of this run: `identity`, which must be that of the job found there; its
             `folder`, `output` and `request`; and whatever else is to be kept.
         expected: The description that was found there when this run was planned.
 
     Attributes:
+        owner: The mark of a folder that belongs to this job.
+        start_over: How to start over, if this job cannot be resumed.
         entries: Entries of the journal, oldest first.
         attempts: Number of this attempt: one more than the last that has finished a step.
 
@@ -70,10 +53,7 @@ class Job:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        description: Mapping[str, Any],
-        expected: Mapping[str, Any] | None = None,
+        self, folder: Path, description: Mapping[str, Any], expected: Mapping[str, Any] | None
     ) -> None:
         self.folder = folder
         try:
@@ -83,8 +63,12 @@ class Job:
                 f"{folder} cannot be made ({error.strerror}): give another place with --work-dir"
             ) from None
         try:
-            self._description = self._found_or_begun(description, expected)
-            self.entries = read_journal(folder, in_place=self._in_place)
+            found = self._found_or_begun(description, expected)
+            in_place = found["identity"]["in_place"]
+            self.id: str = found["id"]
+            self.owner = f"{self.id} {folder.absolute()}"
+            self.start_over = how_to_start_over(folder, in_place)
+            self.entries = read_journal(folder, in_place=in_place)
             self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
         except BaseException:
             if (folder / DESCRIPTION).is_file():
@@ -92,32 +76,6 @@ class Job:
             else:
                 self._own.remove()
             raise
-
-    @property
-    def id(self) -> str:
-        """Return the id of the job."""
-        found: str = self._description["id"]
-        return found
-
-    @property
-    def owner(self) -> str:
-        """Return the mark of a folder that belongs to this job."""
-        return f"{self.id} {self.folder.absolute()}"
-
-    @property
-    def start_over(self) -> str:
-        """Return how to start over, if this job cannot be resumed."""
-        return how_to_start_over(self.folder, self._in_place)
-
-    @property
-    def _in_place(self) -> bool:
-        found: bool = self._description["identity"]["in_place"]
-        return found
-
-    @property
-    def resumed(self) -> bool:
-        """Return whether a step has been done already."""
-        return bool(self.entries)
 
     def stored(self) -> dict[str, Any]:
         """Return what is stored in the work folder, by name, as `TensorStore.adopt` takes it."""
@@ -176,7 +134,7 @@ class Job:
         self._own.remove_temporary()
         if any(found[name] != here[name] for name in ("folder", "output")):
             found |= here
-            replace_json(self.folder / DESCRIPTION, found, _DESCRIBES)
+            self._describe(found)
         return found
 
     def _check_output(self, found: Mapping[str, Any], output: str) -> None:
@@ -193,4 +151,21 @@ class Job:
         self._own.empty(but=[DESCRIPTION])
         (self.folder / JOURNAL).mkdir()
         flush_folder(self.folder)
-        replace_json(self.folder / DESCRIPTION, description, _DESCRIBES)
+        self._describe(description)
+
+    def _describe(self, description: Mapping[str, Any]) -> None:
+        path = self.folder / DESCRIPTION
+        publish_json(path, description, "the description of the job", replaces=True)
+
+
+def check_partial(output: Path, job: Job) -> None:
+    """Raise `JobError` if the partial output belongs to a job in another folder."""
+    number, _, name = owner_of(partial_folder(output)).partition(" ")
+    folder = Path(name)
+    if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
+        return
+    if (read_description(folder) or {}).get("id") == number:
+        raise JobError(
+            f"{partial_folder(output)} belongs to the job in {folder}: resume that job "
+            f"({resume_command(folder)}); to start over, remove both"
+        )

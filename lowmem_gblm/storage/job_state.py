@@ -1,20 +1,17 @@
 """What earlier attempts at a job have left in its folders: asked once, under the model's lock."""
 
-from __future__ import annotations
-
 import os
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lowmem_gblm.errors import CheckpointError, JobError
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
-from lowmem_gblm.storage.checkpoint.reader import read_json
-from lowmem_gblm.storage.checkpoint.writer import partial_folder
-from lowmem_gblm.storage.in_place_marker import check_complete, is_about, is_unfinished
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
+from lowmem_gblm.storage.checkpoint.writer import check_absent, partial_folder
+from lowmem_gblm.storage.disk_errors import resume_command
+from lowmem_gblm.storage.in_place_marker import check_complete, is_about, remove_marker
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
 
 DESCRIPTION = "job.json"
@@ -23,51 +20,29 @@ JOURNAL = "journal"
 PLACES = ("folder", "output", "request")
 DESCRIBED = {"id", "identity", "choices", *PLACES}
 
-Kind = Literal["new", "resumable", "finished", "in place unfinished"]
 
+def job_to_resume(
+    model: Path, output: Path, work_folder: Path, *, in_place: bool
+) -> dict[str, Any] | None:
+    """Return the description of the job that a run will resume; None if it begins a new one.
 
-@dataclass(frozen=True)
-class JobState:
-    """The state of a job before a run.
-
-    Attributes:
-        kind: "new": nothing that could be resumed; "resumable": steps are finished; "finished": the
-            result is there; "in place unfinished": the model is being overwritten by another job.
-        description: Of the job, where it is resumable.
+    What is left of a job that has finished is cleared away. Raises `JobError` if the result
+    exists, or if another job is overwriting the model.
     """
-
-    kind: Kind
-    description: Mapping[str, Any] | None
-    model: Path
-    output: Path
-
-    @classmethod
-    def inspect(cls, model: Path, output: Path, work_folder: Path, *, in_place: bool) -> JobState:
-        """Return what there is; what is left of a job that has finished is cleared away."""
-        forget_finished(output, work_folder)
-        found = read_description(work_folder)
-        resumable = found if has_steps(work_folder) else None
-        own = found is not None and found["identity"]["in_place"] and is_about(model, found["id"])
-        result = output / RECORD if in_place else output
-        kind: Kind = "new" if resumable is None else "resumable"
-        if os.path.lexists(result):
-            kind = "finished"
-        elif is_unfinished(model):
-            # Only the job that overwrites the model may read it.
-            kind = kind if own and in_place else "in place unfinished"
-        return cls(kind, resumable, model, output)
-
-    def check_can_run(self) -> None:
-        """Raise `JobError` if the result exists, or the model is being overwritten."""
-        if self.kind == "finished" and self.model == self.output:
-            raise JobError(
-                f"{self.output} was pruned already: it has a {RECORD}. To prune once more what is "
-                f"there now, move that file away"
-            )
-        if self.kind == "finished":
-            raise JobError(f"{self.output} exists already: choose another OUTPUT, or move it away")
-        if self.kind == "in place unfinished":
-            check_complete(self.model)
+    forget_finished(output, work_folder)
+    found = read_description(work_folder)
+    if not in_place:
+        check_absent(output)
+    elif os.path.lexists(output / RECORD):
+        raise JobError(
+            f"{output} was pruned already: it has a {RECORD}. To prune once more what is there "
+            f"now, move that file away"
+        )
+    own = found is not None and found["identity"]["in_place"] and is_about(model, found["id"])
+    if not (own and in_place):
+        # Only the job that overwrites a model may read it.
+        check_complete(model)
+    return found if has_steps(work_folder) else None
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
@@ -102,7 +77,7 @@ def forget_finished(output: Path, folder: Path) -> None:
                 OwnedFolder(folder).remove()
     elif read_json(output / RECORD).get("job") == found["id"]:
         own = OwnedFolder(folder)
-        (output / MARKER_FILE).unlink(missing_ok=True)
+        remove_marker(output)
         (output / MARK).unlink(missing_ok=True)
         own.remove()
 
@@ -161,15 +136,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 def _difference(name: str, old: Any, new: Any) -> str:
     """Return old and new value; of hashes of blocks, which blocks."""
     if name == "source_blocks" and old and new:
-        others = [
-            str(index)
-            for index, (one, other) in enumerate(zip(old, new, strict=False))
-            if one != other
-        ]
+        pairs = enumerate(zip(old, new, strict=False))
+        others = [str(index) for index, (one, other) in pairs if one != other]
         return f"{name}: other in {', '.join(others)}"
     return f"{name}: {old!r}, now {new!r}"
-
-
-def resume_command(folder: Path) -> str:
-    """Return what to type to resume a job."""
-    return shlex.join(["lowmem-gblm", "resume", str(folder)])

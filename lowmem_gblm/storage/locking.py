@@ -13,6 +13,7 @@ from pathlib import Path
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.storage.atomic import TEMPORARY, flush_folder
 from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.raw_io import opened
 
 MARK = ".lowmem-gblm"
 
@@ -26,10 +27,8 @@ class OwnedFolder:
     """A folder for this process alone; created if it does not exist.
 
     The mark, with the text `owner`, tells it from other folders. The lock on the mark is the
-    kernel's, so a dead process does not keep it.
-
-    Raises:
-        JobError: The folder exists without the mark, or another process is using it.
+    kernel's, so a dead process does not keep it. Raises `JobError` if the folder exists without
+    the mark, or another process is using it.
     """
 
     def __init__(self, path: Path, owner: str = "") -> None:
@@ -46,13 +45,12 @@ class OwnedFolder:
         self._lock = open(path / MARK, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise JobError(f"another process is using {path}: wait for it, or end it") from None
-        try:
             with blamed(path / MARK, "the mark of the folder"):
                 self._lock.truncate(0)
                 self._lock.write(os.fsencode(owner))
+        except BlockingIOError:
+            self._lock.close()
+            raise JobError(f"another process is using {path}: wait for it, or end it") from None
         except OSError:
             self._lock.close()
             raise
@@ -99,13 +97,10 @@ def owner_of(path: Path) -> str:
 def model_lock(model: Path, *, alone: bool) -> Iterator[None]:
     """Hold a model folder: together with all who read it, or alone, to overwrite it.
 
-    The lock is the kernel's; on file systems without locks it excludes no process.
-
-    Raises:
-        JobError: Another process overwrites the model; or, if `alone`, reads it.
+    The lock is the kernel's; on file systems without locks it excludes no process. Raises
+    `JobError` if another process overwrites the model; or, if `alone`, reads it.
     """
-    descriptor = os.open(model, os.O_RDONLY)
-    try:
+    with opened(model) as descriptor:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -114,8 +109,6 @@ def model_lock(model: Path, *, alone: bool) -> Iterator[None]:
         except OSError:
             pass
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _make(path: Path) -> None:

@@ -4,21 +4,21 @@ A store holds as much as it may in host memory and the rest in files of the work
 per name, so that memory does not depend on the number of blocks or samples.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.storage.atomic import PendingFile, temporary_name
-from lowmem_gblm.storage.checkpoint.reader import DTYPE_NAMES, DTYPES, raw_bytes
+from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, DTYPES
+from lowmem_gblm.storage.checkpoint.reader import raw_bytes
 from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.raw_io import read_at
 
 # A calibration sample by its number, or a matrix by its name.
 Item = int | str
@@ -41,19 +41,12 @@ class TensorStore:
     An item that is written again before it is published replaces the former one. Threads may use
     the store at the same time, each for other names or for written items.
 
-    Args:
-        folder: The folder for the files; must exist.
-        host_bytes: Bytes that may stay in host memory.
-        what_to_do: What to do where a file is damaged, for the message.
-        holds: Says what is stored under a name.
+    Of all tensors, `host_bytes` may stay in host memory. For messages, `holds` says what is stored
+    under a name, and `what_to_do` what to do where a file is damaged.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        host_bytes: int = 0,
-        what_to_do: str = "",
-        holds: Callable[[str], str] = str,
+        self, folder: Path, host_bytes: int, what_to_do: str, holds: Callable[[str], str]
     ) -> None:
         self._folder = folder
         self._room_bytes = host_bytes
@@ -95,14 +88,11 @@ class TensorStore:
             return self._held[name, item]
         place = self._places[name, item]
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        descriptor = self._opened(name)
-        try:
-            if not _fill(
-                descriptor, raw_bytes(tensor), place.offset, self._path(name), self._holds(name)
-            ):
-                raise self._damaged(name)
-        finally:
-            os.close(descriptor)
+        path, view = self._path(name), raw_bytes(tensor)
+        with os.fdopen(self._opened(path), "rb", 0) as file, blamed(path, self._holds(name)):
+            count = read_at(file.fileno(), view, place.offset)
+        if count < len(view):
+            raise self._damaged(path)
         return tensor
 
     def written(self) -> list[str]:
@@ -130,7 +120,7 @@ class TensorStore:
                 end = max(end, offset + place.dtype.itemsize * torch.Size(shape).numel())
             path = self._path(name)
             if not path.is_file() or path.stat().st_size != end:
-                raise self._damaged(name)
+                raise self._damaged(path)
 
     def drop(self, name: str) -> None:
         """Remove everything under `name`."""
@@ -144,7 +134,7 @@ class TensorStore:
             growing.discard()
         self._path(name).unlink(missing_ok=True)
 
-    def __enter__(self) -> TensorStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -161,31 +151,18 @@ class TensorStore:
             if other == name
         ]
 
-    def _opened(self, name: str) -> int:
-        """Open the file of a name for reading; another thread may be just about to publish it."""
-        path = self._path(name)
+    def _opened(self, path: Path) -> int:
+        """Open a file for reading; another thread may be just about to publish it."""
         for candidate in (path, temporary_name(path), path):
             try:
                 return os.open(candidate, os.O_RDONLY)
             except FileNotFoundError:
                 continue
-        raise self._damaged(name)
+        raise self._damaged(path)
 
     def _path(self, name: str) -> Path:
         return self._folder / name
 
-    def _damaged(self, name: str) -> JobError:
-        found = f"{self._path(name)} is missing or damaged: look at the disk"
+    def _damaged(self, path: Path) -> JobError:
+        found = f"{path} is missing or damaged: look at the disk"
         return JobError(f"{found}; {self._what_to_do}" if self._what_to_do else found)
-
-
-def _fill(descriptor: int, view: memoryview, offset: int, path: Path, holds: str) -> bool:
-    """Read from `offset` until the view is full; return False if the file ends before."""
-    done = 0
-    while done < len(view):
-        with blamed(path, holds):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True

@@ -150,13 +150,13 @@ class Torn:
     """Writes to a shard in two halves, with a photograph before, between and after them."""
 
     def __init__(self, photographer: Photographer, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._write = photographer.photographed(in_place._write)
-        monkeypatch.setattr(in_place, "_write", self)
+        self._write = photographer.photographed(in_place.write_at)
+        monkeypatch.setattr(in_place, "write_at", self)
 
-    def __call__(self, target: int, data: memoryview, offset: int, file: Path) -> None:
+    def __call__(self, target: int, data: memoryview, offset: int) -> None:
         half = len(data) // 2
-        self._write(target, data[:half], offset, file)
-        self._write(target, data[half:], offset + half, file)
+        self._write(target, data[:half], offset)
+        self._write(target, data[half:], offset + half)
 
 
 @pytest.mark.parametrize(("method", "activations", "every"), KILL_MATRIX)
@@ -229,7 +229,7 @@ def test_the_journal_comes_before_the_first_byte_and_the_file_goes_last(
 
     told(in_place, "publish_shard", lambda *args: "publish")
     told(Job, "add", lambda *args: "journal")
-    told(in_place, "_write", lambda *args: "overwrite")
+    told(in_place, "write_at", lambda *args: "overwrite")
     told(os, "fsync", flushed)
     told(Path, "unlink", lambda path, **_: "remove" if "overwrites" in path.name else None)
     run(model, method="magnitude")
@@ -366,11 +366,11 @@ def test_an_ordinary_run_does_not_go_on_from_a_model_that_was_pruned_since(
 def test_a_job_that_was_killed_when_all_was_done_is_cleared_away(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(notice: in_place.InPlaceMarker) -> None:
+    def killed(model: Path) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(in_place.InPlaceMarker, "remove", killed)
+        patch.setattr(in_place, "remove_marker", killed)
         with pytest.raises(Stop):
             run(model)
     assert (model / MARKER_FILE).exists()

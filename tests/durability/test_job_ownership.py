@@ -24,7 +24,7 @@ from lowmem_gblm.runtime.progress import Tick
 from lowmem_gblm.storage import job as jobs
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
-from lowmem_gblm.storage.in_place_marker import MARKER_FILE, InPlaceMarker
+from lowmem_gblm.storage.in_place_marker import MARKER_FILE, write_marker
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
 from support.crashes import content, out_of_memory, stopped_at
@@ -348,7 +348,7 @@ def test_a_model_that_begins_to_be_pruned_in_place_while_it_is_opened_is_refused
 
     def slowly(checkpoint: Checkpoint, folder: Path) -> None:
         opened(checkpoint, folder)
-        InPlaceMarker(copy, tmp_path / "copy.work", "another").tell(overwritten=True)
+        write_marker(copy, tmp_path / "copy.work", "another", overwritten=True)
 
     monkeypatch.setattr(Checkpoint, "__init__", slowly)
     with pytest.raises(JobError, match="is being pruned in place, or was until"):
@@ -407,7 +407,7 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
     in_place(Path(shutil.copytree(copy, tmp_path / "expected")))
     for name in (
         "lowmem_gblm.commands.prune.session._assemble",
-        "lowmem_gblm.storage.job.replace_json",
+        "lowmem_gblm.storage.job.publish_json",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, killed)
@@ -476,6 +476,6 @@ def test_new_folders_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     request = PruneRequest(model="demo", output=tmp_path / "out")
     described = {"identity": {"in_place": False}, "request": to_json(request)}
     places = {"folder": "", "output": ""}
-    Job(tmp_path / "far" / "work", described | places).remove()
+    Job(tmp_path / "far" / "work", described | places, None).remove()
     assert flushed == [tmp_path / "far", tmp_path, tmp_path / "far" / "work"]
     assert not (tmp_path / "far" / "work" / MARK).exists()

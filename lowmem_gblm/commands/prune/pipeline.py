@@ -28,7 +28,7 @@ from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.progress import Listener
-from lowmem_gblm.storage.job_state import JobState
+from lowmem_gblm.storage.job_state import job_to_resume
 from lowmem_gblm.storage.locking import model_lock
 from lowmem_gblm.sweeps.boundaries import embed
 from lowmem_gblm.sweeps.dense import dense_sweep, loss_gradients
@@ -50,12 +50,11 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     # Headers and configuration; no weight is read.
     model = open_model(request.model, request, unfinished=request.in_place)
     with model_lock(model.folder, alone=request.in_place):
-        job_state = JobState.inspect(
+        previous = job_to_resume(
             model.folder, paths.output, paths.work_folder, in_place=request.in_place
         )
-        job_state.check_can_run()
         scope = prune_scope(request, model)
-        setup = prepare(scope, paths, draw_samples(scope), job_state)
+        setup = prepare(scope, paths, draw_samples(scope), previous)
         stages = scope.schedule.stages
         with start_or_resume(setup, listener) as run:
             if "embed" in stages:

@@ -16,7 +16,7 @@ from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.in_place import BlockWriter, InPlaceWriter
-from lowmem_gblm.storage.in_place_marker import InPlaceMarker
+from lowmem_gblm.storage.in_place_marker import remove_marker
 from lowmem_gblm.storage.job import Job, check_partial
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext
@@ -41,7 +41,7 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
     stop, planned = StopFlag(), setup.plan.predicted.host_bytes
     with HostWatch(setup.budget.host_bytes, stop, planned_bytes=planned):
         try:
-            job = Job(setup.paths.work_folder, setup.description(), setup.job_state.description)
+            job = Job(setup.paths.work_folder, setup.description(), setup.previous)
         except OSError as error:
             raise ending(error, "nothing", setup).error or error from error
         with ExitStack() as signals, ExitStack() as within:
@@ -93,7 +93,7 @@ def _done(setup: PruneSetup, job: Job, *, refused: bool) -> Done:
     """Return what of a job is done; a model that was put back, and so `refused`, is complete."""
     if setup.paths.in_place and _shards(job) and not refused:
         return "weights overwritten"
-    return "finished steps" if job.resumed else "nothing"
+    return "finished steps" if job.entries else "nothing"
 
 
 def _writer(setup: PruneSetup, job: Job) -> BlockWriter:
@@ -111,10 +111,8 @@ def _put_away(setup: PruneSetup, job: Job, output: BlockWriter | None, *, keep: 
     if not keep:
         with suppress(OSError):
             # In this order: a marker speaks of a job that is there.
-            if output is not None:
-                output.withdraw()
-            elif setup.paths.in_place:
-                InPlaceMarker(setup.paths.output, setup.paths.work_folder, job.id).remove()
+            if setup.paths.in_place:
+                remove_marker(setup.paths.output)
             job.forget()
     if output is not None:
         output.close(keep=keep)

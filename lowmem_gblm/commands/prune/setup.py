@@ -37,7 +37,7 @@ from lowmem_gblm.runtime import memory
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.disk_errors import explained_at
 from lowmem_gblm.storage.in_place import check_overwritable, overwritten_blocks
-from lowmem_gblm.storage.job_state import JobState, check_same_job
+from lowmem_gblm.storage.job_state import check_same_job
 from lowmem_gblm.storage.locking import size_on_disk
 from lowmem_gblm.sweeps.statistics import NeededStatistics, needed_statistics
 from lowmem_gblm.sweeps.statistics.gradient import loss_scale
@@ -101,6 +101,7 @@ class PruneSetup:
         tokens_NT: Calibration samples, int64 [N, T]; [0, T] for a method that needs none.
         fingerprints: Hashes of the model and the samples.
         identity: What, if it were different, would give another result.
+        previous: The description of the job that is resumed, or None.
     """
 
     scope: PruneScope
@@ -111,7 +112,7 @@ class PruneSetup:
     table: tuple[Step, ...]
     fingerprints: Mapping[str, str]
     identity: Mapping[str, Any]
-    job_state: JobState
+    previous: Mapping[str, Any] | None
 
     def description(self) -> dict[str, Any]:
         """Return what identifies the job, how to ask for it again, and what was chosen."""
@@ -169,9 +170,10 @@ def draw_samples(scope: PruneScope) -> Tensor:
     return drawn
 
 
-def prepare(scope: PruneScope, paths: Paths, tokens_NT: Tensor, job_state: JobState) -> PruneSetup:
+def prepare(
+    scope: PruneScope, paths: Paths, tokens_NT: Tensor, previous: Mapping[str, Any] | None
+) -> PruneSetup:
     """Return the setup of a run; a `JobError` names every difference to the job that is there."""
-    previous = job_state.description
     with explained_at(paths.work_folder, kept=previous is not None):
         prints = fingerprints_of(scope, tokens_NT)
         found = identity_of(scope, paths, prints, previous)
@@ -191,7 +193,7 @@ def prepare(scope: PruneScope, paths: Paths, tokens_NT: Tensor, job_state: JobSt
         table=step_table(scope.sizes, scope.work, planned.choices),
         fingerprints=prints,
         identity=found,
-        job_state=job_state,
+        previous=previous,
     )
 
 

@@ -43,15 +43,15 @@ def ordinary_file(folder: Path, path: Path) -> int:
         real = Path(os.path.realpath(path, strict=True))
         found = os.stat(real)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_named(path)} {_why(path, error)}") from None
+        raise CheckpointError(f"{named(path)} {_why(path, error)}") from None
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise CheckpointError(f"{_named(path)} is {kind}, expected a file")
+        raise CheckpointError(f"{named(path)} is {kind}, expected a file")
     if not os.access(real, os.R_OK):
-        raise CheckpointError(f"{_named(path)} may not be read by this user")
+        raise CheckpointError(f"{named(path)} may not be read by this user")
     if not any(real.is_relative_to(place) for place in _places(folder)):
         raise CheckpointError(
-            f"{_named(path)} is a link to {shown(real)}, outside the model folder: put a copy in "
+            f"{named(path)} is a link to {shown(real)}, outside the model folder: put a copy in "
             f"its place or, if you trust the link, set {ALLOWED}={shown(real.parent)}"
         )
     return found.st_size
@@ -61,10 +61,8 @@ def side_files(folder: Path) -> Iterator[Path]:
     """Yield all files but weights, such as config, tokenizer, generation config and licence.
 
     Left out are caches, version control, folders that this tool writes or has written, linked
-    folders and the record of the model's own pruning.
-
-    Raises:
-        OSError: A folder is gone or cannot be listed: its files would be left out silently.
+    folders and the record of the model's own pruning. Raises OSError if a folder is gone or cannot
+    be listed: its files would be left out silently.
     """
     for place, folders, files in os.walk(folder, onerror=_not_listed):
         inside = [Path(place, name) for name in sorted(set(folders) - _SKIPPED_FOLDERS)]
@@ -82,7 +80,8 @@ def _is_no_side_file(name: str) -> bool:
     return made or Path(name).suffix in WEIGHT_SUFFIXES
 
 
-def _named(path: Path) -> str:
+def named(path: Path) -> str:
+    """Return a path for a message, its name as `shown`: that comes with the checkpoint."""
     return f"{path.parent}/{shown(path.name)}"
 
 

@@ -5,32 +5,19 @@ as it stays mapped. Reading raises CheckpointError if a file has become shorter 
 said.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from lowmem_gblm.errors import CheckpointError, NonFiniteError, shown, shown_value
 from lowmem_gblm.storage.checkpoint.file_access import ordinary_file, side_files
-from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, DTYPES, TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.header import TensorEntry, read_header
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.disk_errors import blamed
-
-__all__ = [
-    "DTYPES",
-    "DTYPE_NAMES",
-    "INDEX",
-    "SINGLE",
-    "Checkpoint",
-    "TensorEntry",
-    "raw_bytes",
-    "read_header",
-    "read_json",
-]
+from lowmem_gblm.storage.raw_io import opened, read_at
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,15 +59,12 @@ class Checkpoint:
             ordinary_file(folder, path)
 
     @classmethod
-    def described(cls, folder: Path, entries: Iterable[TensorEntry]) -> Checkpoint:
+    def described(cls, folder: Path, entries: Iterable[TensorEntry]) -> Self:
         """Return a checkpoint of described tensors: enough for a plan, never to be read."""
         made = cls.__new__(cls)
         made.folder, made.bytes_read, made.on_disk = folder, 0, False
         made.tensors = {entry.name: entry for entry in entries}
         return made
-
-    def __repr__(self) -> str:
-        return f"Checkpoint({str(self.folder)!r}, {len(self.tensors)} tensors)"
 
     def nbytes(self, names: Iterable[str] | None = None) -> int:
         """Return the bytes of data of the named tensors; of all tensors if `names` is None."""
@@ -138,21 +122,13 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> None:
     """Fill a buffer with the bytes of a tensor from `start` on."""
-    view = raw_bytes(buffer)
-    descriptor = os.open(entry.file, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(view):
-            with blamed(entry.file, "the shard"):
-                count = os.preadv(descriptor, [view[done:]], entry.offset + start + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{entry.file} ends inside tensor {shown(entry.name)}: {start + done} of "
-                    f"{entry.nbytes} bytes"
-                )
-            done += count
-    finally:
-        os.close(descriptor)
+    with opened(entry.file) as descriptor, blamed(entry.file, "the shard"):
+        done = read_at(descriptor, raw_bytes(buffer), entry.offset + start)
+    if done < buffer.nbytes:
+        raise CheckpointError(
+            f"{entry.file} ends inside tensor {shown(entry.name)}: {start + done} of "
+            f"{entry.nbytes} bytes"
+        )
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:

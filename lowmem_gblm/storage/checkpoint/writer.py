@@ -5,42 +5,30 @@ missing until the very end. Shard names are known up front, so blocks may come i
 raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
-from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.runtime.background import SerialWorker
-from lowmem_gblm.storage.atomic import Writable, publish_file, publish_folder, publish_json
+from lowmem_gblm.storage.atomic import publish_file, publish_folder, publish_json
 from lowmem_gblm.storage.checkpoint.file_access import RECORD, ordinary_file, side_files
-from lowmem_gblm.storage.checkpoint.reader import (
-    DTYPE_NAMES,
-    INDEX,
-    Checkpoint,
-    TensorEntry,
-    raw_bytes,
-)
-from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, TensorEntry
+from lowmem_gblm.storage.checkpoint.reader import INDEX, Checkpoint, raw_bytes
 from lowmem_gblm.storage.locking import OwnedFolder
-
-_PIECE_BYTES = 1 << 20
+from lowmem_gblm.storage.raw_io import Bytes, checked, file_pieces, summary
 
 
 class CheckpointWriter:
-    """A checkpoint that is being written.
+    """A checkpoint that is being written, and appears as the folder `final` when it is complete.
 
     Args:
-        final: The folder that will appear.
-        source: The checkpoint being pruned.
         blocks: Names on disk of the tensors of every decoder block.
         owner: The job, as `storage.job.check_partial` reads it from the mark.
         keep: Shards that an earlier attempt has finished; all other files it left are removed.
@@ -74,9 +62,6 @@ class CheckpointWriter:
         self._clean()
         self._writer = SerialWorker("write-block")
 
-    def withdraw(self) -> None:
-        """Do nothing: a job that is given up has nothing to undo here."""
-
     def close(self, *, keep: bool) -> None:
         """Stop writing; an unpublished output is kept for another attempt, or removed."""
         self._writer.close()
@@ -94,9 +79,7 @@ class CheckpointWriter:
 
         `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
         """
-        write = partial(write_tensors, tensors=dict(tensors))
-        shard, names = self._shard(index), self._blocks[index]
-        return self._writer.begin(self._write_shard, shard, names, write)
+        return self._writer.begin(self._write_block, index, dict(tensors))
 
     def settle(self) -> None:
         """Wait until the last block has been written."""
@@ -108,17 +91,21 @@ class CheckpointWriter:
     def write_rest(self, check: Callable[[], None]) -> None:
         """Write the shard of all other tensors and the side files; `check` may raise to stop."""
         self.settle()
-        copy = partial(self._copy_tensors, check=check)
-        self._write_shard(self._shard(len(self._blocks)), self._rest, copy)
-        copy_side_files(self._source.folder, self.partial, check)
+        entries = [self._source.tensors[name] for name in self._rest]
+        pieces = chain.from_iterable(map(self._source.pieces, self._rest))
+        self._write_shard(len(self._blocks), entries, checked(pieces, check))
+        for path in side_files(self._source.folder):
+            ordinary_file(self._source.folder, path)
+            copy = self.partial / path.relative_to(self._source.folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            publish_file(copy, checked(file_pieces(path), check))
 
-    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write `record` as pruning.json, then the index; rename the folder; return `record`."""
+    def publish(self, record: dict[str, Any]) -> None:
+        """Write `record` as pruning.json, then the index; rename the folder."""
         publish_json(self.partial / RECORD, record, "the record")
         publish_json(self.partial / INDEX, self._index(), "the index")
         publish_folder(self.partial, self.final)
         self._folder.release(self.final)
-        return record
 
     def _clean(self) -> None:
         self._folder.empty(but=self.shards)
@@ -145,67 +132,27 @@ class CheckpointWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
 
-    def _copy_tensors(
-        self, file: Hashing, entries: list[TensorEntry], *, check: Callable[[], None]
-    ) -> None:
-        for entry in entries:
-            for piece in self._source.pieces(entry.name):
-                check()
-                file.write(piece)
+    def _write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        entries = [self._source.tensors[name] for name in self._blocks[index]]
+        self._write_shard(index, entries, tensor_data(entries, tensors))
 
-    def _write_shard(self, shard: str, names: list[str], write_data: WriteData) -> None:
-        entries = [self._source.tensors[name] for name in names]
-        self.shards[shard] = publish_shard(self.partial / shard, entries, write_data, "the shard")
-        self.bytes_written += self.shards[shard]["bytes"]
-
-
-class Hashing:
-    """An open file that hashes with SHA-256 all that is written into it."""
-
-    def __init__(self, file: Writable, hashed: Any) -> None:
-        self._file = file
-        self._hashed = hashed
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data` to the file and to what is hashed."""
-        self._hashed.update(data)
-        self._file.write(data)
-
-
-WriteData = Callable[[Hashing, list[TensorEntry]], None]
+    def _write_shard(self, index: int, entries: list[TensorEntry], data: Iterable[Bytes]) -> None:
+        path = self.partial / self._shard(index)
+        self.shards[path.name] = publish_shard(path, entries, data, "the shard")
+        self.bytes_written += self.shards[path.name]["bytes"]
 
 
 def publish_shard(
-    path: Path, entries: list[TensorEntry], write_data: WriteData, holds: str
+    path: Path, entries: Sequence[TensorEntry], data: Iterable[Bytes], holds: str
 ) -> dict[str, Any]:
-    """Create a safetensors file; return its `bytes` and `sha256`.
-
-    Args:
-        entries: Its tensors; their place in the source does not matter.
-        write_data: Writes the data of the tensors, in this order.
-        holds: What the file holds, for the sentence about a disk that fails.
-    """
-    header = _header(entries)
-    hashed = sha256()
-
-    def write(file: Hashing) -> None:
-        file.write(header)
-        write_data(file, entries)
-
-    publish_file(path, lambda file: write(Hashing(file, hashed)), holds)
-    size = len(header) + sum(entry.nbytes for entry in entries)
-    return {"bytes": size, "sha256": hashed.hexdigest()}
+    """Create a safetensors file of tensors, with their data in this order; return its summary."""
+    return publish_file(path, chain([_header(entries)], data), holds)
 
 
-def summary_of(source: Checkpoint, entries: list[TensorEntry]) -> dict[str, Any]:
-    """Return `bytes` and `sha256` of a shard that holds these tensors as the source has them."""
-    header = _header(entries)
-    hashed = sha256(header)
-    for entry in entries:
-        for piece in source.pieces(entry.name):
-            hashed.update(piece)
-    size = len(header) + sum(entry.nbytes for entry in entries)
-    return {"bytes": size, "sha256": hashed.hexdigest()}
+def shard_summary(source: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Return the summary of a shard that holds these tensors as the source has them."""
+    header = _header([source.tensors[name] for name in names])
+    return summary(chain([header], *map(source.pieces, names)))
 
 
 def partial_folder(final: Path) -> Path:
@@ -217,27 +164,6 @@ def check_absent(final: Path) -> None:
     """Raise `JobError` if the output exists: nothing is ever overwritten."""
     if os.path.lexists(final):
         raise JobError(f"{final} exists already: choose another OUTPUT, or move it away")
-
-
-def copy_side_files(source: Path, target: Path, check: Callable[[], None]) -> None:
-    """Copy all files but weights; see `side_files`. `check` is called before every piece."""
-    for path in side_files(source):
-        relative = path.relative_to(source)
-        ordinary_file(source, path)
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        publish_file(target / relative, partial(_copy, path, check=check))
-
-
-def _copy(source: Path, target: Writable, *, check: Callable[[], None]) -> None:
-    with open(source, "rb") as file:
-        while piece := _read(file, source):
-            check()
-            target.write(piece)
-
-
-def _read(file: BinaryIO, path: Path) -> bytes:
-    with blamed(path):
-        return file.read(_PIECE_BYTES)
 
 
 def _header(entries: Iterable[TensorEntry]) -> bytes:
@@ -256,12 +182,12 @@ def _header(entries: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(
-    file: Hashing, entries: list[TensorEntry], *, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Write the data of these entries from CPU tensors of the same names."""
+def tensor_data(
+    entries: Iterable[TensorEntry], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[Bytes]:
+    """Yield the data of these entries from CPU tensors of the same names."""
     for entry in entries:
         tensor = tensors[entry.name]
         assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name
         if entry.nbytes:
-            file.write(raw_bytes(tensor.contiguous()))
+            yield raw_bytes(tensor.contiguous())
