@@ -248,7 +248,7 @@ def _activation_cost(
         for weight in (own if statistic.shares_inputs else block)
     ]
     return ActivationCost(
-        entries=sum(statistic.entries(*shape) for statistic, *shape in held),
+        entries=sum(math.prod(statistic.shape(*shape)) for statistic, *shape in held),
         largest_entries=max(
             (
                 math.prod(statistic.shape(weight.out_features, weight.in_features))

@@ -16,7 +16,6 @@ QuantizedKind = Literal["nf4", "int8"]
 
 # Numbers that share one float32 scale.
 BLOCK = {"nf4": 64, "int8": 256}
-_SCALE_BYTES = 4
 # Index of zero in the dynamic maps of bitsandbytes, by `signed`.
 _ZERO = {True: 127, False: 0}
 
@@ -39,11 +38,6 @@ class Quantized:
     codes: Tensor
     scales: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
     def dequantized(self) -> Tensor:
         """Return the matrix, contiguous, on the device of the codes."""
         if self.kind == "nf4":
@@ -61,12 +55,6 @@ def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
     else:
         codes, scales = to_8_bits(flat, signed=True)
     return Quantized(kind=kind, shape=matrix.shape, dtype=matrix.dtype, codes=codes, scales=scales)
-
-
-def quantized_bytes(numel: int, kind: QuantizedKind) -> int:
-    """Return the exact bytes of a quantized matrix of `numel` numbers."""
-    codes_bytes = numel if kind == "int8" else -(-numel // 2)
-    return codes_bytes + _SCALE_BYTES * -(-numel // BLOCK[kind])
 
 
 def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:

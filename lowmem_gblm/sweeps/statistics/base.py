@@ -1,13 +1,13 @@
 """What a statistic declares; the plan, the sweeps and the pruner know no statistic by its name."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
+from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 Axis = Literal["out", "in"] | int
 
@@ -17,16 +17,17 @@ class Statistic(ABC):
 
     Attributes:
         name: The name in the `needs` of methods.
-        direction: "forward" where activations suffice, "backward" where gradients are needed.
         axes: The dimensions of the result: the outputs of the matrix, its inputs, or a number;
             outputs come first.
         shares_inputs: Whether matrices that are multiplied with one tensor share one sum.
     """
 
     name: ClassVar[str]
-    direction: ClassVar[Literal["forward", "backward"]]
     axes: ClassVar[tuple[Axis, ...]]
     shares_inputs: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._sums: dict[MatmulWeight, Tensor] = {}
 
     @classmethod
     def per_output(cls) -> bool:
@@ -38,11 +39,6 @@ class Statistic(ABC):
         """Return the shape of the result for a matrix [out, in]."""
         sizes = {"out": out_features, "in": in_features}
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in cls.axes)
-
-    @classmethod
-    def entries(cls, out_features: int, in_features: int) -> int:
-        """Return how many float32 numbers are held for a matrix [out, in]."""
-        return math.prod(cls.shape(out_features, in_features))
 
     @classmethod
     def flops_per_token(cls, out_features: int, in_features: int) -> int:
@@ -57,13 +53,13 @@ class Statistic(ABC):
     def finish_sample(self) -> None:
         """Take note that a sample has passed."""
 
-    @abstractmethod
     def sums(self) -> Mapping[MatmulWeight, Tensor]:
         """Return what has been added up over samples: what several processes would add up."""
+        return self._sums
 
-    @abstractmethod
     def is_finite(self) -> bool:
         """Return whether no sample so far was NaN or infinite."""
+        return are_finite(self.sums().values())
 
     @abstractmethod
     def result(self, matrix: MatmulWeight) -> Tensor | None:
@@ -73,10 +69,15 @@ class Statistic(ABC):
 class ActivationStatistic(Statistic):
     """A statistic that the forward pass gives, averaged over `nsamples`."""
 
-    direction = "forward"
-
     def __init__(self, nsamples: int) -> None:
+        super().__init__()
         self._nsamples = nsamples
+        # The last input and what was made of it, for matrices that are multiplied with one tensor.
+        self._last: tuple[Tensor, Any] | None = None
+
+    def finish_sample(self) -> None:
+        """Release the last input."""
+        self._last = None
 
 
 class GradientStatistic(Statistic):
@@ -92,12 +93,12 @@ class GradientStatistic(Statistic):
         boost: How much less the loss of the current sample was multiplied; a power of two.
     """
 
-    direction = "backward"
     axes = ("out", "in")
 
     def __init__(
         self, scale: float = 1.0, matrices: Collection[MatmulWeight] | None = None
     ) -> None:
+        super().__init__()
         self.boost = 1.0
         self._scale = scale
         self._wanted = None if matrices is None else set(matrices)

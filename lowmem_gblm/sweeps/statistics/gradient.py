@@ -5,7 +5,7 @@ there; its product with the input is the sample's gradient of the weight.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
 from lowmem_gblm.sweeps.statistics.base import GradientStatistic
-from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 # Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
@@ -43,7 +42,6 @@ class Gradient(GradientStatistic):
         self, scale: float = 1.0, matrices: Collection[MatmulWeight] | None = None
     ) -> None:
         super().__init__(scale, matrices)
-        self._sums: dict[MatmulWeight, Tensor] = {}
         self._awaited: Counter[MatmulWeight] = Counter()
         self._partial: dict[MatmulWeight, Tensor] = {}
 
@@ -73,14 +71,6 @@ class Gradient(GradientStatistic):
         for slot in list(self._partial):
             self._fold(slot)
         self._awaited.clear()
-
-    def sums(self) -> Mapping[MatmulWeight, Tensor]:
-        """Return the sums of magnitudes."""
-        return self._sums
-
-    def is_finite(self) -> bool:
-        """Return whether no sample so far had a gradient that is NaN or infinite."""
-        return are_finite(self._sums.values())
 
     def result(self, matrix: MatmulWeight) -> Tensor | None:
         """Move out the magnitudes of a matrix, float32, as it is stored; None without a token."""

@@ -1,13 +1,10 @@
 """Gram matrix of the inputs of a matrix, for SparseGPT."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
-from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 
 class Gram(ActivationStatistic):
@@ -22,9 +19,7 @@ class Gram(ActivationStatistic):
 
     def __init__(self, nsamples: int) -> None:
         super().__init__(nsamples)
-        self._sums: dict[MatmulWeight, Tensor] = {}
         self._owner: dict[MatmulWeight, MatmulWeight] = {}
-        self._last: tuple[Tensor, MatmulWeight] | None = None
 
     @classmethod
     def flops_per_token(cls, out_features: int, in_features: int) -> int:
@@ -33,10 +28,8 @@ class Gram(ActivationStatistic):
 
     def observe(self, matmul: Matmul) -> None:
         """Add the product of the inputs with themselves."""
-        owner = matmul.slot
         shared = self._last is not None and self._last[0] is matmul.input
-        if shared and self._last is not None:
-            owner = self._last[1]
+        owner = self._last[1] if shared and self._last is not None else matmul.slot
         if self._owner.setdefault(matmul.slot, owner) != owner:
             raise UnsupportedModel(
                 f"{matmul.slot} shares its input in some samples only: such a model is not "
@@ -52,20 +45,8 @@ class Gram(ActivationStatistic):
         else:
             self._sums[owner] = gram_II
 
-    def is_finite(self) -> bool:
-        """Return whether no sample so far was NaN or infinite."""
-        return are_finite(self._sums.values())
-
-    def sums(self) -> Mapping[MatmulWeight, Tensor]:
-        """Return the sums, by the first of the matrices that share one."""
-        return self._sums
-
     def result(self, matrix: MatmulWeight) -> Tensor | None:
         """Return the gram matrix, float32 [in, in]; None for an expert that saw no token."""
         if matrix not in self._owner:
             return None
         return self._sums[self._owner[matrix]] * (2 / self._nsamples)
-
-    def finish_sample(self) -> None:
-        """Release the last input."""
-        self._last = None

@@ -56,13 +56,6 @@ def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int
     return parts[0].view(*shape).float()
 
 
-def packed_bytes(numel: int, kind: GradientPrecision) -> int:
-    """Return the exact bytes of the parts of `numel` magnitudes."""
-    if kind == "int8":
-        return numel + 4 * -(-numel // _BLOCK)
-    return numel * (4 if kind == "float32" else 2)
-
-
 def _quantized_roots(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes, uint8 [numbers], and the largest root of every block, float32 [blocks]."""
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
