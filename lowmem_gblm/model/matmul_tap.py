@@ -89,13 +89,7 @@ class Tap(TorchFunctionMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         pair = operands(func, args, kwargs)
         slot = None if pair is None else self._slots.get(pair[1].data_ptr())
@@ -122,14 +116,9 @@ class Tap(TorchFunctionMode):
         """Stop computing the last product of a block: its output is NaN, its gradient as before."""
         self._skipped = slot
 
-    @property
-    def has_seen_all(self) -> bool:
-        """Return whether every matrix was seen; for experts that are alike, one of them."""
-        return not self._never_seen()
-
     def check_all_seen(self) -> None:
-        """Raise `UnsupportedModel` if neither a matrix nor that of a like expert was ever seen."""
-        unseen = self._never_seen()
+        """Raise `UnsupportedModel` if a matrix is `never_seen`."""
+        unseen = self.never_seen
         if unseen:
             listed = ", ".join(unseen[:_LISTED]) + (", …" if len(unseen) > _LISTED else "")
             raise UnsupportedModel(
@@ -137,7 +126,9 @@ class Tap(TorchFunctionMode):
                 f"operation that is not followed here"
             )
 
-    def _never_seen(self) -> list[str]:
+    @property
+    def never_seen(self) -> list[str]:
+        """Return parameters whose matrices were never seen, nor those of a like expert."""
         seen = {_kind(slot) for slot in self._slots.values() if slot not in self._unseen}
         return sorted({slot.parameter for slot in self._unseen if _kind(slot) not in seen})
 

@@ -8,8 +8,9 @@ backward pass needs it; the model's own forward runs, and the tap reports the us
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from operator import call
 from typing import Any, Self
 
 import torch
@@ -73,7 +74,7 @@ class PackedWeights(TorchFunctionMode):
         self._storages = {_storage(tensor): slot for slot, tensor in stand_ins.items()}
 
     def __enter__(self) -> Self:
-        self._hooks = saved_tensors_hooks(self._fold, self._unfold)
+        self._hooks = saved_tensors_hooks(self._restoring, call)
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -82,13 +83,7 @@ class PackedWeights(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(*error)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         pair = operands(func, args, kwargs)
         slot = None if pair is None else self._addresses.get(pair[1].data_ptr())
@@ -102,11 +97,6 @@ class PackedWeights(TorchFunctionMode):
     def slots(self) -> list[MatmulWeight]:
         """Return the slots whose matrices are packed."""
         return list(self._stand_ins)
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of the packed matrices on the device."""
-        return sum(matrix.nbytes for matrix in self._matrices.values())
 
     def set(self, slot: MatmulWeight, matrix: Tensor) -> None:
         """Pack a matrix, any device, 2-D, as stored, for a slot; it is not modified."""
@@ -140,21 +130,16 @@ class PackedWeights(TorchFunctionMode):
         finally:
             del self._addresses[matrix.data_ptr()]
 
-    def _fold(self, saved: Tensor) -> _Folded | _Kept:
-        """Return what to keep instead of a tensor that autograd saves for the backward pass."""
+    def _restoring(self, saved: Tensor) -> Callable[[], Tensor]:
+        """Return what gives the backward pass a tensor that autograd saves for it."""
         slot = self._addresses.get(saved.data_ptr())
         if slot is None or not _is_whole(saved, self._stand_ins[slot].shape):
-            return _Kept(saved, saved._version)
-        return _Folded(slot, _is_turned(saved, self._stand_ins[slot].shape))
+            return partial(_unchanged, saved, saved._version)
+        return partial(self._turned, slot, _is_turned(saved, self._stand_ins[slot].shape))
 
-    def _unfold(self, kept: _Folded | _Kept) -> Tensor:
-        if isinstance(kept, _Folded):
-            matrix = self.stored(kept.slot)
-            return matrix.mT if kept.turned else matrix
-        # Hooks on saved tensors switch off autograd's own check of the version.
-        if kept.tensor._version != kept.version:
-            raise UnsupportedModel("the block changes a tensor that its backward pass needs")
-        return kept.tensor
+    def _turned(self, slot: MatmulWeight, is_turned: bool) -> Tensor:
+        matrix = self.stored(slot)
+        return matrix.mT if is_turned else matrix
 
     def _refuse_numbers_of_stand_ins(self, func: Any, given: list[Any], out: Any) -> None:
         """Raise if numbers were computed from a stand-in; only views of it are allowed."""
@@ -170,20 +155,11 @@ class PackedWeights(TorchFunctionMode):
         return self._storages.get(_storage(tensor))
 
 
-@dataclass(frozen=True)
-class _Folded:
-    """A saved matrix: its slot, and whether it is transposed."""
-
-    slot: MatmulWeight
-    turned: bool
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Any other saved tensor, with its version at that time."""
-
-    tensor: Tensor
-    version: int
+def _unchanged(saved: Tensor, version: int) -> Tensor:
+    """Return a saved tensor; hooks on them switch off autograd's own check of the version."""
+    if saved._version != version:
+        raise UnsupportedModel("the block changes a tensor that its backward pass needs")
+    return saved
 
 
 def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:

@@ -38,7 +38,8 @@ def advance(
     order, finite = run.samples.active, []
     after = boundary(stream, block.index + 1)
     for n, (hidden,) in run.offload.prefetch([boundary(stream, block.index)], order):
-        tap = None if tap is None or tap.has_seen_all else tap
+        if tap is not None and not tap.never_seen:
+            tap = None
         out = run.model.forward_block(block.index, hidden, tap)
         finite.append(all_finite(out))
         run.offload.write_behind(after, n, out)
