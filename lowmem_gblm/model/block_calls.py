@@ -1,13 +1,13 @@
 """The stubs that replace the decoder blocks while the model's own forward runs.
 
-A recorder keeps how every block is called; a replayer passes given hidden states on to whatever
+A recorder keeps how every block is called; `replaying` passes given hidden states on to whatever
 follows the last block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,16 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class BlockHandler(Protocol):
-    """The receiver of the calls of stubs."""
-
-    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
-        """Return what the stub of block `index` returns for these hidden states."""
+# Takes the number of a block, its hidden states and its call; returns what its stub returns.
+Visit = Callable[[int, Tensor, Call], Any]
 
 
 @contextmanager
-def stubs_in(layers: nn.ModuleList, handler: BlockHandler) -> Iterator[None]:
+def stubs_in(layers: nn.ModuleList, visit: Visit) -> Iterator[None]:
     """Run the body with a stub in the place of every block of the list."""
     blocks = list(layers)
     for index, block in enumerate(blocks):
-        layers[index] = _Stub(block, index, handler)
+        layers[index] = _Stub(block, index, visit)
     try:
         yield
     finally:
@@ -44,23 +41,23 @@ def stubs_in(layers: nn.ModuleList, handler: BlockHandler) -> Iterator[None]:
 
 
 class _Stub(nn.Module):
-    """A stub of one block: attributes are those of the block, calls go to the handler."""
+    """A stub of one block: attributes are those of the block, calls go to `visit`."""
 
-    def __init__(self, block: nn.Module, index: int, handler: BlockHandler) -> None:
+    def __init__(self, block: nn.Module, index: int, visit: Visit) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)
         self._index = index
-        self._handler = handler
+        self._visit = visit
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_block"), name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._handler.visit(self._index, hidden, Call(args, kwargs))
+        return self._visit(self._index, hidden, Call(args, kwargs))
 
 
 class Recorder:
-    """A handler that keeps what enters block 0 and how each block is called."""
+    """A visitor that keeps what enters block 0 and how each block is called."""
 
     def __init__(self, depth: int) -> None:
         self.calls: list[Call] = []
@@ -87,18 +84,14 @@ class Recorder:
         return last_hidden.ndim < self.entering.ndim
 
 
-class Replayer:
-    """A handler whose last block returns given hidden states, so that the final norm sees them."""
+def replaying(last_hidden: Tensor, depth: int, as_tuple: bool) -> Visit:
+    """Return what has the last block return given hidden states, which the final norm then sees."""
 
-    def __init__(self, hidden: Tensor, depth: int, as_tuple: bool) -> None:
-        self._hidden = hidden
-        self._depth = depth
-        self._as_tuple = as_tuple
+    def visit(index: int, hidden: Tensor, call: Call) -> Any:
+        out = last_hidden if index == depth - 1 else hidden
+        return (out,) if as_tuple else out
 
-    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
-        """Return the given hidden states for the last block, `hidden` for all others."""
-        out = self._hidden if index == self._depth - 1 else hidden
-        return (out,) if self._as_tuple else out
+    return visit
 
 
 def check_same(first: list[Call], second: list[Call]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowmem_gblm.model.bnb import QuantizedKind
 from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.prunable import PrunableWeight
-from lowmem_gblm.model.quantized_block import PackedWeights
+from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.memory import give_back_freed
@@ -97,11 +97,6 @@ class BlockLoader:
             pinned=on_gpu,
         )
 
-    @property
-    def depth(self) -> int:
-        """Return the number of decoder blocks."""
-        return self._streamed.depth
-
     def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
         """Make the blocks of `order` resident; a block is freed when the next one is asked for."""
         if not order:
@@ -142,7 +137,8 @@ class BlockLoader:
         )
         if self._kind is None:
             return block
-        packed = self._streamed.pack_block(index, block.slots, self._kind)
+        packed = pack_block(block.module, block.slots, self._kind, self._streamed.device)
+        self._streamed.packed[index] = packed
         return replace(block, packed=packed)
 
     def _read(self, index: int) -> _Arrived:

@@ -28,8 +28,7 @@ _OWN_CLASS = AutoModelForCausalLM.__name__
 # A device error may be any of these: ask `is_device_error` first.
 FOREIGN_ERRORS = (
     ValueError,
-    KeyError,
-    IndexError,
+    LookupError,
     TypeError,
     AttributeError,
     ArithmeticError,
@@ -58,8 +57,7 @@ def build_meta_model(
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         twin = _build(config, dtype, trust_remote_code)
-    layers = find_layers(twin, _decoder(twin))
-    check_headers(twin, module_name(twin, layers), checkpoint)
+    check_headers(twin, find_layers(twin)[0], checkpoint)
     with init_empty_weights(include_buffers=False):
         model = _build(config, dtype, trust_remote_code)
     model.set_experts_implementation("eager")
@@ -84,16 +82,9 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
     check_remote_code(path, raw, trusted=trust_remote_code)
     _check_quantized(checkpoint.folder, raw)
     check_counts(path, raw)
-    try:
-        with _silence():
-            config = AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=trust_remote_code
-            )
-    except FOREIGN_ERRORS as error:
-        raise UnsupportedModel(
-            f"transformers can make nothing of {path} "
-            f"(model_type {shown_value(raw.get('model_type'))}): {reason(error)}"
-        ) from None
+    kind = shown_value(raw.get("model_type"))
+    with _refused(f"transformers can make nothing of {path} (model_type {kind})"):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     check_sizes(path, config, checkpoint)
     return config
 
@@ -112,62 +103,52 @@ def _build(
     config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     """Build a model with default attention and experts: config.json may name code on the Hub."""
-    try:
-        with _silence():
-            build = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
-            if trust_remote_code and _OWN_CLASS in getattr(config, "auto_map", {}):
-                # `from_config` would take the code that it has seen first in this process.
-                own = get_class_from_dynamic_module(
-                    config.auto_map[_OWN_CLASS], config.name_or_path
-                )
-                build = own._from_config
-            return build(config, dtype=dtype, attn_implementation=None, experts_implementation=None)
-    except FOREIGN_ERRORS as error:
-        raise UnsupportedModel(
-            f"{config.model_type!r} is not a decoder-only language model that transformers can "
-            f"build from this config.json: {reason(error)}"
-        ) from None
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    try:
-        decoder: nn.Module = model.get_decoder()
-        return decoder
-    except FOREIGN_ERRORS as error:
-        raise UnsupportedModel(f"{type(model).__name__} has no decoder: {reason(error)}") from None
+    with _refused(
+        f"{config.model_type!r} is not a decoder-only language model that transformers can build "
+        f"from this config.json"
+    ):
+        build = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+        if trust_remote_code and _OWN_CLASS in getattr(config, "auto_map", {}):
+            # `from_config` would take the code that it has seen first in this process.
+            own = get_class_from_dynamic_module(config.auto_map[_OWN_CLASS], config.name_or_path)
+            build = own._from_config
+        return build(config, dtype=dtype, attn_implementation=None, experts_implementation=None)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Run the body without the warnings of transformers, whose exceptions say the same."""
+def _refused(sentence: str) -> Iterator[None]:
+    """Run the body; if transformers raises, refuse the model with a sentence and the reason.
+
+    Warnings of transformers say the same as its exceptions, and are not shown.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(f"{sentence}: {reason(error)}") from None
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def find_layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder blocks; raise `UnsupportedModel` if none has their number."""
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the list of decoder blocks, after its name; raise `UnsupportedModel` without one."""
+    kind = type(model).__name__
+    with _refused(f"{kind} has no decoder"):
+        decoder = model.get_decoder()
     depth = model.config.get_text_config().num_hidden_layers
     if depth < 1:
-        raise UnsupportedModel(f"{type(model).__name__} is said to have {depth} decoder blocks")
-    for module in decoder.children():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
+        raise UnsupportedModel(f"{kind} is said to have {depth} decoder blocks")
+    children = set(decoder.children())
+    for name, module in model.named_modules():
+        if module in children and isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
     raise UnsupportedModel(
-        f"{type(model).__name__} is not built like a decoder-only language model: its decoder has "
+        f"{kind} is not built like a decoder-only language model: its decoder has "
         f"no list of {depth} blocks among its children"
     )
-
-
-def module_name(model: nn.Module, wanted: nn.Module) -> str:
-    """Return the full name of a module inside a model."""
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[wanted]
 
 
 def reason(error: BaseException) -> str:

@@ -6,8 +6,8 @@ and loss are the model's own code too. There is no table of architectures.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,18 +15,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
-from lowmem_gblm.model.block_calls import Call, Recorder, Replayer, check_same, stubs_in
-from lowmem_gblm.model.bnb import QuantizedKind
+from lowmem_gblm.model.block_calls import Call, Recorder, check_same, replaying, stubs_in
 from lowmem_gblm.model.conversion import NameConversion
-from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
-from lowmem_gblm.model.meta_model import (
-    FOREIGN_ERRORS,
-    build_meta_model,
-    find_layers,
-    module_name,
-    reason,
-)
-from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
+from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, find_layers, reason
+from lowmem_gblm.model.quantized_block import PackedWeights
 from lowmem_gblm.runtime.machine import is_device_error
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
@@ -41,6 +34,7 @@ class StreamedModel:
     Attributes:
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
+        packed: The contexts of resident blocks that are held in 4 or 8 bits, by index.
 
     Raises:
         UnsupportedModel: The architecture is unknown or does not fit the contract.
@@ -59,11 +53,10 @@ class StreamedModel:
         self.dtype = dtype
         self._model = build_meta_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self._decoder = self._model.get_decoder()
-        self._layers = find_layers(self._model, self._decoder)
-        self._prefix = module_name(self._model, self._layers)
+        self._prefix, self._layers = find_layers(self._model)
         self._calls: dict[int, list[Call]] = {}
         self._first: dict[int, Tensor] = {}
-        self._packed: dict[int, PackedWeights] = {}
+        self.packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
         self.conversion = NameConversion(self._model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
@@ -99,13 +92,11 @@ class StreamedModel:
         try:
             yield
         finally:
-            for module in self._outside_blocks():
-                _free(module)
+            inside = {module for block in self._layers for module in block.modules()}
+            for module in self._model.modules():
+                if module not in inside:
+                    _free(module)
             give_back_freed()
-
-    def _outside_blocks(self) -> Iterator[nn.Module]:
-        inside = {module for block in self._layers for module in block.modules()}
-        return (module for module in self._model.modules() if module not in inside)
 
     def fill(self, checkpoint: Checkpoint) -> None:
         """Load all that is outside the blocks onto the device, tied weights included."""
@@ -117,13 +108,9 @@ class StreamedModel:
         for name, buffer in list(self._model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
-        missing = [
-            name
-            for name, value in self._model.named_parameters()
-            if value.is_meta and not name.startswith(f"{self._prefix}.")
-        ]
-        if missing:
-            raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {missing[0]}")
+        for name, value in self._model.named_parameters():
+            if value.is_meta and not name.startswith(f"{self._prefix}."):
+                raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {name}")
 
     def load_block(self, index: int, tensors: dict[str, Tensor], *, on_host: bool = False) -> None:
         """Fill a block from tensors named as on disk; `on_host`, it stays there to be packed."""
@@ -137,16 +124,9 @@ class StreamedModel:
                 f"({len(empty)} such tensors)"
             )
 
-    def pack_block(
-        self, index: int, slots: Sequence[MatmulWeight], kind: QuantizedKind
-    ) -> PackedWeights:
-        """Bring a block from host memory to the device with its matrices in 4 or 8 bits."""
-        self._packed[index] = pack_block(self.block(index), slots, kind, self.device)
-        return self._packed[index]
-
     def free_block(self, index: int) -> None:
         """Free the memory of a block's parameters. Buffers stay: they are not on disk."""
-        self._packed.pop(index, None)
+        self.packed.pop(index, None)
         for module in self.block(index).modules():
             _free(module)
 
@@ -160,16 +140,11 @@ class StreamedModel:
             UnsupportedModel: The arguments of a block depend on the sample.
         """
         recorder = Recorder(self.depth)
-        try:
-            with torch.no_grad(), stubs_in(self._layers, recorder):
-                output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
-        except FOREIGN_ERRORS as error:
-            if is_device_error(error):
-                raise
-            raise UnsupportedModel(
-                f"{type(self._model).__name__} cannot be run around stand-ins for its decoder "
-                f"blocks: {reason(error)}"
-            ) from error
+        sentence = (
+            f"{type(self._model).__name__} cannot be run around stand-ins for its decoder blocks"
+        )
+        with torch.no_grad(), _explained(sentence), stubs_in(self._layers, recorder.visit):
+            output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
         self._remember(tokens_T, recorder.calls)
         return recorder.entering
@@ -181,27 +156,16 @@ class StreamedModel:
             UnsupportedModel: Code that comes with the checkpoint fails.
         """
         call = self._calls[hidden.shape[1]][index]
+        contexts: list[AbstractContextManager[Any] | None] = [self.packed.get(index), tap]
+        if not type(self._model).__module__.startswith("transformers."):
+            sentence = f"the code that comes with the checkpoint cannot run decoder block {index}"
+            contexts.insert(0, _explained(sentence))
         with ExitStack() as within:
-            within.enter_context(self._own_code_errors(index))
-            for mode in (self._packed.get(index), tap):
-                if mode is not None:
-                    within.enter_context(mode)
+            for context in filter(None, contexts):
+                within.enter_context(context)
             out = self.block(index)(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
-
-    @contextmanager
-    def _own_code_errors(self, index: int) -> Iterator[None]:
-        """Run the body; an error raised by code of the checkpoint becomes a sentence."""
-        try:
-            yield
-        except FOREIGN_ERRORS as error:
-            if is_device_error(error) or type(self._model).__module__.startswith("transformers."):
-                raise
-            raise UnsupportedModel(
-                f"the code that comes with the checkpoint cannot run decoder block {index}: "
-                f"{reason(error)}"
-            ) from error
 
     def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
         """Return the mean next-token cross-entropy of hidden states [1, T, hidden], float32."""
@@ -238,7 +202,7 @@ class StreamedModel:
     ) -> tuple[Tensor, Tensor]:
         """Return loss and normed hidden states [1, T, hidden]; `visit` gets chunks of both."""
         tokens_T = tokens_T.to(self.device)
-        with stubs_in(self._layers, Replayer(hidden, self.depth, self._returns_tuple)):
+        with stubs_in(self._layers, replaying(hidden, self.depth, self._returns_tuple)):
             output = self._decoder(input_ids=tokens_T[None], use_cache=False)
         normed = output.last_hidden_state
         labels_T = nn.functional.pad(tokens_T[1:], (0, 1), value=_IGNORED)
@@ -286,6 +250,17 @@ class StreamedModel:
             if not names:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor of decoder block {index}")
         return blocks, rest
+
+
+@contextmanager
+def _explained(sentence: str) -> Iterator[None]:
+    """Run the body; an error of the model's code becomes a sentence, one of a device stays."""
+    try:
+        yield
+    except FOREIGN_ERRORS as error:
+        if is_device_error(error):
+            raise
+        raise UnsupportedModel(f"{sentence}: {reason(error)}") from error
 
 
 def _free(module: nn.Module) -> None:
