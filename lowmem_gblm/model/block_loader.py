@@ -29,7 +29,6 @@ class Block:
     """A decoder block whose parameters are resident.
 
     Attributes:
-        index: Position of the block, from 0.
         raw: The tensors as they are on disk, by name; on a CPU the module may share their memory.
         weights: The matrices that can be pruned.
         packed: The matrices of the block, if they are held in 4 or 8 bits.

@@ -5,7 +5,6 @@ as large as the machine. The headers, checked against the files, tell the size o
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,12 @@ _MOST = (
 )
 # Buffers that a model computes for itself may take this much, or as much as its weights.
 MAX_BUFFER_BYTES = 1 << 30
-_SIZES = ("hidden_size", "vocab_size")
 
 
 def check_counts(path: Path, raw: dict[str, Any]) -> None:
     """Raise `CheckpointError` if config.json has more blocks, experts or labels than any model."""
-    for name, count in _numbers("", raw):
-        most = next((most for ending, most in _MOST if ending.search(name)), count)
-        if count > most:
-            raise CheckpointError(
-                f"{path} says {shown(name)} is {shown(count)}, expected at most {most}"
-            )
-
-
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
-    """Yield every integer of a JSON value, with the nearest name above it."""
-    pending = [(name, value)]
+    # Values that are left to look at, with the nearest name above each.
+    pending: list[tuple[str, Any]] = [("", raw)]
     while pending:
         name, value = pending.pop()
         if isinstance(value, dict):
@@ -49,13 +38,17 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         elif isinstance(value, list):
             pending.extend((name, one) for one in value)
         elif isinstance(value, int):
-            yield name, value
+            most = next((most for ending, most in _MOST if ending.search(name)), value)
+            if value > most:
+                raise CheckpointError(
+                    f"{path} says {shown(name)} is {shown(value)}, expected at most {most}"
+                )
 
 
 def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
     """Raise unless the sizes of a model are numbers, and its depth fits the number of tensors."""
     text = config.get_text_config()
-    for name in _SIZES:
+    for name in ("hidden_size", "vocab_size"):
         size = getattr(text, name, None)
         if type(size) is not int or size < 1:
             raise UnsupportedModel(
@@ -78,7 +71,7 @@ def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -
 
     Args:
         prefix: Name of the list of its decoder blocks.
-        checkpoint: The weights of the model; if they are only described, nothing is compared.
+        checkpoint: If it is only described, nothing is compared.
 
     Raises:
         CheckpointError: A tensor is missing, has another shape, or holds no floating-point numbers;

@@ -40,8 +40,7 @@ class Region:
         disk_index: Leading index on disk, None if the tensor on disk is 2-D.
         parameter: Full name of the parameter in the module.
         expert: Leading index in the module, None if the parameter is 2-D.
-        rows: Rows of the stored matrix.
-        columns: Columns of the stored matrix.
+        rows, columns: The part of the stored matrix.
         transposed: Whether rows on disk are columns in the module.
     """
 
@@ -77,11 +76,13 @@ class NameConversion:
 
     def is_split_off(self, parameter: str) -> bool:
         """Return whether a parameter may share its tensor on disk with other parameters."""
-        splitting = (one for one in self._converters() if len(one.target_patterns) > 1)
+        splitting = self._splitting()
         return any(target in parameter for one in splitting for target in one.target_patterns)
 
-    def _converters(self) -> Iterator[WeightConverter]:
-        return (one for one in self._conversions if isinstance(one, WeightConverter))
+    def _splitting(self) -> list[WeightConverter]:
+        """Return the conversions that make several parameters of a tensor."""
+        converters = (one for one in self._conversions if isinstance(one, WeightConverter))
+        return [one for one in converters if len(one.target_patterns) > 1]
 
     def _rename(self, names_on_disk: Iterable[str]) -> Iterator[tuple[str, str | None, str | None]]:
         """Yield name on disk, name in the module or None, and pattern of its conversion or None."""
@@ -171,12 +172,7 @@ class NameConversion:
 
     def _check_whole(self, names_on_disk: Iterable[str]) -> None:
         """Raise `UnsupportedModel` for a tensor that is split into several parameters."""
-        splitting = {
-            pattern
-            for one in self._converters()
-            if len(one.target_patterns) > 1
-            for pattern in one.source_patterns
-        }
+        splitting = {pattern for one in self._splitting() for pattern in one.source_patterns}
         for name, _, pattern in self._rename(names_on_disk):
             if pattern in splitting:
                 raise UnsupportedModel(f"{name} is split into several parameters of the model")

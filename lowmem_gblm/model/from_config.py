@@ -5,7 +5,6 @@ plan from the headers.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -22,9 +21,8 @@ from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Return the checkpoint as its headers say; as config.json says, if a shard is missing."""
-    if _lacks_weights(folder):
-        return describe(folder, trust_remote_code=trust_remote_code)
-    return Checkpoint(folder)
+    lacking = _lacks_weights(folder)
+    return describe(folder, trust_remote_code=trust_remote_code) if lacking else Checkpoint(folder)
 
 
 def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -40,7 +38,18 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     nothing = Checkpoint.described(folder, ())
     config = load_config(nothing, trust_remote_code=trust_remote_code)
     model = build_meta_model(nothing, _stored_dtype(config), trust_remote_code=trust_remote_code)
-    return Checkpoint.described(folder, _entries(folder, _as_stored(model)))
+    entries = [
+        TensorEntry(
+            name=name,
+            dtype=value.dtype,
+            shape=tuple(value.shape),
+            file=folder / SINGLE,
+            offset=0,
+            nbytes=value.nbytes,
+        )
+        for name, value in _as_stored(model).items()
+    ]
+    return Checkpoint.described(folder, entries)
 
 
 def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -62,18 +71,6 @@ def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
             f"{type(model).__name__}: transformers cannot tell from config.json how its weights "
             f"are stored ({reason(error)}). Download them, then plan with that folder"
         ) from error
-
-
-def _entries(folder: Path, stored: dict[str, Tensor]) -> Iterator[TensorEntry]:
-    for name, value in stored.items():
-        yield TensorEntry(
-            name=name,
-            dtype=value.dtype,
-            shape=tuple(value.shape),
-            file=folder / SINGLE,
-            offset=0,
-            nbytes=value.nbytes,
-        )
 
 
 def _lacks_weights(folder: Path) -> bool:

@@ -50,7 +50,6 @@ class Matmul:
     """A multiplication: `out_TO` is `input_TI` times the slot's matrix, plus perhaps a bias.
 
     Attributes:
-        slot: The matrix.
         input: The activations as the module passed them, [..., in].
         input_TI: `input`, flattened to 2-D and detached from the graph.
         out: The result, [..., out], still in the graph.

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.model.conversion import Region
 from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.globs import check_globs, selected
@@ -22,7 +21,6 @@ class PrunableWeight:
     """A matrix to prune: a 2-D tensor on disk, or one expert's slice of a 3-D one.
 
     Attributes:
-        disk_index: Leading index on disk, or None.
         slot: The matrix that the block multiplies with.
         rows, columns: The part of the slot's stored matrix that this one is.
         in_first_on_disk: Whether it is stored on disk as `[in, out]`.
@@ -119,33 +117,27 @@ def _numberless(name: str, index: int) -> str:
 def _prunable(checkpoint: Checkpoint, streamed: StreamedModel, index: int) -> list[PrunableWeight]:
     shapes = {name: checkpoint.tensors[name].shape for name in streamed.block_tensors[index]}
     prefix = streamed.block_prefix(index)
-    module = streamed.block(index)
-    return [
-        _prunable_weight(name, shapes[name], region, prefix, in_first)
-        for name, regions in streamed.conversion.regions(shapes).items()
-        for region in regions
-        if (in_first := _stored_in_first(module, region.parameter.removeprefix(prefix))) is not None
-    ]
-
-
-def _prunable_weight(
-    name: str, shape: tuple[int, ...], region: Region, prefix: str, in_first: bool
-) -> PrunableWeight:
-    slot = MatmulWeight(
-        parameter=region.parameter.removeprefix(prefix), expert=region.expert, in_first=in_first
-    )
-    in_first_on_disk = in_first != region.transposed
-    in_features, out_features = shape[-2:] if in_first_on_disk else shape[:-3:-1]
-    return PrunableWeight(
-        name=name,
-        disk_index=region.disk_index,
-        slot=slot,
-        rows=region.rows,
-        columns=region.columns,
-        in_first_on_disk=in_first_on_disk,
-        out_features=out_features,
-        in_features=in_features,
-    )
+    found = []
+    for name, regions in streamed.conversion.regions(shapes).items():
+        rows, columns = shapes[name][-2:]
+        for region in regions:
+            parameter = region.parameter.removeprefix(prefix)
+            in_first = _stored_in_first(streamed.block(index), parameter)
+            if in_first is None:
+                continue
+            in_first_on_disk = in_first != region.transposed
+            weight = PrunableWeight(
+                name=name,
+                disk_index=region.disk_index,
+                slot=MatmulWeight(parameter=parameter, expert=region.expert, in_first=in_first),
+                rows=region.rows,
+                columns=region.columns,
+                in_first_on_disk=in_first_on_disk,
+                out_features=columns if in_first_on_disk else rows,
+                in_features=rows if in_first_on_disk else columns,
+            )
+            found.append(weight)
+    return found
 
 
 def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
@@ -158,10 +150,11 @@ def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
     if leaf not in owner._parameters:
         return None
     shape = block.get_parameter(parameter).shape
-    if _has_experts(block) and any(_ROUTER.search(part) for part in path.split(".")):
+    has_experts = any(_holds_experts(*one) for one in block.named_modules())
+    if has_experts and any(_ROUTER.search(part) for part in path.split(".")):
         return None
     if len(shape) == 3:
-        holds_experts = "expert" in f"{path}.{type(owner).__name__}".lower()
+        holds_experts = _holds_experts(path, owner)
         return bool(getattr(owner, "is_transposed", False)) if holds_experts else None
     if leaf != "weight" or len(shape) != 2:
         return None
@@ -170,8 +163,5 @@ def _stored_in_first(block: nn.Module, parameter: str) -> bool | None:
     return True if isinstance(owner, Conv1D) else None
 
 
-def _has_experts(block: nn.Module) -> bool:
-    return any(
-        "expert" in f"{name}.{type(module).__name__}".lower()
-        for name, module in block.named_modules()
-    )
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    return "expert" in f"{path}.{type(module).__name__}".lower()

@@ -71,7 +71,8 @@ class SweepContext:
             nsamples = len(self.tokens_NT)
             self.progress.skip(sum(step.ticks(self.depth, nsamples) for step in before))
             for step in [step for step in self.table[self.done :] if step.stage == stage]:
-                self.offload.forget_touched()
+                self.offload.keys_read.clear()
+                self.offload.keys_written.clear()
                 yield step
                 self._check_touched(step)
                 self.finish(step)
@@ -94,7 +95,7 @@ class SweepContext:
 
     def _check_touched(self, step: Step) -> None:
         """Assert that a step has read and written what the table says."""
-        read, written = self.offload.touched()
+        read, written = self.offload.keys_read, self.offload.keys_written
         # Experts that saw no token have no gradient magnitudes.
         optional = {key for key in (*step.reads, *step.writes) if not key.is_per_sample}
         assert read <= {*step.reads, *step.writes}, f"{step} has read {read}"

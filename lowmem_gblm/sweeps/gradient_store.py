@@ -1,8 +1,5 @@
 """The gradient magnitudes of a block between the sweep that measures them and the pruning."""
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor
 
 from lowmem_gblm.model.block_loader import Block
@@ -34,10 +31,6 @@ class GradientStore:
             if weight.slot in gradients:
                 self._keep(block, weight, weight.in_slot(gradients[weight.slot]))
         gradients.clear()
-
-    def reader(self, block: Block) -> Callable[[PrunableWeight], Tensor | None]:
-        """Return what tells the magnitudes of the matrices of a block; see `of`."""
-        return partial(self.of, block)
 
     def of(self, block: Block, weight: PrunableWeight) -> Tensor | None:
         """Return the magnitudes of a matrix, float32 [out, in]; None without a token."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -32,6 +31,9 @@ class Offload:
     Args:
         progress: Told how long the computation waits; knows whether the run is to stop.
         behind_bytes: Bytes that may be written behind at once; with 0 a write ends before the call.
+
+    Attributes:
+        keys_read, keys_written: Keys that were read and written; for others to look at and clear.
     """
 
     def __init__(
@@ -42,8 +44,8 @@ class Offload:
         self._progress = progress
         self._allowed_bytes = behind_bytes
         self._behind: deque[tuple[Key, int, Future[None]]] = deque()
-        self._read: set[Key] = set()
-        self._written: set[Key] = set()
+        self.keys_read: set[Key] = set()
+        self.keys_written: set[Key] = set()
         self._reader = worker("spill-read")
         self._writer = worker("spill-write")
         self._in = self._out = None
@@ -67,7 +69,7 @@ class Offload:
         """
         # What was sent off must have arrived before it can come back.
         self._wait([future for key, _, future in self._behind if key in keys])
-        self._read.update(keys)
+        self.keys_read.update(keys)
         ahead = self._reader.submit(self._fetch, keys, order[0])
         for n, following in zip(order, [*order[1:], None], strict=True):
             self._progress.check()
@@ -83,21 +85,13 @@ class Offload:
 
     def read(self, key: Key, item: Item) -> Tensor:
         """Return a tensor from the work folder, on the CPU; not to be modified."""
-        self._read.add(key)
+        self.keys_read.add(key)
         return self._tensors.read(str(key), item)
 
     def holds(self, key: Key, item: Item) -> bool:
         """Return whether something was written under a key and item; waits for all writes."""
         self.settle()
         return self._tensors.holds(str(key), item)
-
-    def touched(self) -> tuple[set[Key], set[Key]]:
-        """Return the keys that were read and written since `forget_touched`."""
-        return self._read, self._written
-
-    def forget_touched(self) -> None:
-        """Forget which keys were read and written."""
-        self._read, self._written = set(), set()
 
     def write_behind(self, key: Key, item: Item, tensor: Tensor) -> None:
         """Write a tensor, unchanged from now on; an OSError may be that of an earlier tensor."""
@@ -107,7 +101,7 @@ class Offload:
             ready.record(torch.cuda.current_stream(tensor.device))
         future = self._writer.submit(self._store, key, item, tensor.detach(), ready)
         self._behind.append((key, tensor.nbytes, future))
-        self._written.add(key)
+        self.keys_written.add(key)
         if not self._allowed_bytes:
             self.settle()
 
@@ -159,19 +153,8 @@ class Offload:
         if ready is not None and self._out is not None:
             self._out.wait_event(ready)
             tensor.record_stream(self._out)
-        with _stream(self._out):
-            tensor = _to_host(tensor)
-        if self._out is not None:
+            with torch.cuda.stream(self._out):
+                pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                tensor = pinned.copy_(tensor, non_blocking=True)
             self._out.synchronize()
         self._tensors.write(str(key), item, tensor)
-
-
-def _stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)

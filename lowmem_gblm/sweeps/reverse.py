@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def reverse_sweep(run: PruneContext) -> None:
             continue
         measured = _BlockBackward(run, step, block, shortcut).measure()
         if prunes:
-            run.pruner.prune(block, measured, run.gradients.reader(block))
+            run.pruner.prune(block, measured, partial(run.gradients.of, block))
             run.gradients.release()
             run.write(block)
 
@@ -100,7 +101,8 @@ class _BlockBackward:
                 f"the statistics of block {self.block.index} overflow float32, though those of "
                 f"every single sample are finite: fewer --nsamples may fit"
             )
-        self.run.samples.reduce_scale_or_drop(found, self.step.stage, self.block.index)
+        hopeless = [n for n in found if not self.run.samples.reduce_scale(n)]
+        self.run.samples.drop(hopeless, self.step.stage, self.block.index)
         return None
 
     def _is_finite_alone(self, n: int, matrices: list[MatmulWeight]) -> bool:
@@ -133,7 +135,7 @@ class _BlockBackward:
             if not bool(all_finite(leaving)):
                 found.append(n)
                 continue
-            if n == order[0] and self.shortcut.holds(block, tap.last, hidden, arriving, leaving):
+            if n == order[0] and self.shortcut.holds(block, tap, hidden, arriving, leaving):
                 tap.skip(tap.last)
             if advances and block.index and self._sent.get(n) != exponent:
                 run.offload.write_behind(loss_gradient(block.index), n, leaving)
@@ -171,19 +173,14 @@ class _Shortcut:
         self._known: dict[tuple[type, MatmulWeight], bool] = {}
 
     def holds(
-        self,
-        block: Block,
-        last: MatmulWeight | None,
-        hidden: Tensor,
-        arriving: Tensor,
-        leaving: Tensor,
+        self, block: Block, tap: Tap, hidden: Tensor, arriving: Tensor, leaving: Tensor
     ) -> bool:
-        if last is None:
+        if tap.last is None:
             return False
-        kind = (type(block.module), last)
+        kind = (type(block.module), tap.last)
         if kind not in self._known:
             trial = Tap(block.module, block.slots, [])
-            trial.skip(last)
+            trial.skip(tap.last)
             again = _backward(self._streamed, block, hidden, arriving, trial)
             self._known[kind] = torch.equal(leaving, again)
         return self._known[kind]

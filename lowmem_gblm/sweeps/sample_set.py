@@ -64,11 +64,11 @@ class SampleSet:
         """Drop these samples of the pass `name`; raise `NonFiniteError` if too many are dropped."""
         self.dropped += [{"sample": n, "pass": name, "block": block} for n in numbers]
         if len(self.dropped) > self._tolerated * self._count:
-            raise NonFiniteError(self._too_many())
-
-    def reduce_scale_or_drop(self, numbers: Sequence[int], name: str, block: int | None) -> None:
-        """Try these samples with a smaller loss, or drop them if that did not help; see `drop`."""
-        self.drop([n for n in numbers if not self.reduce_scale(n)], name, block)
+            raise NonFiniteError(
+                f"{len(self.dropped)} of {self._count} {self._what}s have turned non-finite, at "
+                f"most {self._tolerated:.0%} may: {self._where()}. Look at the weights there, or "
+                f"try --dtype bfloat16 or float32"
+            )
 
     def reduce_scale(self, number: int) -> bool:
         """Have the loss of a sample multiplied with less; False if that makes no sense any more."""
@@ -106,13 +106,6 @@ class SampleSet:
             f"{len(self.dropped)} of {self._count} {self._what}s turned non-finite and were left "
             f"out: {self._where()}"
         ]
-
-    def _too_many(self) -> str:
-        return (
-            f"{len(self.dropped)} of {self._count} {self._what}s have turned non-finite, at most "
-            f"{self._tolerated:.0%} may: {self._where()}. Look at the weights there, or try "
-            f"--dtype bfloat16 or float32"
-        )
 
     def _where(self) -> str:
         first = self.dropped[0]

@@ -29,7 +29,6 @@ def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
     Args:
         magnitude: float32, finite, none negative, any shape and device. Not modified; in float32
             the result shares its memory.
-        kind: The precision.
 
     Raises:
         NonFiniteError: A magnitude is NaN or infinite.
