@@ -110,23 +110,20 @@ class BlockLoader:
                         pending.append(reader.submit(self._read, following))
                     users: list[Future[Any]] = []
                     yield self._resident(index, arrived, users)
-                    self._free(index, arrived, users)
+                    self._streamed.free_block(index)
+                    # The consumer may still hold the Block; its tensors are released all the same.
+                    arrived.raw.clear()
+                    self._buffers.give_back(arrived.buffer, users)
+                    give_back_freed()
             except BaseException:
                 # Wherever the exception came from: the reader must not wait for a buffer for ever.
                 self._buffers.stop()
                 raise
 
-    def _free(self, index: int, arrived: _Arrived, users: Sequence[Future[Any]]) -> None:
-        self._streamed.free_block(index)
-        # The consumer may still hold the Block; its tensors are released all the same.
-        arrived.raw.clear()
-        self._buffers.give_back(arrived.buffer, users)
-        give_back_freed()
-
     def _resident(self, index: int, arrived: _Arrived, pending: list[Future[Any]]) -> Block:
         with self._progress.waiting():
-            tensors, on_host = arrived.to_load(), self._kind is not None
-            self._streamed.load_block(index, tensors, on_host=on_host)
+            on_host = self._kind is not None
+            self._streamed.load_block(index, arrived.to_load(), on_host=on_host)
         block = Block(
             index=index,
             module=self._streamed.block(index),

@@ -78,11 +78,9 @@ def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -
             or the buffers of the model are larger than its weights.
     """
     if checkpoint.on_disk:
-        conversion = NameConversion(model)
-        taken_over = conversion.taken_over(checkpoint.tensors)
-        state = model.state_dict()
-        for name, target in taken_over.items():
-            _check_tensor(checkpoint.tensors[name], target, state[target])
+        conversion, state = NameConversion(model), model.state_dict()
+        for name, target in conversion.taken_over(checkpoint.tensors).items():
+            _check_tensor(checkpoint.tensors[name], state[target])
         found = set(filter(None, conversion.in_module(checkpoint.tensors).values()))
         _check_complete(model, prefix, conversion, found, checkpoint.folder)
     own = sum(buffer.nbytes for buffer in model.buffers())
@@ -94,7 +92,7 @@ def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -
         )
 
 
-def _check_tensor(entry: TensorEntry, target: str, expected: Tensor) -> None:
+def _check_tensor(entry: TensorEntry, expected: Tensor) -> None:
     where = f"tensor {shown(entry.name)} in {entry.file}"
     if entry.shape != expected.shape:
         raise CheckpointError(

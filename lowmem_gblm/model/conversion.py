@@ -165,7 +165,7 @@ class NameConversion:
                     f"number does not fit those of the tensors beside it"
                 )
             regions[name] = [
-                self._decode(name, index, row_codes[name], column_codes[name], targets)
+                self._decode(name, index, row_codes[name], column_codes[name])
                 for index in (range(shape[0]) if len(shape) == 3 else (None,))
             ]
         return regions
@@ -195,9 +195,7 @@ class NameConversion:
         with _quietly():
             return dict(revert_weight_conversion(self._model, {target: tensor.contiguous()}))
 
-    def _decode(
-        self, name: str, index: int | None, rows: Tensor, columns: Tensor, targets: set[str]
-    ) -> Region:
+    def _decode(self, name: str, index: int | None, rows: Tensor, columns: Tensor) -> Region:
         row_codes = rows if index is None else rows[index]
         column_codes = columns if index is None else columns[index]
         transposed = bool((row_codes[:, 0] == row_codes[0, 0]).all()) and row_codes.shape[0] > 1

@@ -40,14 +40,13 @@ def pack_block(
     """
     in_first = {slot.parameter: slot.in_first for slot in slots}
     stand_ins = {name: _stand_in(block.get_parameter(name).data, device) for name in in_first}
-    packed = PackedWeights(
-        kind,
-        {
-            MatmulWeight(parameter=name, expert=expert, in_first=in_first[name]): matrix
-            for name, stand_in in stand_ins.items()
-            for expert, matrix in _matrices(stand_in)
-        },
-    )
+    matrices: dict[MatmulWeight, Tensor] = {}
+    for name, stand_in in stand_ins.items():
+        experts = [None] if stand_in.ndim == 2 else range(len(stand_in))
+        for expert in experts:
+            slot = MatmulWeight(parameter=name, expert=expert, in_first=in_first[name])
+            matrices[slot] = stand_in if expert is None else stand_in[expert]
+    packed = PackedWeights(kind, matrices)
     for slot in packed.slots:
         packed.set(slot, slot.stored(block))
     for name, stand_in in stand_ins.items():
@@ -174,10 +173,6 @@ def _stand_in(parameter: Tensor, device: torch.device) -> Tensor:
         (experts + parameter.shape[-1] - 1,), torch.nan, device=device, requires_grad=False
     )
     return numbers.as_strided(parameter.shape, (1, 0, 1)[-parameter.ndim :])
-
-
-def _matrices(stand_in: Tensor) -> list[tuple[int | None, Tensor]]:
-    return [(None, stand_in)] if stand_in.ndim == 2 else list(enumerate(stand_in))
 
 
 def _storage(tensor: Tensor) -> int:

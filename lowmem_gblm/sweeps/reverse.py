@@ -63,7 +63,7 @@ class _BlockBackward:
         while True:
             measured = self._activations(len(self.run.samples.active))
             for number, matrices in enumerate(self._parts()):
-                gradients = self._measure_part(matrices, [] if number else measured, number == 0)
+                gradients = self._measure_part(matrices, [] if number else measured)
                 if gradients is None:
                     break
                 self.run.gradients.keep(self.block, gradients)
@@ -86,12 +86,12 @@ class _BlockBackward:
         return statistic(self.run.loss_scale, matrices)
 
     def _measure_part(
-        self, matrices: list[MatmulWeight], measured: Sequence[ActivationStatistic], advances: bool
+        self, matrices: list[MatmulWeight], measured: Sequence[ActivationStatistic]
     ) -> dict[MatmulWeight, Tensor] | None:
         """Return the gradient magnitudes of some matrices; None if a sample was non-finite."""
         order, gradient = self.run.samples.active, self._gradient(matrices)
-        found = self._run(order, gradient, measured, advances=advances)
-        if not found and _are_finite(gradient, measured):
+        found = self._run(order, gradient, measured)
+        if not found and all(one.is_finite() for one in (gradient, *measured)):
             return gradient.results()
         # Single samples are looked at in the memory of these.
         gradient.results()
@@ -107,18 +107,16 @@ class _BlockBackward:
 
     def _is_finite_alone(self, n: int, matrices: list[MatmulWeight]) -> bool:
         gradient, measured = self._gradient(matrices), self._activations(1)
-        found = self._run([n], gradient, measured, advances=False)
-        return not found and _are_finite(gradient, measured)
+        found = self._run([n], gradient, measured)
+        return not found and all(one.is_finite() for one in (gradient, *measured))
 
     def _run(
-        self,
-        order: Sequence[int],
-        gradient: GradientStatistic,
-        measured: Sequence[ActivationStatistic],
-        *,
-        advances: bool,
+        self, order: list[int], gradient: GradientStatistic, measured: Sequence[ActivationStatistic]
     ) -> list[int]:
-        """Run samples; return those whose gradients are not finite where they leave the block."""
+        """Run samples; return those whose gradients are not finite where they leave the block.
+
+        A gradient that leaves the block is sent once for each scale of its sample.
+        """
         run, block, found = self.run, self.block, []
         tap = Tap(block.module, block.slots, [gradient, *measured])
         keys = [boundary("dense", block.index), loss_gradient(block.index + 1)]
@@ -129,23 +127,18 @@ class _BlockBackward:
             if exponent != before:
                 arriving = arriving * 2.0 ** (before - exponent)
             leaving = _backward(run.model, block, hidden, arriving, tap)
-            gradient.finish_sample()
-            for statistic in measured:
+            for statistic in (gradient, *measured):
                 statistic.finish_sample()
             if not bool(all_finite(leaving)):
                 found.append(n)
                 continue
             if n == order[0] and self.shortcut.holds(block, tap, hidden, arriving, leaving):
                 tap.skip(tap.last)
-            if advances and block.index and self._sent.get(n) != exponent:
+            if block.index and self._sent.get(n) != exponent:
                 run.offload.write_behind(loss_gradient(block.index), n, leaving)
                 self._sent[n] = exponent
         tap.check_all_seen()
         return found
-
-
-def _are_finite(gradient: GradientStatistic, measured: Sequence[ActivationStatistic]) -> bool:
-    return gradient.is_finite() and all(statistic.is_finite() for statistic in measured)
 
 
 def _backward(
