@@ -32,6 +32,9 @@ class StreamedModel:
     """A model without the weights of its decoder blocks.
 
     Attributes:
+        depth: The number of decoder blocks.
+        config: The configuration of the text model.
+        attention_matrices: Whether attention holds its complete [heads, T, T] probabilities.
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
         packed: The contexts of resident blocks that are held in 4 or 8 bits, by index.
@@ -54,27 +57,15 @@ class StreamedModel:
         self._model = build_meta_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self._decoder = self._model.get_decoder()
         self._prefix, self._layers = find_layers(self._model)
+        self.depth = len(self._layers)
+        self.config: PretrainedConfig = self._model.config.get_text_config()
+        self.attention_matrices: bool = self._model.config._attn_implementation == "eager"
         self._calls: dict[int, list[Call]] = {}
         self._first: dict[int, Tensor] = {}
         self.packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
         self.conversion = NameConversion(self._model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
-
-    @property
-    def depth(self) -> int:
-        """Return the number of decoder blocks."""
-        return len(self._layers)
-
-    @property
-    def attention_matrices(self) -> bool:
-        """Return whether attention holds its complete [heads, T, T] probabilities."""
-        return bool(self._model.config._attn_implementation == "eager")
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """Return the configuration of the text model."""
-        return self._model.config.get_text_config()
 
     def block(self, index: int) -> nn.Module:
         """Return the module of one block; its parameters are on `meta` unless it is resident."""

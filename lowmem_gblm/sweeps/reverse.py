@@ -19,7 +19,7 @@ from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import FLOAT32_BYTES, slices_within
-from lowmem_gblm.planning.steps import Step, boundary, loss_gradient
+from lowmem_gblm.planning.steps import boundary, loss_gradient
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, GradientStatistic
@@ -37,7 +37,7 @@ def reverse_sweep(run: PruneContext) -> None:
         if not step.backwards:
             advance(run, step, block, "dense")
             continue
-        measured = _BlockBackward(run, step, block, shortcut).measure()
+        measured = _BlockBackward(run, block, shortcut, dict(run.samples.exponents)).measure()
         if prunes:
             run.pruner.prune(block, measured, partial(run.gradients.of, block))
             run.gradients.release()
@@ -46,17 +46,17 @@ def reverse_sweep(run: PruneContext) -> None:
 
 @dataclass
 class _BlockBackward:
-    """Forward and backward through one resident block, until all active samples are finite."""
+    """Forward and backward through one resident block, until all active samples are finite.
+
+    Attributes:
+        arrived: The exponents with which gradients have arrived from the block after it.
+    """
 
     run: PruneContext
-    step: Step
     block: Block
     shortcut: _Shortcut
-    _exponents_before: dict[int, int] = field(init=False)
+    arrived: dict[int, int]
     _sent: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._exponents_before = dict(self.run.samples.exponents)
 
     def measure(self) -> list[ActivationStatistic]:
         """Keep the gradient magnitudes of all parts; repeat all if a sample turns non-finite."""
@@ -102,7 +102,7 @@ class _BlockBackward:
                 f"every single sample are finite: fewer --nsamples may fit"
             )
         hopeless = [n for n in found if not self.run.samples.reduce_scale(n)]
-        self.run.samples.drop(hopeless, self.step.stage, self.block.index)
+        self.run.samples.drop(hopeless, "reverse", self.block.index)
         return None
 
     def _is_finite_alone(self, n: int, matrices: list[MatmulWeight]) -> bool:
@@ -123,7 +123,7 @@ class _BlockBackward:
         for n, (hidden, arriving) in run.offload.prefetch(keys, order):
             exponent = run.samples.exponent(n)
             gradient.boost = 2.0**exponent
-            before = self._exponents_before.get(n, 0)
+            before = self.arrived.get(n, 0)
             if exponent != before:
                 arriving = arriving * 2.0 ** (before - exponent)
             leaving = _backward(run.model, block, hidden, arriving, tap)
