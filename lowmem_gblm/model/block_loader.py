@@ -30,7 +30,6 @@ class Block:
 
     Attributes:
         raw: The tensors as they are on disk, by name; on a CPU the module may share their memory.
-        weights: The matrices that can be pruned.
         packed: The matrices of the block, if they are held in 4 or 8 bits.
         pending: Work of other threads that still reads `raw`, whose memory is reused after it.
     """
@@ -65,11 +64,9 @@ class BlockLoader:
     Args:
         progress: Told how long the computation waits for a block.
         weights: The matrices that can be pruned in every block; None if they are not needed.
-        read_ahead: Whether the next block is read while one is resident: two blocks in host memory
-            instead of one.
+        read_ahead: Whether the next block is read meanwhile: two blocks in host memory, not one.
         copy_ahead: Whether the next block is copied to a GPU, too: two blocks there.
-        compute_weights: The bits that matrices of the resident block are held in; None for the
-            dtype of the computation.
+        compute_weights: The bits of resident matrices; None for the dtype of the computation.
     """
 
     def __init__(

@@ -61,8 +61,7 @@ def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantize numbers in blocks of 256 by the dynamic map, -1 or 0 to 1 times a scale.
 
     Args:
-        flat: float32, bfloat16 or float16, finite. Not modified.
-        signed: Whether any number may be negative.
+        flat: float32, bfloat16 or float16, finite; negative only if `signed`. Not modified.
 
     Returns:
         Codes, uint8, one for each number, and scales, float32, one for each block.

@@ -117,10 +117,8 @@ def _build(
 
 @contextmanager
 def _refused(sentence: str) -> Iterator[None]:
-    """Run the body; if transformers raises, refuse the model with a sentence and the reason.
-
-    Warnings of transformers say the same as its exceptions, and are not shown.
-    """
+    """Run the body; what transformers raises becomes the reason that ends the sentence."""
+    # Its warnings say the same as its exceptions, and are not shown.
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:

@@ -26,7 +26,7 @@ from lowmem_gblm.model.matmul_tap import MatmulWeight, operands
 def pack_block(
     block: nn.Module, slots: Sequence[MatmulWeight], kind: QuantizedKind, device: torch.device
 ) -> PackedWeights:
-    """Bring a block to the device with the matrices of its slots packed.
+    """Bring a block to the device, its slots packed; return what to hold around its forward.
 
     The matrices are copied one at a time: the device never holds the full block. Of a fused
     parameter every expert is packed, whichever of them are named.
@@ -34,9 +34,6 @@ def pack_block(
     Args:
         block: Parameters are on the CPU in the dtype that is computed in. Modified: the parameters
             of the slots become stand-ins, all else moves to the device.
-
-    Returns:
-        The context to hold around the block's forward.
     """
     in_first = {slot.parameter: slot.in_first for slot in slots}
     stand_ins = {name: _stand_in(block.get_parameter(name).data, device) for name in in_first}

@@ -32,8 +32,7 @@ def advance(
 ) -> None:
     """Run every sample of a stream through a resident block, from its boundary to the next one.
 
-    Samples that leave the block non-finite are dropped. `tap` is used until it has seen every
-    matrix.
+    Samples that leave it non-finite are dropped. `tap` is used until it has seen every matrix.
     """
     order, finite = run.samples.active, []
     after = boundary(stream, block.index + 1)

@@ -19,8 +19,7 @@ def dense_sweep(run: SweepContext) -> None:
 def loss_gradients(run: PruneContext) -> None:
     """Compute the loss of every sample, and `loss_scale` times its gradient at the last boundary.
 
-    Samples whose loss is not finite are dropped; those whose gradient overflows get a smaller
-    scale.
+    Samples whose loss is not finite are dropped; a gradient that overflows gets a smaller scale.
     """
     for step in run.steps("head"):
         with run.model.filled(run.checkpoint):

@@ -113,10 +113,7 @@ class _BlockBackward:
     def _run(
         self, order: list[int], gradient: GradientStatistic, measured: Sequence[ActivationStatistic]
     ) -> list[int]:
-        """Run samples; return those whose gradients are not finite where they leave the block.
-
-        A gradient that leaves the block is sent once for each scale of its sample.
-        """
+        """Run samples; return those whose gradients are not finite where they leave the block."""
         run, block, found = self.run, self.block, []
         tap = Tap(block.module, block.slots, [gradient, *measured])
         keys = [boundary("dense", block.index), loss_gradient(block.index + 1)]
@@ -134,6 +131,7 @@ class _BlockBackward:
                 continue
             if n == order[0] and self.shortcut.holds(block, tap, hidden, arriving, leaving):
                 tap.skip(tap.last)
+            # Once at each scale, however often the block is run.
             if block.index and self._sent.get(n) != exponent:
                 run.offload.write_behind(loss_gradient(block.index), n, leaving)
                 self._sent[n] = exponent

@@ -28,7 +28,6 @@ class SampleSet:
     """The active samples of a run.
 
     Args:
-        count: How many samples were drawn.
         scaled: Whether their losses have a scale that can be reduced.
         tolerated: The share of samples that may be dropped.
         what: The noun for a sample, for messages.

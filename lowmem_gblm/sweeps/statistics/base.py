@@ -17,8 +17,7 @@ class Statistic(ABC):
 
     Attributes:
         name: The name in the `needs` of methods.
-        axes: The dimensions of the result: the outputs of the matrix, its inputs, or a number;
-            outputs come first.
+        axes: The dimensions of the result: "out" and "in" of the matrix, in this order, or numbers.
         shares_inputs: Whether matrices that are multiplied with one tensor share one sum.
     """
 

@@ -9,8 +9,7 @@ from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 class InputNorm(ActivationStatistic):
     """`sqrt((1/N) sum_n sum_t x_n[t, j]^2)`, float32 [in] for every matrix; N is `nsamples`.
 
-    Wanda (arXiv 2306.11695) calls it `scaler_row`. For an expert, a sample without a token is
-    zeros.
+    Wanda (arXiv 2306.11695) calls it `scaler_row`. A sample without a token counts as zeros.
     """
 
     name = "input_norm"
