@@ -6,7 +6,7 @@ and loss are the model's own code too. There is no table of architectures.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -84,9 +84,7 @@ class StreamedModel:
             yield
         finally:
             inside = {module for block in self._layers for module in block.modules()}
-            for module in self._model.modules():
-                if module not in inside:
-                    _free(module)
+            _free(module for module in self._model.modules() if module not in inside)
             give_back_freed()
 
     def fill(self, checkpoint: Checkpoint) -> None:
@@ -118,14 +116,13 @@ class StreamedModel:
     def free_block(self, index: int) -> None:
         """Free the memory of a block's parameters. Buffers stay: they are not on disk."""
         self.packed.pop(index, None)
-        for module in self.block(index).modules():
-            _free(module)
+        _free(self.block(index).modules())
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Return the hidden states [1, T, hidden] that enter block 0, from token ids [T].
 
-        The first sample of a length also records how each block is called; the second one must
-        be called with equal arguments.
+        The first sample of a length also records how each block is called; with the next other
+        one it must be called with equal arguments.
 
         Raises:
             UnsupportedModel: The arguments of a block depend on the sample.
@@ -137,7 +134,13 @@ class StreamedModel:
         with torch.no_grad(), _explained(sentence), stubs_in(self._layers, recorder.visit):
             output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
-        self._remember(tokens_T, recorder.calls)
+        length = len(tokens_T)
+        if length not in self._calls:
+            self._calls[length] = recorder.calls
+            self._first[length] = tokens_T
+        elif length in self._first and not torch.equal(self._first[length], tokens_T):
+            check_same(self._calls[length], recorder.calls)
+            del self._first[length]
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
@@ -177,16 +180,6 @@ class StreamedModel:
             loss, normed = self._head(hidden, tokens_T, backward)
         (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
         return loss, gradient
-
-    def _remember(self, tokens_T: Tensor, calls: list[Call]) -> None:
-        """Keep the calls of the first sample of a length; compare those of the next other one."""
-        length = len(tokens_T)
-        if length not in self._calls:
-            self._calls[length] = calls
-            self._first[length] = tokens_T
-        elif length in self._first and not torch.equal(self._first[length], tokens_T):
-            check_same(self._calls[length], calls)
-            del self._first[length]
 
     def _head(
         self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
@@ -254,8 +247,9 @@ def _explained(sentence: str) -> Iterator[None]:
         raise UnsupportedModel(f"{sentence}: {reason(error)}") from error
 
 
-def _free(module: nn.Module) -> None:
-    """Free the memory of a module's own parameters. Buffers stay: they are not on disk."""
-    for name, value in module.named_parameters(recurse=False):
-        on_meta = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
-        setattr(module, name, on_meta)
+def _free(modules: Iterable[nn.Module]) -> None:
+    """Free the memory of the modules' own parameters. Buffers stay: they are not on disk."""
+    for module in modules:
+        for name, value in module.named_parameters(recurse=False):
+            on_meta = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+            setattr(module, name, on_meta)
