@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lowmem_gblm.cli.streams import write
-from lowmem_gblm.planning import gibibytes
+from lowmem_gblm.planning.messages import gibibytes
 
 if TYPE_CHECKING:
     from lowmem_gblm.runtime.progress import Tick

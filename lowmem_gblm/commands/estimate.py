@@ -3,40 +3,28 @@
 import math
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import AT_ONCE, Method
 from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.streamed_model import HEAD_LOGITS
-from lowmem_gblm.planning import (
-    ActivationCost,
-    Budget,
-    DecisionCost,
-    MachineSpeed,
-    ModelSizes,
-    Plan,
-    Workload,
-    gibibytes,
-)
+from lowmem_gblm.planning.messages import gibibytes
+from lowmem_gblm.planning.plan import Budget, Plan
 from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.planning.run_time import MachineSpeed
 from lowmem_gblm.planning.schedule import Schedule
-from lowmem_gblm.runtime import machine
-from lowmem_gblm.runtime.benchmark import (
-    flops_rate,
-    memory_rate,
-    probe_bytes,
-    read_rate,
-    write_rate,
-)
-from lowmem_gblm.runtime.memory import give_back_freed
+from lowmem_gblm.planning.sizes import ActivationCost, DecisionCost, ModelSizes, Workload
+from lowmem_gblm.runtime import benchmark, machine, memory
+from lowmem_gblm.runtime.signals import StopFlag
+from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
-from lowmem_gblm.storage.checkpoint.writer import partial_folder
 from lowmem_gblm.storage.locking import size_on_disk
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 from lowmem_gblm.sweeps.statistics.gradient import TILE
@@ -48,62 +36,30 @@ _TOLD_PER_TENSOR = 1000
 _RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
 
 
-def sizes_of(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:
-    """Return the sizes that memory and work follow from."""
-    checkpoint, streamed = opened.checkpoint, opened.streamed
-    every = [weight for block in weights for weight in block]
-    fraction = _active_fraction(opened, every)
-    largest = max(range(len(weights)), key=lambda index: _numel(weights[index]))
-    slots = list(dict.fromkeys(weight.slot for weight in weights[largest]))
-    return ModelSizes(
-        block_bytes=tuple(checkpoint.nbytes(names) for names in streamed.block_tensors),
-        rest_bytes=checkpoint.nbytes(streamed.rest_tensors),
-        rest_weights=sum(
-            math.prod(checkpoint.tensors[name].shape) for name in streamed.rest_tensors
-        ),
-        total_bytes=checkpoint.nbytes(),
-        side_bytes=_side_bytes(checkpoint),
-        prunable=tuple(_numel(block) for block in weights),
-        slots=tuple(slot.stored(streamed.block(largest)).numel() for slot in slots),
-        squared_inputs=sum(
-            one.in_features**2 for one in _with_inputs_of_their_own(weights[largest])
-        ),
-        columns=sum(weight.in_features for weight in weights[largest]),
-        active_fraction=fraction,
-        largest_matrix=max(weight.numel for weight in every),
-        widest_input=max(weight.in_features for weight in every),
-        feature_widths=int(sum(weight.out_features for weight in weights[largest]) * fraction),
-        hidden_size=streamed.config.hidden_size,
-        heads=getattr(streamed.config, "num_attention_heads", 1),
-        attention_matrices=streamed.attention_matrices,
-        vocab_size=streamed.config.vocab_size,
-    )
-
-
 def work_of(
     opened: OpenModel,
     weights: Sequence[list[PrunableWeight]],
     schedule: Schedule,
-    method: Method | None,
     resources: Resources,
     *,
     nsamples: int,
     seqlen: int,
+    method: Method | None = None,
     activations: Sequence[type[ActivationStatistic]] = (),
+    in_place: bool = False,
 ) -> Workload:
-    """Return what is to be done; without a method nothing is pruned."""
+    """Return what is to be done, before any weight is loaded; without a method, an evaluation."""
     streamed = opened.streamed
     on_gpu = streamed.device.type == "cuda"
     dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
-    converted = any(
-        weight.slot.expert is not None and weight.disk_index is None
-        for block in weights
-        for weight in block
-    )
+    slots = [(one.slot, one.disk_index) for block in weights for one in block]
+    converted = any(slot.expert is not None and index is None for slot, index in slots)
     return Workload(
+        sizes=_sizes(opened, weights),
+        process_bytes=memory.host_resident_bytes(),
         schedule=schedule,
         activations=_activation_cost(weights, activations),
-        deciding=DecisionCost() if method is None else _decision_cost(method),
+        deciding=DecisionCost() if method is None else decision_cost(method),
         nsamples=nsamples,
         seqlen=seqlen,
         itemsize=streamed.dtype.itemsize,
@@ -113,7 +69,39 @@ def work_of(
         logits_chunk=HEAD_LOGITS,
         tile=TILE[streamed.device.type],
         slab=AT_ONCE[streamed.device.type],
-        writes=method is not None,
+        samples_option="--windows" if method is None else "--nsamples",
+        writes=method is not None and not in_place,
+        rewrites=in_place,
+    )
+
+
+def _sizes(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelSizes:
+    """Return the sizes of a model that memory and work follow from."""
+    checkpoint, streamed = opened.checkpoint, opened.streamed
+    config, tensors = streamed.config, checkpoint.tensors
+    every = [weight for block in weights for weight in block]
+    fraction = _active_fraction(opened, every)
+    largest = max(weights, key=_numel)
+    module = streamed.block(weights.index(largest))
+    slots = dict.fromkeys(weight.slot for weight in largest)
+    return ModelSizes(
+        block_bytes=tuple(checkpoint.nbytes(names) for names in streamed.block_tensors),
+        rest_bytes=checkpoint.nbytes(streamed.rest_tensors),
+        rest_weights=sum(math.prod(tensors[name].shape) for name in streamed.rest_tensors),
+        total_bytes=checkpoint.nbytes(),
+        side_bytes=_side_bytes(checkpoint),
+        prunable=tuple(_numel(block) for block in weights),
+        slots=tuple(slot.stored(module).numel() for slot in slots),
+        squared_inputs=sum(one.in_features**2 for one in _with_inputs_of_their_own(largest)),
+        columns=sum(weight.in_features for weight in largest),
+        active_fraction=fraction,
+        largest_matrix=max(weight.numel for weight in every),
+        widest_input=max(weight.in_features for weight in every),
+        feature_widths=int(sum(weight.out_features for weight in largest) * fraction),
+        hidden_size=config.hidden_size,
+        heads=getattr(config, "num_attention_heads", 1),
+        attention_matrices=streamed.attention_matrices,
+        vocab_size=config.vocab_size,
     )
 
 
@@ -134,86 +122,69 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
     )
 
 
-def check_disks(plan: Plan, output: Path, work_folder: Path) -> None:
+def limited(budget: Budget, planned: Plan, device: torch.device, stop: StopFlag) -> HostWatch:
+    """Limit the GPU memory of a run to its budget; return the watch of its host memory."""
+    if budget.gpu_bytes is not None:
+        memory.limit_gpu(device, budget.gpu_bytes)
+    return HostWatch(budget.host_bytes, stop, planned_bytes=planned.predicted.host_bytes)
+
+
+def check_disks(plan: Plan, paths: Paths) -> None:
     """Raise `BudgetError` if output and work folder are on two disks and one is too small."""
+    output, work_folder = paths.output, paths.work_folder
     if machine.same_disk(output, work_folder):
         return
     # The files of an earlier attempt take space that is no longer free, and are in the plan.
-    for what, needed, folder, taken, way_out in (
-        ("the output", plan.output_bytes, output, size_on_disk(partial_folder(output)), "OUTPUT"),
-        (
-            "what is stored between passes",
-            plan.spill_bytes,
-            work_folder,
-            size_on_disk(work_folder),
-            "--work-dir",
-        ),
+    for what, needed, folder, written, option in (
+        ("the output", plan.output_bytes, output, paths.partial, "OUTPUT"),
+        ("what is stored between passes", plan.spill_bytes, work_folder, work_folder, "--work-dir"),
     ):
-        free = machine.free_disk_bytes(folder) + taken
+        free = machine.free_disk_bytes(folder) + size_on_disk(written)
         if needed > free:
             raise BudgetError(
                 f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "
-                f"{gibibytes(free)} are free: make room, or choose another {way_out}"
+                f"{gibibytes(free)} are free: make room, or choose another {option}"
             )
 
 
-def still_needed(plan: Plan, output: Path, work_folder: Path, failed: Path) -> str:
+def still_needed(plan: Plan, paths: Paths, failed: Path) -> str:
     """Say how much of a plan is not on the disk yet, and how much is free; empty if nothing.
 
     `failed` is the file that could not be written, which tells the disk if there are two.
     """
-    partial = partial_folder(output)
-    if machine.same_disk(output, work_folder):
-        folder, needed = work_folder, plan.predicted.disk_bytes
-        taken = size_on_disk(work_folder) + size_on_disk(partial)
+    work_folder, partial = paths.work_folder, paths.partial
+    if machine.same_disk(paths.output, work_folder):
+        needed, written = plan.predicted.disk_bytes, [work_folder, partial]
     elif failed.is_relative_to(work_folder):
-        folder, needed, taken = work_folder, plan.spill_bytes, size_on_disk(work_folder)
+        needed, written = plan.spill_bytes, [work_folder]
     else:
-        folder, needed, taken = partial, plan.output_bytes, size_on_disk(partial)
-    if needed <= taken:
+        needed, written = plan.output_bytes, [partial]
+    missing = needed - sum(map(size_on_disk, written))
+    if missing <= 0:
         return ""
-    free = machine.free_disk_bytes(folder)
-    return (
-        f"{gibibytes(needed - taken)} more are needed in {folder.parent} and {gibibytes(free)} are "
-        f"free"
-    )
+    free = gibibytes(machine.free_disk_bytes(written[0]))
+    return f"{gibibytes(missing)} more are needed in {written[0].parent} and {free} are free"
 
 
 def machine_speed(
     opened: OpenModel, weights: Sequence[list[PrunableWeight]], seqlen: int, write_to: Path
 ) -> MachineSpeed | None:
     """Measure this machine and the disk of a folder for two seconds; None if its GPU is away."""
-    device = opened.streamed.device
+    device, dtype = opened.streamed.device, opened.streamed.dtype
     if device.type == "cuda" and not torch.cuda.is_available():
         return None
     shapes = [(one.out_features, one.in_features) for one in max(weights, key=_numel)]
     file = next(iter(opened.checkpoint.tensors.values())).file
-    limit = probe_bytes(device)
+    limit = benchmark.probe_bytes(device)
     try:
         return MachineSpeed(
-            flops_s=flops_rate(device, opened.streamed.dtype, shapes, seqlen, limit_bytes=limit),
-            memory_bytes_s=memory_rate(device, limit_bytes=limit),
-            read_bytes_s=read_rate(file if file.is_file() else None, write_to),
-            write_bytes_s=write_rate(write_to),
+            flops_s=benchmark.flops_rate(device, dtype, shapes, seqlen, limit_bytes=limit),
+            memory_bytes_s=benchmark.memory_rate(device, limit_bytes=limit),
+            read_bytes_s=benchmark.read_rate(file if file.is_file() else None, write_to),
+            write_bytes_s=benchmark.write_rate(write_to),
         )
     finally:
-        give_back_freed()
-
-
-def smaller_work(work: Workload) -> list[tuple[str, Workload]]:
-    """Return smaller work that could fit instead, each with the option to type for it."""
-    options: list[tuple[str, Workload]] = []
-    seqlen = work.seqlen // 2
-    while work.schedule.needs_samples and seqlen >= 128:
-        options.append((f"--seqlen {seqlen}", replace(work, seqlen=seqlen)))
-        seqlen //= 2
-    nsamples = work.nsamples // 2
-    while work.schedule.needs_samples and nsamples >= 8:
-        options.append((f"--nsamples {nsamples}", replace(work, nsamples=nsamples)))
-        nsamples //= 2
-    if work.on_gpu and work.resident_bits is None:
-        options.append(("--compute-weights nf4", replace(work, resident_bits=4)))
-    return options
+        memory.give_back_freed()
 
 
 def _side_bytes(checkpoint: Checkpoint) -> int:
@@ -227,13 +198,9 @@ def _numel(weights: Sequence[PrunableWeight]) -> int:
     return sum(weight.numel for weight in weights)
 
 
-def _decision_cost(method: Method) -> DecisionCost:
-    return DecisionCost(
-        bytes_per_weight=method.bytes_per_weight,
-        bytes_per_squared_input=method.bytes_per_squared_input,
-        flops_per_cubed_input=method.flops_per_cubed_input,
-        sweeps_columns=method.sweeps_columns,
-    )
+def decision_cost(method: Method) -> DecisionCost:
+    """Return what a decision about one matrix takes, as the method declares it."""
+    return DecisionCost(**{one.name: getattr(method, one.name) for one in fields(DecisionCost)})
 
 
 def _activation_cost(
@@ -247,17 +214,11 @@ def _activation_cost(
         for statistic in statistics
         for weight in (own if statistic.shares_inputs else block)
     ]
+    shapes = {(one.out_features, one.in_features) for every in weights for one in every}
+    results = [math.prod(one.shape(*shape)) for one in statistics for shape in shapes]
     return ActivationCost(
         entries=sum(math.prod(statistic.shape(*shape)) for statistic, *shape in held),
-        largest_entries=max(
-            (
-                math.prod(statistic.shape(weight.out_features, weight.in_features))
-                for statistic in statistics
-                for weights_of_block in weights
-                for weight in weights_of_block
-            ),
-            default=0,
-        ),
+        largest_entries=max(results, default=0),
         flops_per_token=sum(statistic.flops_per_token(*shape) for statistic, *shape in held),
     )
 

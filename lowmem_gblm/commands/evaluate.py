@@ -11,20 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_gblm.commands.calibration import evaluation_windows, open_source
-from lowmem_gblm.commands.estimate import budget_of, sizes_of, smaller_work, work_of
+from lowmem_gblm.commands.estimate import budget_of, limited, work_of
 from lowmem_gblm.commands.request import EvalRequest, resolve_seqlen
 from lowmem_gblm.errors import JobError, NonFiniteError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.open_model import OpenModel, check_tokens, open_model
 from lowmem_gblm.model.prunable import prunable_weights
 from lowmem_gblm.model.tokenizer import load_tokenizer
-from lowmem_gblm.planning import Plan, gibibytes, plan
+from lowmem_gblm.planning.messages import gibibytes
+from lowmem_gblm.planning.plan import Plan
+from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.schedule import EVALUATION
 from lowmem_gblm.planning.steps import Layout, steps
 from lowmem_gblm.runtime import machine, memory
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
-from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
 from lowmem_gblm.storage.in_place_marker import check_complete
 from lowmem_gblm.storage.locking import OwnedFolder, model_lock, owner_of
@@ -88,11 +89,14 @@ def _evaluated(
     )
     folder = _work_folder(request)
     _remove_left_behind(folder)
-    planned = _plan(opened, request, folder, nsamples=count, seqlen=seqlen)
+    weights = prunable_weights(checkpoint, streamed)
+    work = work_of(opened, weights, EVALUATION, request, nsamples=count, seqlen=seqlen)
+    budget = budget_of(request, streamed.device, [folder])
+    planned = plan(work, budget)
     with (
         stop_on_signals(stop),
         _told_of_its_disk(planned, folder),
-        _watched(opened, request, planned, folder, stop),
+        limited(budget, planned, streamed.device, stop),
         _folder(folder) as own,
     ):
         found = _losses(opened, request, planned, samples_NT, own, progress)
@@ -137,13 +141,7 @@ def _losses(
             samples=SampleSet(len(samples_NT), tolerated=0, what="window"),
             table=steps(EVALUATION, Layout(depth=streamed.depth)),
             loader=BlockLoader(
-                checkpoint,
-                streamed,
-                progress,
-                weights,
-                read_ahead=choices.read_ahead,
-                copy_ahead=choices.copy_ahead,
-                compute_weights=request.resident_kind,
+                checkpoint, streamed, progress, weights, choices, request.resident_kind
             ),
             offload=offload,
             progress=progress,
@@ -151,34 +149,6 @@ def _losses(
         embed(run)
         dense_sweep(run)
         return losses(run)
-
-
-def _plan(
-    opened: OpenModel, request: EvalRequest, folder: Path, *, nsamples: int, seqlen: int
-) -> Plan:
-    weights = prunable_weights(opened.checkpoint, opened.streamed)
-    work = work_of(opened, weights, EVALUATION, None, request, nsamples=nsamples, seqlen=seqlen)
-    return plan(
-        sizes_of(opened, weights),
-        work,
-        memory.host_resident_bytes(),
-        budget_of(request, opened.streamed.device, [folder]),
-        alternatives=[
-            (option.replace("--nsamples", "--windows"), other)
-            for option, other in smaller_work(work)
-        ],
-    )
-
-
-def _watched(
-    opened: OpenModel, request: EvalRequest, planned: Plan, folder: Path, stop: StopFlag
-) -> HostWatch:
-    """Limit the run to its budget; return the watch of host memory."""
-    device = opened.streamed.device
-    budget = budget_of(request, device, [folder])
-    if budget.gpu_bytes is not None:
-        memory.limit_gpu(device, budget.gpu_bytes)
-    return HostWatch(budget.host_bytes, stop, planned_bytes=planned.predicted.host_bytes)
 
 
 def _work_folder(request: EvalRequest) -> Path:

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 from lowmem_gblm.commands.estimate import check_disks, machine_speed
 from lowmem_gblm.commands.paths import paths_of
-from lowmem_gblm.commands.prune.setup import budget_for, plan_of, prune_scope
+from lowmem_gblm.commands.prune.scope import prune_scope
+from lowmem_gblm.commands.prune.setup import budget_for
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
-from lowmem_gblm.planning import Plan
+from lowmem_gblm.planning.plan import Plan
+from lowmem_gblm.planning.planner import plan
 
 _DESCRIBED = "the weights are not here: their sizes are those that config.json describes"
 
@@ -24,11 +26,11 @@ def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
     model = open_model(request.model, request, to_plan=True)
     scope, paths = prune_scope(request, model), paths_of(request)
     budget = budget_for(scope, paths, resumes=False)
-    planned = plan_of(scope, budget)
-    check_disks(planned, paths.output, paths.work_folder)
+    planned = plan(scope.work, budget)
+    check_disks(planned, paths)
     if measured:
-        speed = machine_speed(model, scope.weights, scope.seqlen, paths.work_folder)
-        planned = plan_of(scope, budget, speed=speed)
+        speed = machine_speed(model, scope.weights, scope.work.seqlen, paths.work_folder)
+        planned = plan(scope.work, budget, speed=speed)
     if not model.checkpoint.on_disk:
         planned = replace(planned, reasons=(*planned.reasons, _DESCRIBED))
     return planned

@@ -16,6 +16,7 @@ from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
 from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.runtime.progress import Progress
@@ -64,8 +65,7 @@ class BlockLoader:
     Args:
         progress: Told how long the computation waits for a block.
         weights: The matrices that can be pruned in every block; None if they are not needed.
-        read_ahead: Whether the next block is read meanwhile: two blocks in host memory, not one.
-        copy_ahead: Whether the next block is copied to a GPU, too: two blocks there.
+        choices: Whether the next block is read, and copied to a GPU, while one is resident.
         compute_weights: The bits of resident matrices; None for the dtype of the computation.
     """
 
@@ -74,11 +74,9 @@ class BlockLoader:
         checkpoint: Checkpoint,
         streamed: StreamedModel,
         progress: Progress,
-        weights: Sequence[list[PrunableWeight]] | None = None,
-        *,
-        read_ahead: bool = True,
-        copy_ahead: bool = False,
-        compute_weights: QuantizedKind | None = None,
+        weights: Sequence[list[PrunableWeight]] | None,
+        choices: Choices,
+        compute_weights: QuantizedKind | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._streamed = streamed
@@ -86,9 +84,9 @@ class BlockLoader:
         self._weights = weights or [[] for _ in range(streamed.depth)]
         self._kind = compute_weights
         on_gpu = streamed.device.type == "cuda"
-        self._side = torch.cuda.Stream(streamed.device) if copy_ahead and on_gpu else None
+        self._side = torch.cuda.Stream(streamed.device) if choices.copy_ahead and on_gpu else None
         self._buffers = _Buffers(
-            1 + read_ahead,
+            1 + choices.read_ahead,
             max(self._room(names) for names in streamed.block_tensors),
             pinned=on_gpu,
         )

@@ -1,8 +1,9 @@
 """The memory that every pass takes, part by part."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload, slices_within
 
 # Loaded later by Python and the libraries, or kept by the allocator for itself.
 _PROCESS_BYTES = 24 << 20
@@ -53,12 +54,9 @@ class Footprint:
         return sum(self.gpu.values())
 
 
-def footprints(
-    sizes: ModelSizes, work: Workload, choices: Choices, base_bytes: int
-) -> list[Footprint]:
-    """Return the footprints of all passes; `base_bytes` is resident before any tensor is loaded."""
-    passes = (*work.schedule.stages, "finish")
-    made = {
+def footprints(work: Workload, choices: Choices) -> list[Footprint]:
+    """Return the footprints of all passes."""
+    added = {
         "embed": _outside,
         "dry_run": _dense,
         "dense": _dense,
@@ -67,78 +65,83 @@ def footprints(
         "prune": _prune,
         "finish": _finish,
     }
+    process = work.process_bytes + _PROCESS_BYTES + _TEXT_BYTES * work.schedule.needs_samples
+    if work.schedule.needs_samples and work.boundary_bytes >= _HOLES_FROM_BYTES:
+        process += _HOLES_BYTES
     found = []
-    for name in passes:
-        footprint = Footprint(name)
-        process = base_bytes + _PROCESS_BYTES + _TEXT_BYTES * work.schedule.needs_samples
-        if work.schedule.needs_samples and boundary_bytes(sizes, work) >= _HOLES_FROM_BYTES:
-            process += _HOLES_BYTES
-        footprint.host["the process itself"] = process
+    for name in (*work.schedule.stages, "finish"):
+        footprint = Footprint(name, host={"the process itself": process})
         if work.on_gpu:
             footprint.gpu["CUDA itself"] = _CUDA_BYTES
-        made[name](footprint, sizes, work, choices)
+        added[name](footprint, work, choices)
         found.append(footprint)
     return found
 
 
-def _outside(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+def peaks(passes: Sequence[Footprint]) -> tuple[int, int]:
+    """Return the bytes of host memory and of GPU memory at the fullest moment of a run."""
+    return max(one.host_bytes for one in passes), max(one.gpu_bytes for one in passes)
+
+
+def _outside(at: Footprint, work: Workload, choices: Choices) -> None:
     """Add embeddings and head: the model without its blocks."""
+    sizes = work.sizes
     converted = sizes.rest_weights * work.itemsize
     at.host["embeddings and head"] = sizes.rest_bytes
     if work.on_gpu:
         at.gpu["embeddings and head"] = converted
     elif not work.shares_memory:
         at.host["embeddings and head"] += converted
-    hidden = work.seqlen * sizes.hidden_size * max(work.itemsize, FLOAT32_BYTES)
-    needed = 8 * hidden
+    needed = 8 * work.seqlen * sizes.hidden_size * max(work.itemsize, FLOAT32_BYTES)
     if at.name == "head":
         logits = min(work.seqlen * sizes.vocab_size, max(work.logits_chunk, sizes.vocab_size))
         needed += _LOGITS_ALIVE * logits * FLOAT32_BYTES
     _computing(at, work)["one sample"] = _slack(needed)
-    _carried(at, sizes, work, choices)
+    _carried(at, work, choices)
 
 
-def _dense(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    _blocks(at, sizes, work, choices)
+def _dense(at: Footprint, work: Workload, choices: Choices) -> None:
+    _blocks(at, work, choices)
     if work.schedule.needs_samples:
-        _computing(at, work)["one sample"] = _forward(sizes, work)
-        _carried(at, sizes, work, choices)
+        _computing(at, work)["one sample"] = _forward(work)
+        _carried(at, work, choices)
 
 
-def _reverse(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    _blocks(at, sizes, work, choices)
-    accumulators = accumulator_bytes(sizes, choices)
+def _reverse(at: Footprint, work: Workload, choices: Choices) -> None:
+    _blocks(at, work, choices)
+    accumulators = accumulator_bytes(work, choices)
     computing = _computing(at, work)
     computing["gradient accumulators"] = accumulators
-    computing["one sample"] = _slack(_graph(sizes, work))
+    computing["one sample"] = _slack(_graph(work))
     if work.on_gpu:
         at.host["gradient magnitudes on their way"] = 2 * accumulators
     elif work.schedule.stores_gradients:
         at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
-    _carried(at, sizes, work, choices)
+    _carried(at, work, choices)
     if work.schedule.prune_in == "reverse":
         _activations(at, work)
 
 
-def _prune(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    _blocks(at, sizes, work, choices)
+def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
+    _blocks(at, work, choices)
     _activations(at, work)
-    running = _forward(sizes, work) if work.schedule.prune_forwards else 0
-    deciding = _deciding(sizes, work)
+    running = _forward(work) if work.schedule.prune_forwards else 0
+    deciding = _deciding(work)
     computing = _computing(at, work)
     if running > deciding:
         computing["one sample"] = running
     else:
         computing["one decision"] = deciding
     if work.schedule.needs_samples:
-        _carried(at, sizes, work, choices)
+        _carried(at, work, choices)
 
 
-def _finish(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
-    at.host["copying"] = min(_PIECE_BYTES, sizes.total_bytes - sum(sizes.block_bytes))
+def _finish(at: Footprint, work: Workload, choices: Choices) -> None:
+    at.host["copying"] = min(_PIECE_BYTES, work.sizes.outside_bytes)
 
 
-def _blocks(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+def _blocks(at: Footprint, work: Workload, choices: Choices) -> None:
+    sizes = work.sizes
     block, weights = max(sizes.block_bytes), max(sizes.prunable)
     read = _pinned(block) if work.on_gpu else block
     at.host["blocks as read"] = read * (1 + (choices.read_ahead and sizes.depth > 1))
@@ -148,8 +151,7 @@ def _blocks(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) 
         _computing(at, work)["packed block"] = packed + 2 * sizes.largest_matrix * work.itemsize
         if not work.shares_memory:
             at.host["block to be packed"] = weights * work.itemsize
-        return
-    if work.on_gpu:
+    elif work.on_gpu:
         copies = 1 + (choices.copy_ahead and sizes.depth > 1)
         converted = 0 if block <= weights * work.itemsize * 1.1 else weights * work.itemsize
         at.gpu["resident block"] = block * copies + converted
@@ -162,9 +164,9 @@ def _pinned(size_bytes: int) -> int:
     return 1 << max(0, size_bytes - 1).bit_length()
 
 
-def accumulator_bytes(sizes: ModelSizes, choices: Choices) -> int:
+def accumulator_bytes(work: Workload, choices: Choices) -> int:
     """Return the bytes of float32 sums of the largest part of a block accumulated at once."""
-    numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+    numbers = work.sizes.accumulators
     parts = slices_within(numbers, choices.accumulator_bytes)
     return max(sum(numbers[item] for item in part) for part in parts)
 
@@ -175,9 +177,9 @@ def _activations(at: Footprint, work: Workload) -> None:
         _computing(at, work)["statistics of activations"] = held * FLOAT32_BYTES
 
 
-def _deciding(sizes: ModelSizes, work: Workload) -> int:
+def _deciding(work: Workload) -> int:
     """Return the bytes of one matrix: its statistics, the method's, and a copy on a GPU."""
-    cost = work.deciding
+    sizes, cost = work.sizes, work.deciding
     needed = cost.bytes_per_weight * sizes.largest_matrix
     needed += cost.bytes_per_squared_input * sizes.widest_input**2
     needed += _DECIDING * min(work.slab, sizes.largest_matrix) * FLOAT32_BYTES
@@ -189,39 +191,34 @@ def _deciding(sizes: ModelSizes, work: Workload) -> int:
     return int(needed)
 
 
-def _forward(sizes: ModelSizes, work: Workload) -> int:
+def _forward(work: Workload) -> int:
+    sizes = work.sizes
     numbers = _FORWARD_HIDDEN * sizes.hidden_size + _FORWARD_FEATURES * sizes.feature_widths
-    return _slack(work.seqlen * numbers * work.itemsize + _attention(sizes, work, graph=False))
+    return _slack(work.seqlen * numbers * work.itemsize + _attention(work, _ATTENTION_FORWARD))
 
 
-def _graph(sizes: ModelSizes, work: Workload) -> int:
+def _graph(work: Workload) -> int:
     """Return the bytes of one sample with its graph, and the current piece of a gradient."""
+    sizes = work.sizes
     numbers = _GRAPH_HIDDEN * sizes.hidden_size + _GRAPH_FEATURES * sizes.feature_widths
     tile = min(sizes.largest_matrix, work.tile)
     needed = work.seqlen * numbers * work.itemsize + 2 * tile * FLOAT32_BYTES
-    return int(needed) + _attention(sizes, work, graph=True)
+    return int(needed) + _attention(work, _ATTENTION_GRAPH)
 
 
-def _attention(sizes: ModelSizes, work: Workload, *, graph: bool) -> int:
-    if not sizes.attention_matrices:
-        return 0
-    alive = _ATTENTION_GRAPH if graph else _ATTENTION_FORWARD
-    return alive * sizes.heads * work.seqlen**2 * FLOAT32_BYTES
+def _attention(work: Workload, alive: int) -> int:
+    matrices = alive * work.sizes.heads * work.sizes.attention_matrices
+    return matrices * work.seqlen**2 * FLOAT32_BYTES
 
 
-def _carried(at: Footprint, sizes: ModelSizes, work: Workload, choices: Choices) -> None:
+def _carried(at: Footprint, work: Workload, choices: Choices) -> None:
     """Add hidden states on their way between the device and the work folder."""
-    one = boundary_bytes(sizes, work)
+    one = work.boundary_bytes
     streams = 2 if at.name == "reverse" else 1
     carried = streams * one * _ARRIVING + min(choices.behind_bytes, 2 * one) + one
     at.host["hidden states on their way"] = carried
     if work.on_gpu:
         at.gpu["hidden states on their way"] = carried
-
-
-def boundary_bytes(sizes: ModelSizes, work: Workload) -> int:
-    """Return the bytes of the hidden states of one sample."""
-    return work.seqlen * sizes.hidden_size * work.itemsize
 
 
 def _computing(at: Footprint, work: Workload) -> Parts:

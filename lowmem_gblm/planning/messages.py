@@ -2,17 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from lowmem_gblm.planning.disk_use import DiskUse
 from lowmem_gblm.planning.memory_use import Footprint, accumulator_bytes
 from lowmem_gblm.planning.plan import Budget, Requirements
-from lowmem_gblm.planning.sizes import (
-    FLOAT32_BYTES,
-    Choices,
-    ModelSizes,
-    Workload,
-    slices_within,
-    stores,
-)
+from lowmem_gblm.planning.sizes import Choices, Workload, slices_within, stores
+from lowmem_gblm.planning.totals import DiskUse
 
 _SHOWN_PARTS = 4
 
@@ -27,9 +20,7 @@ def gibibytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def reasons(
-    sizes: ModelSizes, work: Workload, choices: Choices, stored: DiskUse, room: int
-) -> Iterator[str]:
+def reasons(work: Workload, choices: Choices, stored: DiskUse, room: int) -> Iterator[str]:
     """Yield a sentence for every choice that is not the one with room for everything."""
     if room:
         place = "all" if room >= stored.stored else gibibytes(room)
@@ -49,16 +40,17 @@ def reasons(
             f"some decisions will be others than in float32"
         )
     if work.schedule.keeps_boundaries and choices.accumulator_bytes is not None:
-        numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
-        parts = len(slices_within(numbers, choices.accumulator_bytes))
+        parts = len(slices_within(work.sizes.accumulators, choices.accumulator_bytes))
         yield (
             f"the gradients of a block are accumulated in {parts} parts of at most "
-            f"{gibibytes(accumulator_bytes(sizes, choices))}, for lack of memory: each after the "
+            f"{gibibytes(accumulator_bytes(work, choices))}, for lack of memory: each after the "
             f"first takes a forward and a backward pass more"
         )
-    if not choices.read_ahead and sizes.depth > 1:
+    if work.sizes.depth == 1:
+        return
+    if not choices.read_ahead:
         yield "no block is read ahead, for lack of host memory: the computation waits for the disk"
-    elif work.on_gpu and work.resident_bits is None and not choices.copy_ahead and sizes.depth > 1:
+    elif work.on_gpu and work.resident_bits is None and not choices.copy_ahead:
         yield "the next block is stored in host memory, for lack of GPU memory"
 
 
@@ -67,25 +59,23 @@ def refusal(
     minimum: Requirements,
     leanest: Sequence[Footprint],
     budget: Budget,
-    sizes: ModelSizes,
     fits: Sequence[str],
 ) -> str:
     """Return what is missing, its parts, and what would fit instead."""
-    most = max(leanest, key=lambda at: at.host_bytes)
-    most_gpu = max(leanest, key=lambda at: at.gpu_bytes)
-    disk = {
-        "output": sizes.total_bytes * work.writes,
-        "stored between passes": max(0, minimum.disk_bytes - sizes.total_bytes * work.writes),
-    }
+    host = max(leanest, key=lambda at: at.host_bytes)
+    gpu = max(leanest, key=lambda at: at.gpu_bytes)
+    output = work.sizes.total_bytes * work.writes
+    stored = max(0, minimum.disk_bytes - output)
+    disk = {"output": output, "stored between passes": stored}
     needs = (
-        ("host memory", minimum.host_bytes, budget.host_bytes, most.host, f" in {most.name}"),
-        ("GPU memory", minimum.gpu_bytes, budget.gpu_bytes, most_gpu.gpu, f" in {most_gpu.name}"),
-        ("disk space", minimum.disk_bytes, budget.disk_bytes, disk, ""),
+        (f"host memory in {host.name}", minimum.host_bytes, budget.host_bytes, host.host),
+        (f"GPU memory in {gpu.name}", minimum.gpu_bytes, budget.gpu_bytes, gpu.gpu),
+        ("disk space", minimum.disk_bytes, budget.disk_bytes, disk),
     )
     missing = [
-        f"this run needs at least {gibibytes(needed)} of {what}{where}, {gibibytes(allowed)} may "
-        f"be used: {_listed(parts)}"
-        for what, needed, allowed, parts, where in needs
+        f"this run needs at least {gibibytes(needed)} of {what}, {gibibytes(allowed)} may be used: "
+        f"{_listed(parts)}"
+        for what, needed, allowed, parts in needs
         if allowed is not None and needed > allowed
     ]
     if not missing:

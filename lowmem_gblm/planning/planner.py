@@ -6,55 +6,40 @@ from itertools import product
 from math import isqrt
 
 from lowmem_gblm.errors import BudgetError
-from lowmem_gblm.planning.disk_use import DiskUse, disk_use
-from lowmem_gblm.planning.memory_use import Footprint, boundary_bytes, footprints
+from lowmem_gblm.planning.memory_use import Footprint, footprints, peaks
 from lowmem_gblm.planning.messages import reasons, refusal
 from lowmem_gblm.planning.plan import Budget, Plan, Requirements
 from lowmem_gblm.planning.run_time import MachineSpeed, run_time
-from lowmem_gblm.planning.sizes import (
-    FLOAT32_BYTES,
-    Choices,
-    ModelSizes,
-    Workload,
-    slices_within,
-    stores,
-)
+from lowmem_gblm.planning.sizes import STORES, Choices, Workload, slices_within, stores
 from lowmem_gblm.planning.steps import step_table
-from lowmem_gblm.planning.totals import read_bytes, step_flops, written_bytes
+from lowmem_gblm.planning.totals import DiskUse, disk_use, read_bytes, step_flops, written_bytes
 
 
 def plan(
-    sizes: ModelSizes,
     work: Workload,
-    base_bytes: int,
     budget: Budget,
     *,
     speed: MachineSpeed | None = None,
-    alternatives: Sequence[tuple[str, Workload]] = (),
     kept: Choices | None = None,
 ) -> Plan:
     """Choose how a run is done, and predict what it will take.
 
     Args:
-        base_bytes: Resident memory of the process before any tensor is loaded.
         speed: Speed of the machine; without it there is no time in the plan.
-        alternatives: Other work that a user could ask for instead, by what they would type.
         kept: Choices of an earlier attempt at the same job: what lies on the disk stays as it is.
 
     Raises:
-        BudgetError: Nothing fits; names what is missing, and which alternative would fit.
+        BudgetError: Nothing fits; names what is missing, and which smaller work would fit.
     """
-    found = _fitting(sizes, work, base_bytes, budget, kept)
-    minimum = _minimum(sizes, work, base_bytes, kept)
-    if found is None:
-        fits = [
-            option
-            for option, other in alternatives
-            if kept is None and _fitting(sizes, other, base_bytes, budget)
-        ]
-        leanest = footprints(sizes, work, _frugal(sizes, work), base_bytes)
-        raise BudgetError(refusal(work, minimum, leanest, budget, sizes, fits))
-    return _made(sizes, work, found, minimum, speed)
+    *_, frugal = _in_memory(work)
+    leanest = footprints(work, frugal)
+    minimum = _minimum(work, leanest, kept)
+    found = _fitting(work, budget, kept)
+    if found is not None:
+        return _made(work, found, minimum, speed)
+    smaller = _smaller_work(work) if kept is None else ()
+    fits = [option for option, other in smaller if _fitting(other, budget)]
+    raise BudgetError(refusal(work, minimum, leanest, budget, fits))
 
 
 @dataclass(frozen=True)
@@ -67,78 +52,71 @@ class _Fitting:
     room: int
 
 
-def _fitting(
-    sizes: ModelSizes, work: Workload, base_bytes: int, budget: Budget, kept: Choices | None = None
-) -> _Fitting | None:
-    for choices in _in_memory(sizes, work):
-        made = footprints(sizes, work, choices, base_bytes)
-        host = max(one.host_bytes for one in made)
-        gpu = max(one.gpu_bytes for one in made)
+def _fitting(work: Workload, budget: Budget, kept: Choices | None = None) -> _Fitting | None:
+    """Return the fastest choices whose memory fits, with the most exact way to store; or None."""
+    for choices in _in_memory(work):
+        made = footprints(work, choices)
+        host, gpu = peaks(made)
         if _exceeds(host, budget.host_bytes) or _exceeds(gpu, budget.gpu_bytes):
             continue
         left = None if budget.host_bytes is None else budget.host_bytes - host
-        ways = list(_on_disk(sizes, work, choices))
+        ways = list(_on_disk(work, choices))
         if kept is not None:
-            ways = [
-                replace(
-                    choices,
-                    gradient_precision=kept.gradient_precision,
-                    boundary_interval=kept.boundary_interval,
-                )
-            ]
+            precision, interval = kept.gradient_precision, kept.boundary_interval
+            ways = [replace(choices, gradient_precision=precision, boundary_interval=interval)]
             # The journal counts on what it lists to be on the disk.
             left = 0
-        found = _stored_somewhere(sizes, work, ways, made, left, budget)
-        if found is not None:
-            return found
+        for way in ways:
+            stored = disk_use(work, way)
+            room = _room(work, stored, left, budget)
+            if not _exceeds(stored.on_disk(room), budget.disk_bytes):
+                return _Fitting(way, made, stored, room)
     return None
 
 
-def _stored_somewhere(
-    sizes: ModelSizes,
-    work: Workload,
-    ways: Sequence[Choices],
-    made: list[Footprint],
-    left: int | None,
-    budget: Budget,
-) -> _Fitting | None:
-    """Return the most exact way to store boundaries and gradient magnitudes that fits, or None.
+def _room(work: Workload, stored: DiskUse, left: int | None, budget: Budget) -> int:
+    """Return the host memory, of what is `left`, that holds what the disk is too small for.
 
-    They are stored on the disk; where it is too small, in the host memory that is `left`. A run in
-    host memory cannot be resumed, so a run that overwrites its model only uses the disk.
+    A run in host memory cannot be resumed, so one that overwrites its model only uses the disk.
     """
-    for choices in ways:
-        stored = disk_use(step_table(sizes, work, choices), sizes, work, choices)
-        missing = 0 if budget.disk_bytes is None else stored.on_disk(0) - budget.disk_bytes
-        room = stored.room_for(missing) if missing > 0 and not work.rewrites else 0
-        if left is not None:
-            room = min(room, left)
-        if not _exceeds(stored.on_disk(room), budget.disk_bytes):
-            return _Fitting(choices, made, stored, room)
-    return None
+    missing = 0 if budget.disk_bytes is None else stored.on_disk(0) - budget.disk_bytes
+    room = stored.room_for(missing) if missing > 0 and not work.rewrites else 0
+    return room if left is None else min(room, left)
 
 
 def _exceeds(needed: int, allowed: int | None) -> bool:
     return allowed is not None and needed > allowed
 
 
-def _in_memory(sizes: ModelSizes, work: Workload) -> Iterator[Choices]:
+def _smaller_work(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """Yield smaller work that could fit instead, each with the option to type for it."""
+    seqlen, nsamples = work.seqlen // 2, work.nsamples // 2
+    while work.schedule.needs_samples and seqlen >= 128:
+        yield f"--seqlen {seqlen}", replace(work, seqlen=seqlen)
+        seqlen //= 2
+    while work.schedule.needs_samples and nsamples >= 8:
+        yield f"{work.samples_option} {nsamples}", replace(work, nsamples=nsamples)
+        nsamples //= 2
+    if work.on_gpu and work.resident_bits is None:
+        yield "--compute-weights nf4", replace(work, resident_bits=4)
+
+
+def _in_memory(work: Workload) -> Iterator[Choices]:
     """Yield the choices on memory, fastest first: a second pass over a block costs most."""
-    one = boundary_bytes(sizes, work)
-    whole = sum(sizes.slots) * FLOAT32_BYTES
-    behind = (max(whole, 2 * one), 2 * one) if work.schedule.stores_gradients else (2 * one,)
+    two, block = 2 * work.boundary_bytes, sum(work.sizes.accumulators)
+    behind = (max(block, two), two) if work.schedule.stores_gradients else (two,)
     ahead = [(True, True, behind[0])] if work.on_gpu and work.resident_bits is None else []
     ahead += [(False, True, size) for size in behind]
     ahead += [(False, True, 0), (False, False, 0)]
-    for limit, (copy, read, size) in product(_limits(sizes, work), ahead):
+    for limit, (copy, read, size) in product(_limits(work), ahead):
         yield Choices(read_ahead=read, copy_ahead=copy, behind_bytes=size, accumulator_bytes=limit)
 
 
-def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
+def _limits(work: Workload) -> list[int | None]:
     """Return the limits for accumulators: all at once, then in 2, 3, … parts."""
     if not work.schedule.keeps_boundaries:
         return [None]
-    numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+    numbers = work.sizes.accumulators
     limits: list[int | None] = [None]
     for parts in range(2, len(numbers) + 1):
         limit = max(max(numbers), -(-sum(numbers) // parts))
@@ -149,12 +127,11 @@ def _limits(sizes: ModelSizes, work: Workload) -> list[int | None]:
     return limits
 
 
-def _on_disk(sizes: ModelSizes, work: Workload, choices: Choices) -> Iterator[Choices]:
+def _on_disk(work: Workload, choices: Choices) -> Iterator[Choices]:
     """Yield the choices on disk space: exact precision first, then recomputed boundaries."""
-    kinds = work.stores if stores(work, choices) else work.stores[:1]
-    most = largest_interval(sizes.depth) if work.schedule.keeps_boundaries else 1
-    intervals = range(1, most + 1)
-    for precision, interval in product(kinds, intervals):
+    precisions = list(STORES) if stores(work, choices) else list(STORES)[:1]
+    most = largest_interval(work.sizes.depth) if work.schedule.keeps_boundaries else 1
+    for precision, interval in product(precisions, range(1, most + 1)):
         yield replace(choices, gradient_precision=precision, boundary_interval=interval)
 
 
@@ -166,54 +143,33 @@ def largest_interval(depth: int) -> int:
     return min(depth, isqrt(max(0, depth - 1)) + 2)
 
 
-def _frugal(sizes: ModelSizes, work: Workload) -> Choices:
-    """Return the choices that take least memory."""
-    *_, last = _in_memory(sizes, work)
-    return last
-
-
-def _minimum(
-    sizes: ModelSizes, work: Workload, base_bytes: int, kept: Choices | None
-) -> Requirements:
-    leanest = footprints(sizes, work, _frugal(sizes, work), base_bytes)
-    ways = _on_disk(sizes, work, Choices()) if kept is None else [kept]
-    return Requirements(
-        host_bytes=max(one.host_bytes for one in leanest),
-        gpu_bytes=max(one.gpu_bytes for one in leanest),
-        disk_bytes=min(
-            disk_use(step_table(sizes, work, way), sizes, work, way).on_disk(0) for way in ways
-        ),
-    )
+def _minimum(work: Workload, leanest: Sequence[Footprint], kept: Choices | None) -> Requirements:
+    ways = _on_disk(work, Choices()) if kept is None else [kept]
+    disk = min(disk_use(work, way).on_disk(0) for way in ways)
+    host, gpu = peaks(leanest)
+    return Requirements(host_bytes=host, gpu_bytes=gpu, disk_bytes=disk)
 
 
 def _made(
-    sizes: ModelSizes,
-    work: Workload,
-    found: _Fitting,
-    minimum: Requirements,
-    speed: MachineSpeed | None,
+    work: Workload, found: _Fitting, minimum: Requirements, speed: MachineSpeed | None
 ) -> Plan:
-    choices, stored = found.choices, found.disk_use
-    predicted = Requirements(
-        host_bytes=max(one.host_bytes for one in found.footprints) + found.room,
-        gpu_bytes=max(one.gpu_bytes for one in found.footprints),
-        disk_bytes=stored.on_disk(found.room),
-    )
-    table = step_table(sizes, work, choices)
+    choices, stored, room = found.choices, found.disk_use, found.room
+    host, gpu = peaks(found.footprints)
+    disk = stored.on_disk(room)
     return Plan(
         stages=work.schedule.stages,
         choices=choices,
-        reasons=tuple(reasons(sizes, work, choices, stored, found.room)),
-        predicted=predicted,
+        reasons=tuple(reasons(work, choices, stored, room)),
+        predicted=Requirements(host_bytes=host + room, gpu_bytes=gpu, disk_bytes=disk),
         minimum=minimum,
         footprints=tuple(found.footprints),
-        host_spill_bytes=found.room,
+        host_spill_bytes=room,
         boundary_bytes=stored.boundaries,
         magnitude_bytes=stored.magnitudes,
-        spill_bytes=stored.on_disk(0) if work.rewrites else max(0, stored.stored - found.room),
-        output_bytes=sizes.total_bytes * work.writes,
-        read_bytes=read_bytes(table, sizes, work),
-        written_bytes=written_bytes(table, sizes, work, choices),
-        flops=sum(step_flops(step, sizes, work) for step in table),
-        seconds=None if speed is None else run_time(table, sizes, work, choices, speed),
+        spill_bytes=stored.on_disk(0) if work.rewrites else max(0, stored.stored - room),
+        output_bytes=work.sizes.total_bytes * work.writes,
+        read_bytes=read_bytes(work, choices),
+        written_bytes=written_bytes(work, choices),
+        flops=sum(step_flops(step, work) for step in step_table(work, choices)),
+        seconds=None if speed is None else run_time(work, choices, speed),
     )

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_gblm.planning.disk_use import key_bytes
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload
-from lowmem_gblm.planning.steps import Key, Step
-from lowmem_gblm.planning.totals import step_reads
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload
+from lowmem_gblm.planning.steps import Key, Step, step_table
+from lowmem_gblm.planning.totals import key_bytes, pruned_bytes, step_reads
 
 # How often elementwise operations read or write a number: of the features in a forward pass, of
 # the logits, of the weights to decide about them.
@@ -33,15 +32,13 @@ class MachineSpeed:
     write_bytes_s: float
 
 
-def run_time(
-    table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices, speed: MachineSpeed
-) -> dict[str, float]:
+def run_time(work: Workload, choices: Choices, speed: MachineSpeed) -> dict[str, float]:
     """Return the seconds of every stage.
 
     Reading and writing run beside the computation, and the longer of the two counts; where no block
     is read ahead, their sum.
     """
-    clock = _Clock(sizes, work, choices, speed)
+    clock, table = _Clock(work, choices, speed), step_table(work, choices)
     seconds: dict[str, float] = {
         stage: clock.stage_s([step for step in table if step.stage == stage])
         for stage in work.schedule.stages
@@ -52,25 +49,24 @@ def run_time(
 class _Clock:
     """Seconds of steps on one machine."""
 
-    def __init__(
-        self, sizes: ModelSizes, work: Workload, choices: Choices, speed: MachineSpeed
-    ) -> None:
-        self._sizes, self._work, self._choices, self._speed = sizes, work, choices, speed
+    def __init__(self, work: Workload, choices: Choices, speed: MachineSpeed) -> None:
+        self._sizes, self._work, self._choices, self._speed = work.sizes, work, choices, speed
         self._tokens = work.nsamples * work.seqlen
+        # The prunable weights of a block, on average.
+        self._block_weights = sum(work.sizes.prunable) / work.sizes.depth
 
     def stage_s(self, steps: Sequence[Step]) -> float:
         computing_s = sum(map(self._computing_of_step_s, steps))
         stored = [self._stored(step.reads) * max(1, step.forwards) for step in steps]
-        reads = sum(step_reads(step, self._sizes) for step in steps) + sum(stored)
-        writes = sum(self._stored(step.writes) + self._pruned(step) for step in steps)
+        reads = sum(step_reads(step, self._work) for step in steps) + sum(stored)
+        writes = sum(self._stored(step.writes) + pruned_bytes(step, self._work) for step in steps)
         return self._beside_s(computing_s, reads, writes)
 
     def finish_s(self) -> float:
         """Return the seconds of copying what no block holds; in place, of hashing everything."""
         if self._work.rewrites:
             return self._beside_s(0, self._sizes.total_bytes, 0)
-        rest = self._sizes.total_bytes - sum(self._sizes.block_bytes)
-        return self._beside_s(0, rest, rest)
+        return self._beside_s(0, self._sizes.outside_bytes, self._sizes.outside_bytes)
 
     def _computing_of_step_s(self, step: Step) -> float:
         if step.stage == "head":
@@ -87,11 +83,7 @@ class _Clock:
         return seconds + self._decisions_s() * step.prunes
 
     def _stored(self, keys: Sequence[Key]) -> int:
-        sizes, work, choices = self._sizes, self._work, self._choices
-        return sum(key_bytes(key, sizes, work, choices) for key in keys)
-
-    def _pruned(self, step: Step) -> int:
-        return self._sizes.block_bytes[step.block or 0] * step.prunes
+        return sum(key_bytes(key, self._work, self._choices) for key in keys)
 
     def _beside_s(self, computing_s: float, read_bytes: float, write_bytes: float) -> float:
         """Return the seconds of computing with reading and writing beside it."""
@@ -110,11 +102,6 @@ class _Clock:
         flops = self._tokens * (2 * self._block_weights * sizes.active_fraction + attention)
         features = self._tokens * (2 * sizes.hidden_size + sizes.feature_widths / 2)
         return self._computing_s(flops, features) + work.nsamples * _PER_SAMPLE_S
-
-    @property
-    def _block_weights(self) -> float:
-        """Return the prunable weights of a block, on average."""
-        return sum(self._sizes.prunable) / self._sizes.depth
 
     def _weight_gradients_s(self) -> float:
         flops = 2 * self._tokens * self._block_weights * self._sizes.active_fraction

@@ -8,9 +8,9 @@ from lowmem_gblm.planning.schedule import Schedule
 
 FLOAT32_BYTES = 4
 GradientPrecision = Literal["float32", "bfloat16", "int8"]
-# From the most exact to the smallest. The last two round gradient magnitudes between the sweeps.
-STORES: tuple[GradientPrecision, ...] = ("float32", "bfloat16", "int8")
-_STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}
+# Bytes of a stored number, from the most exact precision to the smallest. The last two round
+# gradient magnitudes between the sweeps.
+STORES: dict[GradientPrecision, float] = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / 256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class ModelSizes:
         rest_weights: The number of weights of these tensors.
         total_bytes: Bytes on disk of all tensors.
         side_bytes: Bytes of an output beside its tensors: side files, headers, the record.
-        prunable: Prunable weights of every block.
+        prunable: The number of prunable weights of every block.
         slots: Weights of every matrix that the largest block multiplies with.
         squared_inputs: Sum of in² over the inputs of the largest block; matrices that are
             multiplied with one tensor share one.
@@ -32,9 +32,7 @@ class ModelSizes:
         largest_matrix: Weights of the largest prunable matrix.
         widest_input: Inputs of the widest prunable matrix.
         feature_widths: Sum of the outputs of a block's prunable matrices that one token uses.
-        hidden_size: Width of a boundary.
         attention_matrices: Whether attention holds its [heads, T, T] probabilities (eager) or not.
-        vocab_size: Width of the logits.
     """
 
     block_bytes: tuple[int, ...]
@@ -60,15 +58,22 @@ class ModelSizes:
         """Return the number of decoder blocks."""
         return len(self.block_bytes)
 
+    @property
+    def outside_bytes(self) -> int:
+        """Return the bytes on disk of what no block holds."""
+        return self.total_bytes - sum(self.block_bytes)
+
+    @property
+    def accumulators(self) -> list[int]:
+        """Return the bytes of the float32 sums of gradients for every one of `slots`."""
+        return [weights * FLOAT32_BYTES for weights in self.slots]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCost:
     """The cost of the statistics of activations of the largest block.
 
-    Attributes:
-        entries: float32 numbers that are held for the block.
-        largest_entries: float32 numbers of the largest result, which is made beside them.
-        flops_per_token: FLOPs for every token.
+    `entries` float32 numbers are held; the largest result, `largest_entries`, is made beside them.
     """
 
     entries: int = 0
@@ -91,20 +96,21 @@ class Workload:
     """The work to be done with the model.
 
     Attributes:
-        nsamples, seqlen: The numbers N and T.
+        process_bytes: Resident memory of the process before any weight is loaded.
         itemsize: Bytes of one number of the computation.
         shares_memory: Whether a resident block shares the memory of what was read.
         resident_bits: Bits of a prunable weight while its block is resident: 4 or 8 with
             `--compute-weights`, else None.
-        logits_chunk: Logits computed at once.
-        tile: Numbers of a sample's gradient that are worked on at once.
-        slab: Numbers of a matrix that are decided at once.
-        stores: The precisions in which gradient magnitudes may be stored.
+        logits_chunk, tile, slab: Logits that are computed at once, numbers of a sample's gradient
+            that are worked on at once, numbers of a matrix that are decided at once.
+        samples_option: The option that `nsamples` is asked with.
         writes: Whether a checkpoint is written.
         rewrites: Whether pruned blocks are written over the dense blocks, by way of the work
             folder.
     """
 
+    sizes: ModelSizes
+    process_bytes: int
     schedule: Schedule
     activations: ActivationCost
     deciding: DecisionCost
@@ -117,9 +123,14 @@ class Workload:
     logits_chunk: int
     tile: int
     slab: int
-    stores: tuple[GradientPrecision, ...] = STORES
+    samples_option: str = "--nsamples"
     writes: bool = True
     rewrites: bool = False
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Return the bytes of the hidden states of one sample."""
+        return self.seqlen * self.sizes.hidden_size * self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +159,6 @@ def stores(work: Workload, choices: Choices) -> bool:
     """Return whether gradient magnitudes are stored in the work folder, all or those of a part."""
     sliced = work.schedule.keeps_boundaries and choices.accumulator_bytes is not None
     return work.schedule.stores_gradients or sliced
-
-
-def stored_bytes(weights: int, precision: GradientPrecision) -> int:
-    """Return the bytes of the stored gradient magnitudes of a number of weights."""
-    return int(weights * _STORED_BYTES[precision])
 
 
 def slices_within(sizes: Sequence[int], limit: int | None) -> list[list[int]]:

@@ -25,11 +25,10 @@ from functools import lru_cache
 from typing import Literal, cast
 
 from lowmem_gblm.planning.schedule import Schedule, Stage
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, ModelSizes, Workload, slices_within
+from lowmem_gblm.planning.sizes import Choices, Workload, slices_within
 
 Stream = Literal["dense", "pruned"]
 Kind = Literal["embedded", "dense", "pruned", "loss-gradient", "magnitudes"]
-WHOLE_BLOCK = ("",)
 
 
 @dataclass(frozen=True, order=True)
@@ -148,7 +147,7 @@ class Layout:
     stores_parts: bool = False
     unpruned: frozenset[int] = frozenset()
     streams: tuple[Stream, ...] = ("pruned",)
-    parts: tuple[str, ...] = WHOLE_BLOCK
+    parts: tuple[str, ...] = ("",)
     rank: int = 0
     ranks: int = 1
 
@@ -157,15 +156,14 @@ class Layout:
         return block % self.ranks == self.rank
 
 
-def step_table(sizes: ModelSizes, work: Workload, choices: Choices) -> tuple[Step, ...]:
-    """Return the table of the run that does this work with this model, as was chosen."""
-    numbers = [weights * FLOAT32_BYTES for weights in sizes.slots]
+def step_table(work: Workload, choices: Choices) -> tuple[Step, ...]:
+    """Return the table of the run that does this work, as was chosen."""
+    sizes, limit = work.sizes, choices.accumulator_bytes
     layout = Layout(
         depth=sizes.depth,
         boundary_interval=choices.boundary_interval,
-        gradient_parts=len(slices_within(numbers, choices.accumulator_bytes)),
-        stores_parts=choices.accumulator_bytes is not None
-        or choices.gradient_precision != "float32",
+        gradient_parts=len(slices_within(sizes.accumulators, limit)),
+        stores_parts=limit is not None or choices.gradient_precision != "float32",
         unpruned=frozenset(block for block, weights in enumerate(sizes.prunable) if not weights),
     )
     return steps(work.schedule, layout)
@@ -174,16 +172,8 @@ def step_table(sizes: ModelSizes, work: Workload, choices: Choices) -> tuple[Ste
 @lru_cache(maxsize=256)
 def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
     """Return the table of a run, in order; a planner asks for the same one many times."""
-    rows = {
-        "embed": _embed,
-        "dry_run": _dry_run,
-        "dense": _dense,
-        "head": _head,
-        "reverse": _reverse,
-        "prune": _prune,
-    }
-    found = [step for stage in schedule.stages for step in rows[stage](schedule, layout)]
-    return _with_drops(found)
+    stages = schedule.stages
+    return _with_drops([step for stage in stages for step in _rows(stage, schedule, layout)])
 
 
 def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:
@@ -201,34 +191,34 @@ def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:
     return order
 
 
-def _embed(schedule: Schedule, layout: Layout) -> Iterator[Step]:
-    yield Step(stage="embed", writes=(boundary("dense", 0),))
+def _rows(stage: Stage, schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    first, last = boundary("dense", 0), boundary("dense", layout.depth)
+    if stage == "embed":
+        yield Step(stage="embed", writes=(first,))
+    elif stage == "dry_run":
+        reads = (first,) if schedule.needs_samples else ()
+        yield Step(stage="dry_run", reads=reads, loads=layout.depth)
+    elif stage == "dense":
+        yield from (_forward("dense", block) for block in range(layout.depth))
+    elif stage == "head":
+        writes = (loss_gradient(layout.depth),) if "reverse" in schedule.stages else ()
+        yield Step(stage="head", reads=(last,), writes=writes)
+    elif stage == "reverse":
+        yield from _reverse(schedule, layout)
+    else:
+        yield from _prune(schedule, layout)
 
 
-def _dry_run(schedule: Schedule, layout: Layout) -> Iterator[Step]:
-    reads = (boundary("dense", 0),) if schedule.needs_samples else ()
-    yield Step(stage="dry_run", reads=reads, loads=layout.depth)
-
-
-def _dense(schedule: Schedule, layout: Layout) -> Iterator[Step]:
-    for block in range(layout.depth):
-        yield _forward("dense", "dense", block)
-
-
-def _forward(stage: Stage, stream: Stream, block: int) -> Step:
+def _forward(stage: Stage, block: int) -> Step:
+    """Return the step that runs the dense stream through a block."""
     return Step(
         stage=stage,
         block=block,
-        reads=(boundary(stream, block),),
-        writes=(boundary(stream, block + 1),),
+        reads=(boundary("dense", block),),
+        writes=(boundary("dense", block + 1),),
         loads=1,
         forwards=1,
     )
-
-
-def _head(schedule: Schedule, layout: Layout) -> Iterator[Step]:
-    writes = (loss_gradient(layout.depth),) if "reverse" in schedule.stages else ()
-    yield Step(stage="head", reads=(boundary("dense", layout.depth),), writes=writes)
 
 
 def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
@@ -236,7 +226,7 @@ def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
     stores = not prunes or layout.stores_parts
     for block, backward in reverse_order(layout.depth, layout.boundary_interval):
         if not backward:
-            yield _forward("reverse", "dense", block)
+            yield _forward("reverse", block)
             continue
         pruned = block not in layout.unpruned
         yield Step(
@@ -263,6 +253,8 @@ def _prune(schedule: Schedule, layout: Layout) -> Iterator[Step]:
         for number, part in enumerate(layout.parts):
             last = number == len(layout.parts) - 1
             leaves = last and block + 1 < layout.depth
+            # Samples run once to measure, and once more for the outputs of the pruned block.
+            passes = 2 if leaves and schedule.prune_forwards == 2 else 1
             yield Step(
                 stage="prune",
                 block=block,
@@ -273,18 +265,10 @@ def _prune(schedule: Schedule, layout: Layout) -> Iterator[Step]:
                 ),
                 writes=tuple(boundary(one, block + 1) for one in streams if leaves),
                 loads=1,
-                forwards=_prune_forwards(schedule, layout, last=last, leaves=leaves),
+                forwards=len(streams) * passes,
                 prunes=layout.writes_block(block),
                 sums=bool(streams) and block not in layout.unpruned,
             )
-
-
-def _prune_forwards(schedule: Schedule, layout: Layout, *, last: bool, leaves: bool) -> int:
-    """Return how often samples run through a block: to measure, and once more for its outputs."""
-    if not schedule.prune_forwards:
-        return 0
-    again = leaves and schedule.prune_forwards == 2
-    return len(layout.streams) * (1 + again)
 
 
 def _with_drops(rows: Sequence[Step]) -> tuple[Step, ...]:

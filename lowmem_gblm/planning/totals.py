@@ -1,40 +1,118 @@
-"""Totals of the table of steps: FLOPs, bytes read from the checkpoint, bytes written."""
+"""Sums over the table of steps: bytes on the disk at every moment, FLOPs, bytes that are moved."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lowmem_gblm.planning.disk_use import key_bytes
-from lowmem_gblm.planning.sizes import Choices, ModelSizes, Workload
-from lowmem_gblm.planning.steps import Step
+from lowmem_gblm.planning.sizes import STORES, Choices, Workload
+from lowmem_gblm.planning.steps import Key, Step, step_table
 
 
-def step_flops(step: Step, sizes: ModelSizes, work: Workload) -> int:
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on the disk at the fullest moment of a step.
+
+    In place, `output` is the new tensors of the block that is being overwritten.
+    """
+
+    boundaries: int = 0
+    magnitudes: int = 0
+    output: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Return what is stored in the work folder between steps."""
+        return self.boundaries + self.magnitudes
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """The bytes that are stored and written at every moment of a run.
+
+    Attributes:
+        boundaries, magnitudes, stored: The most that is stored at once, of either kind and of both.
+    """
+
+    moments: Sequence[Moment]
+    boundaries: int
+    magnitudes: int
+    stored: int
+
+    def on_disk(self, room: int) -> int:
+        """Return the most that lies on disk where host memory holds `room` bytes of it."""
+        return max(max(0, moment.stored - room) + moment.output for moment in self.moments)
+
+    def room_for(self, missing: int) -> int:
+        """Return the host memory that makes the need of disk space less by `missing`."""
+        allowed = self.on_disk(0) - missing
+        return max(0, *(moment.stored + moment.output - allowed for moment in self.moments))
+
+
+def disk_use(work: Workload, choices: Choices) -> DiskUse:
+    """Return what is on the disk at every step; drops are removed beside the next step."""
+    # Boundaries and loss gradients, then gradient magnitudes.
+    stored = {True: 0, False: 0}
+    leaving: Sequence[Key] = ()
+    output, overwriting, moments = 0, 0, [Moment()]
+    for step in step_table(work, choices):
+        for key in step.writes:
+            stored[key.is_per_sample] += key_bytes(key, work, choices)
+        block = pruned_bytes(step, work)
+        output += block * work.writes
+        # In place, the new tensors of a block are overwritten beside the next step.
+        on_disk = output + overwriting + block * work.rewrites
+        moments.append(Moment(stored[True], stored[False], on_disk))
+        overwriting = block * work.rewrites
+        for key in leaving:
+            stored[key.is_per_sample] -= key_bytes(key, work, choices)
+        leaving = step.drops
+    output += (work.sizes.outside_bytes + work.sizes.side_bytes) * work.writes
+    moments.append(Moment(stored[True], stored[False], output))
+    return DiskUse(
+        moments,
+        boundaries=max(moment.boundaries for moment in moments),
+        magnitudes=max(moment.magnitudes for moment in moments),
+        stored=max(moment.stored for moment in moments),
+    )
+
+
+def key_bytes(key: Key, work: Workload, choices: Choices) -> int:
+    """Return the bytes that are stored under a key."""
+    if key.is_per_sample:
+        return work.nsamples * work.boundary_bytes
+    return int(work.sizes.prunable[key.index] * STORES[choices.gradient_precision])
+
+
+def pruned_bytes(step: Step, work: Workload) -> int:
+    """Return the bytes of the block that a step prunes, if it does."""
+    return work.sizes.block_bytes[step.block or 0] * step.prunes
+
+
+def step_flops(step: Step, work: Workload) -> int:
     """Return the multiplications and additions of a step with weights of its block."""
     if step.block is None:
         return 0
-    weights = sizes.prunable[step.block] * sizes.active_fraction
+    weights = work.sizes.prunable[step.block] * work.sizes.active_fraction
     return int(step.flops_per_weight_and_token * weights * work.nsamples * work.seqlen)
 
 
-def step_reads(step: Step, sizes: ModelSizes) -> int:
+def step_reads(step: Step, work: Workload) -> int:
     """Return the bytes that a step reads from the checkpoint."""
     if step.stage in ("embed", "head"):
-        return sizes.rest_bytes
-    blocks = sizes.block_bytes if step.block is None else sizes.block_bytes[step.block :][:1]
-    return sum(blocks) * bool(step.loads)
+        return work.sizes.rest_bytes
+    blocks = work.sizes.block_bytes
+    return (sum(blocks) if step.block is None else blocks[step.block]) * bool(step.loads)
 
 
-def read_bytes(table: Sequence[Step], sizes: ModelSizes, work: Workload) -> int:
+def read_bytes(work: Workload, choices: Choices) -> int:
     """Return the bytes read from the checkpoint; in place, all are read once more for hashes."""
-    copied = (sizes.total_bytes - sum(sizes.block_bytes)) * work.writes
-    checked = sizes.total_bytes * work.rewrites
-    return sum(step_reads(step, sizes) for step in table) + copied + checked
+    copied = work.sizes.outside_bytes * work.writes
+    checked = work.sizes.total_bytes * work.rewrites
+    return sum(step_reads(step, work) for step in step_table(work, choices)) + copied + checked
 
 
-def written_bytes(
-    table: Sequence[Step], sizes: ModelSizes, work: Workload, choices: Choices
-) -> int:
+def written_bytes(work: Workload, choices: Choices) -> int:
     """Return what a run writes to the output and to the work folder."""
-    stored = sum(key_bytes(key, sizes, work, choices) for step in table for key in step.writes)
-    blocks = sum(sizes.block_bytes[step.block or 0] for step in table if step.prunes)
-    rest = sizes.total_bytes - sum(sizes.block_bytes)
-    return stored + (blocks + rest) * work.writes + 2 * blocks * work.rewrites
+    table = step_table(work, choices)
+    stored = sum(key_bytes(key, work, choices) for step in table for key in step.writes)
+    blocks = sum(pruned_bytes(step, work) for step in table)
+    return stored + (blocks + work.sizes.outside_bytes) * work.writes + 2 * blocks * work.rewrites

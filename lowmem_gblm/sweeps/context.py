@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowmem_gblm.model.block_loader import Block, BlockLoader
 from lowmem_gblm.model.streamed_model import StreamedModel
-from lowmem_gblm.planning import Choices
 from lowmem_gblm.planning.schedule import Schedule, Stage
+from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.runtime.progress import Progress
@@ -55,22 +55,17 @@ class SweepContext:
     progress: Progress
     losses: list[float] = field(default_factory=list)
 
-    @property
-    def depth(self) -> int:
-        """Return the number of decoder blocks."""
-        return self.model.depth
-
     def is_done(self, stage: Stage) -> bool:
         """Return whether an earlier attempt has finished a stage."""
-        return not any(step.stage == stage for step in self.table[self.done :])
+        return not self._left(stage)
 
     def steps(self, stage: Stage) -> Iterator[Step]:
         """Yield the steps of a stage that are left, and finish each when the body has ended."""
         with self.progress.stage(stage):
             before = [step for step in self.table[: self.done] if step.stage == stage]
-            nsamples = len(self.tokens_NT)
-            self.progress.skip(sum(step.ticks(self.depth, nsamples) for step in before))
-            for step in [step for step in self.table[self.done :] if step.stage == stage]:
+            depth, nsamples = self.model.depth, len(self.tokens_NT)
+            self.progress.skip(sum(step.ticks(depth, nsamples) for step in before))
+            for step in self._left(stage):
                 self.offload.keys_read.clear()
                 self.offload.keys_written.clear()
                 yield step
@@ -81,8 +76,7 @@ class SweepContext:
 
     def blocks(self, stage: Stage) -> Iterator[tuple[Step, Block]]:
         """Yield the steps of a stage that are left, each with its resident block; see `steps`."""
-        left = [step for step in self.table[self.done :] if step.stage == stage]
-        order = [step.block for step in left if step.block is not None]
+        order = [step.block for step in self._left(stage) if step.block is not None]
         with closing(self.loader.stream(order)) as resident:
             for step in self.steps(stage):
                 yield step, next(resident)
@@ -93,14 +87,17 @@ class SweepContext:
         """Finish a step: drop what no later step reads."""
         self.offload.drop(step.drops)
 
+    def _left(self, stage: Stage) -> list[Step]:
+        return [step for step in self.table[self.done :] if step.stage == stage]
+
     def _check_touched(self, step: Step) -> None:
         """Assert that a step has read and written what the table says."""
         read, written = self.offload.keys_read, self.offload.keys_written
-        # Experts that saw no token have no gradient magnitudes.
-        optional = {key for key in (*step.reads, *step.writes) if not key.is_per_sample}
         assert read <= {*step.reads, *step.writes}, f"{step} has read {read}"
-        assert written <= set(step.writes), f"{step} has written {written}"
-        missing = ({*step.reads} - read | {*step.writes} - written) - optional
+        assert written <= {*step.writes}, f"{step} has written {written}"
+        untouched = {*step.reads} - read | {*step.writes} - written
+        # Experts that saw no token have no gradient magnitudes.
+        missing = [key for key in untouched if key.is_per_sample]
         assert not missing, f"{step} has not touched {missing}"
 
 
@@ -146,22 +143,18 @@ class PruneContext(SweepContext):
         down.
         """
         with self.progress.waiting():
-            self.settle()
+            self._committer.settle()
         names, writing = self.offload.in_flight()
-        dropped = [str(key) for key in step.drops]
-        names = names.union(self.store.written()).difference(dropped)
+        entry = self._journal_entry(step)
+        names = names.union(self.store.written()).difference(entry["dropped"])
         blocks, self._written = self._written, []
-        entry = self._journal_entry(step, dropped)
         self._committer.begin(self._make_durable, entry, sorted(names), blocks, writing)
-
-    def settle(self) -> None:
-        """Wait until the last step is durable."""
-        self._committer.settle()
 
     def write_rest(self) -> None:
         """Write what no block holds, and the side files."""
         with self.progress.stage("finish"):
-            self.settle()
+            # The last step becomes durable first.
+            self._committer.settle()
             self.output.write_rest(self.progress.check)
             self.progress.step()
 
@@ -199,7 +192,7 @@ class PruneContext(SweepContext):
         for name in entry["dropped"]:
             self.store.drop(name)
 
-    def _journal_entry(self, step: Step, dropped: list[str]) -> dict[str, Any]:
+    def _journal_entry(self, step: Step) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self._since = round(now - self._since, 3), now
         return {
@@ -207,7 +200,7 @@ class PruneContext(SweepContext):
             "block": step.block,
             "device": self.device_name,
             "seconds": seconds,
-            "dropped": dropped,
+            "dropped": [str(key) for key in step.drops],
             **self.pruner.journal_entry(),
             **self.samples.journal_entry(),
             "losses": self.losses if step.stage == "head" else [],

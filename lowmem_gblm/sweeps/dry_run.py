@@ -18,7 +18,7 @@ def dry_run(run: PruneContext) -> None:
         hidden = None
         if step.reads:
             ((_, (hidden,)),) = run.offload.prefetch(step.reads, [0])
-        for block in run.loader.stream(range(run.depth)):
+        for block in run.loader.stream(range(run.model.depth)):
             if hidden is not None:
                 tap = Tap(block.module, block.slots, [])
                 hidden = run.model.forward_block(block.index, hidden, tap)

@@ -14,7 +14,7 @@ from lowmem_gblm.commands.prune.resume import find_job
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.streamed_model import StreamedModel
-from lowmem_gblm.planning import Choices
+from lowmem_gblm.planning.sizes import Choices
 from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_at
 from support.tiny_models import save_tiny
 

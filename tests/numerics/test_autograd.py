@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lowmem_gblm
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.open_model import open_model
-from lowmem_gblm.planning import Choices
 from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext

@@ -72,16 +72,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
 
 def without_the_sick(run: Run, output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any):
     """The same where the sample was never drawn."""
-    from lowmem_gblm.commands.prune import setup
+    from lowmem_gblm.commands.prune import scope
 
-    drawn = setup.calibration_samples
+    drawn = scope.calibration_samples
 
     def fewer(*args: Any, **more: Any) -> Tensor:
         samples_NT = drawn(*args, **more)
         return torch.cat([samples_NT[:SICK], samples_NT[SICK + 1 :]])
 
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "calibration_samples", fewer)
+        patch.setattr(scope, "calibration_samples", fewer)
         return run(output, **options)
 
 
@@ -213,7 +213,7 @@ def test_where_nothing_is_sick_nothing_is_dropped(run: Run, tmp_path: Path) -> N
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are multiplied with 1024, as in float16; in float32 this changes no bit."""
-    monkeypatch.setattr("lowmem_gblm.commands.prune.setup.loss_scale", lambda dtype, seqlen: 1024.0)
+    monkeypatch.setattr("lowmem_gblm.commands.prune.scope.loss_scale", lambda dtype, seqlen: 1024.0)
 
 
 @pytest.fixture

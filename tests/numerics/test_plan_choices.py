@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowmem_gblm
-from lowmem_gblm.planning import Choices
+from lowmem_gblm.planning.sizes import Choices
 from support.tiny_models import save_tiny
 
 SIZE = {"nsamples": 3, "seqlen": 32}

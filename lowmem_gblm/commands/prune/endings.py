@@ -78,10 +78,9 @@ def _cause(error: BaseException) -> tuple[Cause, LowmemGblmError | None]:
 
 
 def _disk_error(error: OSError, setup: PruneSetup, *, keeps: bool) -> LowmemGblmError:
-    paths = setup.paths
-    failed = Path(error.filename or paths.work_folder)
-    needs = still_needed(setup.plan, paths.output, paths.work_folder, failed)
-    return explained(error, needs, to_resume(paths.work_folder, kept=keeps))
+    work_folder = setup.paths.work_folder
+    needs = still_needed(setup.plan, setup.paths, Path(error.filename or work_folder))
+    return explained(error, needs, to_resume(work_folder, kept=keeps))
 
 
 def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from lowmem_gblm.commands.calibration import NAMED
 from lowmem_gblm.commands.method_options import recorded_options
+from lowmem_gblm.commands.paths import Paths
+from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.request import PruneRequest
-from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.options import options
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
+from lowmem_gblm.storage.in_place import overwritten_blocks
 
 _PACKAGES = (
     "lowmem-gblm",
@@ -28,14 +31,39 @@ _PACKAGES = (
 )
 # Of these another version may compute other numbers; the samples are known by their tokens.
 _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
+# What `_fingerprints` returns.
+FINGERPRINTS = ("source_headers", "source_bytes", "source_config", "calibration_tokens")
 
 _TENSORS_SEEN = 500
 _TENSORS_SEEN_OF_BLOCK = 8
 _BYTES_SEEN = 512
 
 
-def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str, Any]:
+def identity(
+    scope: PruneScope, paths: Paths, samples_NT: Tensor, previous: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what, if it were different, would give another result.
+
+    `previous` is the description of the job that is resumed, or None.
+    """
+    request, text = scope.request, scope.request.calibration_text
+    found = asked_and_understood(scope)
+    # Files are known by what is in them, wherever they lie.
+    found["calibration"] = text if text in NAMED else "a file"
+    found |= _fingerprints(scope, samples_NT)
+    found |= {name: version for name, version in versions().items() if name in _COMPUTING}
+    # Headers do not tell whether the model was pruned in place in the meantime.
+    found["source_pruned"] = (scope.model.folder / RECORD).exists()
+    if request.in_place:
+        found["source_blocks"] = _blocks_seen(scope, paths, previous)
+    if previous is not None and request.accept_other_rounding:
+        found["device"] = previous["identity"].get("device")
+    return found
+
+
+def asked_and_understood(scope: PruneScope) -> dict[str, Any]:
     """Return what the user asked, what it was understood to mean, and on which device."""
+    request, streamed = scope.request, scope.model.streamed
     asked = {
         one.name: getattr(request, one.name)
         for one in options(PruneRequest)
@@ -45,11 +73,11 @@ def identity(request: PruneRequest, opened: OpenModel, seqlen: int) -> dict[str,
         "sparsity": float(request.target.sparsity),
         "pattern": str(request.target),
         "calibration": request.calibration_text,
-        "seqlen": seqlen,
+        "seqlen": scope.work.seqlen,
         "include": list(request.include),
         "exclude": list(request.exclude),
-        "device": device_name(opened.streamed.device),
-        "dtype": str(opened.streamed.dtype).removeprefix("torch."),
+        "device": device_name(streamed.device),
+        "dtype": str(streamed.dtype).removeprefix("torch."),
     }
     return {**asked, **recorded_options(request.options), **understood}
 
@@ -60,11 +88,6 @@ def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[s
     for part in ("fingerprints", "versions"):
         said |= record.get(part) or {}
     return {name: said[name] for name in names if name in said}
-
-
-def computing_versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    return {name: version for name, version in versions().items() if name in _COMPUTING}
 
 
 def versions() -> dict[str, str]:
@@ -78,40 +101,38 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprints(
-    checkpoint: Checkpoint,
-    samples_NT: Tensor,
-    *,
-    overwritten: Iterable[Iterable[str]] = (),
-    trust_remote_code: bool = False,
-) -> dict[str, str]:
+def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str]:
     """Return the SHA-256 of the model and of the samples.
 
     Names, dtypes, shapes and places of all tensors count, and the first bytes of some hundreds of
-    tensors, which differ between two models of one architecture.
-
-    Args:
-        overwritten: Names of tensors of every block that are overwritten, and so not looked at.
-        trust_remote_code: Whether Python code of the model runs, and counts.
+    tensors, which differ between two models of one architecture. Tensors that are overwritten are
+    not looked at. Python code of the model counts if it runs.
     """
+    request, checkpoint = scope.request, scope.model.checkpoint
     source = hashlib.sha256()
     for entry in checkpoint.tensors.values():
         line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
         source.update(line.encode())
-    gone = {name for block in overwritten for name in block}
+    gone = {name for block in scope.pruned_names for name in block if request.in_place}
     names = [name for name in checkpoint.tensors if name not in gone]
-    samples = hashlib.sha256(samples_NT.contiguous().numpy().tobytes())
+    config = configuration_hash(checkpoint.folder, trusted=request.trust_remote_code)
     return {
         "source_headers": source.hexdigest(),
         "source_bytes": _fingerprint(checkpoint, names, _TENSORS_SEEN),
-        "source_config": configuration_hash(checkpoint.folder, trusted=trust_remote_code),
-        "calibration_tokens": samples.hexdigest(),
+        "source_config": config,
+        "calibration_tokens": hashlib.sha256(samples_NT.contiguous().numpy().tobytes()).hexdigest(),
     }
 
 
-def block_fingerprints(checkpoint: Checkpoint, blocks: Iterable[Sequence[str]]) -> list[str]:
-    """Return for every block the SHA-256 of the first bytes of some of the named tensors."""
-    return [_fingerprint(checkpoint, names, _TENSORS_SEEN_OF_BLOCK) for names in blocks]
+def _blocks_seen(scope: PruneScope, paths: Paths, previous: Mapping[str, Any] | None) -> list[str]:
+    """Return what tells the blocks from others; of overwritten blocks, as they were before."""
+    checkpoint = scope.model.checkpoint
+    seen = [_fingerprint(checkpoint, names, _TENSORS_SEEN_OF_BLOCK) for names in scope.pruned_names]
+    if previous is not None:
+        former = previous["identity"]["source_blocks"]
+        for index in overwritten_blocks(paths.work_folder):
+            seen[index] = former[index]
+    return seen
 
 
 def _fingerprint(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str:
@@ -121,11 +142,6 @@ def _fingerprint(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str
     for name in names[:: max(1, -(-len(names) // most))]:
         seen.update(checkpoint.first_bytes(name, _BYTES_SEEN))
     return seen.hexdigest()
-
-
-def text_name(request: PruneRequest) -> str:
-    """Return the data set that samples come from, if they do not come from a file."""
-    return request.calibration_text if request.calibration_text in NAMED else "a file"
 
 
 def device_name(device: torch.device) -> str:

@@ -22,8 +22,9 @@ from typing import Any
 
 from lowmem_gblm.commands.paths import check_paths
 from lowmem_gblm.commands.prune.record import run_record
+from lowmem_gblm.commands.prune.scope import draw_samples, prune_scope
 from lowmem_gblm.commands.prune.session import start_or_resume
-from lowmem_gblm.commands.prune.setup import draw_samples, prepare, prune_scope
+from lowmem_gblm.commands.prune.setup import prepare
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.runtime import memory
@@ -55,7 +56,7 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
         )
         scope = prune_scope(request, model)
         setup = prepare(scope, paths, draw_samples(scope), previous)
-        stages = scope.schedule.stages
+        stages = scope.work.schedule.stages
         with start_or_resume(setup, listener) as run:
             if "embed" in stages:
                 embed(run)

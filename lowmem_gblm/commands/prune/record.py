@@ -4,8 +4,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from lowmem_gblm.commands.prune.identity import identity, versions
-from lowmem_gblm.commands.prune.setup import PruneScope, PruneSetup
+from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understood, versions
+from lowmem_gblm.commands.prune.scope import PruneScope
+from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.sweeps.context import PruneContext
@@ -22,12 +23,19 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
     device = run.model.device
     return {
         "model": scope.request.model,
-        **identity(scope.request, scope.model, scope.seqlen),
+        **asked_and_understood(scope),
         "group": scope.method.group,
         "updates_weights": scope.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(run.losses) / len(run.losses) if run.losses else None,
-        "notes": _notes(setup, run),
+        "notes": [
+            *_other_rounding(run.job, run.device_name),
+            *setup.plan.reasons,
+            *_unused(scope),
+            *_dense(scope),
+            *run.samples.notes(),
+            *run.pruner.notes,
+        ],
         "dropped_samples": run.samples.dropped,
         "tensors": tensors,
         "seconds": {**run.progress.seconds, "total": run.progress.total_seconds()},
@@ -42,22 +50,11 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "choices": asdict(setup.plan.choices),
         "flops": setup.plan.flops,
         "versions": versions(),
-        "fingerprints": setup.fingerprints,
+        "fingerprints": {name: setup.identity[name] for name in FINGERPRINTS},
         "shards": run.output.shards,
         "job": run.job.id,
         "attempts": run.job.attempts,
     }
-
-
-def _notes(setup: PruneSetup, run: PruneContext) -> list[str]:
-    return [
-        *_other_rounding(run.job, run.device_name),
-        *setup.plan.reasons,
-        *_unused(setup.scope),
-        *_dense(setup.scope),
-        *run.samples.notes(),
-        *run.pruner.notes,
-    ]
 
 
 def _other_rounding(job: Job, here: str) -> list[str]:

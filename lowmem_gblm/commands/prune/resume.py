@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from lowmem_gblm.commands.paths import paths_of
-from lowmem_gblm.commands.prune.identity import recorded_identity
-from lowmem_gblm.commands.prune.setup import draw_samples, fingerprints_of, identity_of, prune_scope
+from lowmem_gblm.commands.prune.identity import identity, recorded_identity
+from lowmem_gblm.commands.prune.scope import draw_samples, prune_scope
 from lowmem_gblm.commands.request import PruneRequest, request_from_json
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.open_model import open_model
@@ -55,7 +55,7 @@ def find_finished(request: PruneRequest) -> dict[str, Any] | None:
     forget_finished(output, paths.work_folder)
     made: dict[str, Any] = read_json(output / RECORD)
     scope = prune_scope(request, open_model(request.model, request))
-    asked = identity_of(scope, paths, fingerprints_of(scope, draw_samples(scope)), None)
+    asked = identity(scope, paths, draw_samples(scope), None)
     # Texts are known by their tokens and models by their bytes, wherever they lie.
     del asked["calibration"], asked["source_pruned"]
     if request.accept_other_rounding:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from lowmem_gblm.commands.estimate import limited
 from lowmem_gblm.commands.prune.endings import Done, ending
 from lowmem_gblm.commands.prune.identity import device_name
 from lowmem_gblm.commands.prune.setup import PruneSetup
@@ -13,7 +14,6 @@ from lowmem_gblm.planning.totals import step_flops
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
-from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.in_place import BlockWriter, InPlaceWriter
 from lowmem_gblm.storage.in_place_marker import remove_marker
@@ -37,9 +37,10 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
         DiskError: A disk is failing, or a file or folder has gone that is needed.
         BudgetError: Host memory has run short.
     """
-    _limit_memory(setup)
-    stop, planned = StopFlag(), setup.plan.predicted.host_bytes
-    with HostWatch(setup.budget.host_bytes, stop, planned_bytes=planned):
+    device, stop = setup.scope.model.streamed.device, StopFlag()
+    memory.reset_gpu_peak(device)
+    memory.settle_allocator(setup.scope.work.boundary_bytes)
+    with limited(setup.budget, setup.plan, device, stop):
         try:
             job = Job(setup.paths.work_folder, setup.description(), setup.previous)
         except OSError as error:
@@ -63,29 +64,14 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
             _put_away(setup, job, output, keep=False)
 
 
-def _limit_memory(setup: PruneSetup) -> None:
-    device = setup.scope.model.streamed.device
-    memory.reset_gpu_peak(device)
-    memory.settle_allocator(setup.scope.model.boundary_bytes(setup.scope.seqlen))
-    if setup.budget.gpu_bytes is not None:
-        memory.limit_gpu(device, setup.budget.gpu_bytes)
-
-
 def _stages(setup: PruneSetup) -> list[Stage]:
     """Return the stages of the run, each with its cost in FLOPs: the time left follows."""
-    scope, nsamples = setup.scope, len(setup.tokens_NT)
-    sizes, work, depth = scope.sizes, scope.work, scope.model.streamed.depth
-    rows = {
-        name: [step for step in setup.table if step.stage == name] for name in scope.schedule.stages
-    }
-    found = [
-        Stage(
-            name=name,
-            steps=sum(step.ticks(depth, nsamples) for step in steps),
-            cost=sum(step_flops(step, sizes, work) for step in steps),
-        )
-        for name, steps in rows.items()
-    ]
+    work, nsamples = setup.scope.work, len(setup.tokens_NT)
+    found = []
+    for name in work.schedule.stages:
+        rows = [step for step in setup.table if step.stage == name]
+        ticks = sum(step.ticks(work.sizes.depth, nsamples) for step in rows)
+        found.append(Stage(name=name, steps=ticks, cost=sum(step_flops(one, work) for one in rows)))
     return [*found, Stage(name="finish", steps=1, cost=0)]
 
 
@@ -131,10 +117,10 @@ def _assemble(
     within: ExitStack,
 ) -> PruneContext:
     """Return the context of the run; `within` holds what is to be closed."""
-    scope, planned = setup.scope, setup.plan
-    checkpoint, streamed, request = scope.model.checkpoint, scope.model.streamed, scope.request
-    choices, folder = planned.choices, setup.paths.work_folder
-    store = within.enter_context(open_store(folder, planned.host_spill_bytes, job.start_over))
+    scope, request, choices = setup.scope, setup.scope.request, setup.plan.choices
+    checkpoint, streamed = scope.model.checkpoint, scope.model.streamed
+    in_host = setup.plan.host_spill_bytes
+    store = within.enter_context(open_store(setup.paths.work_folder, in_host, job.start_over))
     store.adopt(job.stored())
     job.clean(job.stored())
     offload = within.enter_context(Offload(store, streamed.device, progress, choices.behind_bytes))
@@ -148,21 +134,15 @@ def _assemble(
         table=setup.table,
         done=len(job.entries),
         loader=BlockLoader(
-            checkpoint,
-            streamed,
-            progress,
-            scope.weights,
-            read_ahead=choices.read_ahead,
-            copy_ahead=choices.copy_ahead,
-            compute_weights=request.resident_kind,
+            checkpoint, streamed, progress, scope.weights, choices, request.resident_kind
         ),
         offload=offload,
         progress=progress,
-        schedule=scope.schedule,
+        schedule=scope.work.schedule,
         choices=choices,
         statistics=scope.statistics,
         loss_scale=scope.loss_scale,
-        durable=not planned.host_spill_bytes,
+        durable=not in_host,
         device_name=device_name(streamed.device),
         job=job,
         store=store,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.bnb import BLOCK, from_8_bits, to_8_bits
-from lowmem_gblm.planning import GradientPrecision
+from lowmem_gblm.planning.sizes import GradientPrecision
 
 # How many tensors `pack` makes.
 PARTS: dict[GradientPrecision, int] = {"float32": 1, "bfloat16": 1, "int8": 2}

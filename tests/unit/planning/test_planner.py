@@ -9,25 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_gblm.commands.estimate import _decision_cost
+from lowmem_gblm.commands.estimate import decision_cost
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.planning import (
+from lowmem_gblm.planning.plan import Budget
+from lowmem_gblm.planning.planner import largest_interval, plan
+from lowmem_gblm.planning.run_time import MachineSpeed, run_time
+from lowmem_gblm.planning.schedule import Schedule, schedule
+from lowmem_gblm.planning.sizes import (
     STORES,
     ActivationCost,
-    Budget,
-    MachineSpeed,
+    Choices,
     ModelSizes,
     Workload,
-    plan,
     slices_within,
 )
-from lowmem_gblm.planning.disk_use import DiskUse, disk_use
-from lowmem_gblm.planning.planner import largest_interval
-from lowmem_gblm.planning.run_time import run_time
-from lowmem_gblm.planning.schedule import Schedule, schedule
-from lowmem_gblm.planning.sizes import Choices
-from lowmem_gblm.planning.steps import step_table
+from lowmem_gblm.planning.totals import DiskUse, disk_use
 from lowmem_gblm.sweeps.statistics import needed_statistics
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -67,6 +64,8 @@ def schedule_of(method: str, activations: str = "pruned", **more: bool) -> Sched
 
 def work(method: str = "gblm", activations: str = "pruned", **changes: object) -> Workload:
     made = Workload(
+        sizes=SIZES,
+        process_bytes=BASE,
         schedule=schedule_of(method, activations),
         activations=ActivationCost(
             entries=SIZES.squared_inputs,
@@ -75,7 +74,7 @@ def work(method: str = "gblm", activations: str = "pruned", **changes: object) -
         )
         if method == "sparsegpt"
         else ActivationCost(),
-        deciding=_decision_cost(find_method(method)),
+        deciding=decision_cost(find_method(method)),
         nsamples=128,
         seqlen=2048,
         itemsize=2,
@@ -91,8 +90,7 @@ def work(method: str = "gblm", activations: str = "pruned", **changes: object) -
 
 def used(choices: Choices, **changes: object) -> DiskUse:
     """Return what a run of 70B stores, with these choices."""
-    made = work(**changes)
-    return disk_use(step_table(SIZES, made, choices), SIZES, made, choices)
+    return disk_use(work(**changes), choices)
 
 
 ANYTHING = Budget()
@@ -100,8 +98,8 @@ ANYTHING = Budget()
 HOST = 9 * GIB
 
 
-def made(budget: Budget = ANYTHING, sizes: ModelSizes = SIZES, **changes: object):
-    return plan(sizes, work(**changes), BASE, budget)
+def made(budget: Budget = ANYTHING, **changes: object):
+    return plan(work(**changes), budget)
 
 
 def test_with_room_for_everything_nothing_is_done_twice() -> None:
@@ -214,27 +212,28 @@ def test_the_least_is_enough_and_a_byte_less_is_not(
 
 
 def test_a_refusal_lists_the_parts_and_what_would_fit() -> None:
-    options = [
-        ("--seqlen 1024", work(seqlen=1024)),
-        ("--seqlen 256", work(seqlen=256)),
-        ("--compute-weights nf4", work(resident_bits=4)),
-    ]
     least = made().minimum.gpu_bytes
     with pytest.raises(BudgetError) as caught:
-        plan(SIZES, work(), BASE, Budget(gpu_bytes=least - MIB), alternatives=options)
+        made(Budget(gpu_bytes=least - MIB))
     sentence = str(caught.value)
     assert re.search(r"at least [0-9.]+ GiB of GPU memory in (reverse|prune)", sentence)
     assert "may be used: " in sentence
     assert "resident block" in sentence
-    assert "It would fit with --seqlen 1024 or --seqlen 256 or --compute-weights nf4." in sentence
+    shorter = " or ".join(f"--seqlen {seqlen}" for seqlen in (1024, 512, 256, 128))
+    assert f"It would fit with {shorter} or --compute-weights nf4." in sentence
+
+
+@pytest.mark.parametrize("option", ["--nsamples", "--windows"])
+def test_a_refusal_names_the_option_of_the_command(option: str) -> None:
+    least = made().minimum
+    short = Budget(host_bytes=least.host_bytes, disk_bytes=least.disk_bytes - MIB)
+    with pytest.raises(BudgetError, match=f"It would fit with .* or {option} 64 or"):
+        made(short, samples_option=option)
 
 
 def test_a_refusal_says_when_nothing_helps() -> None:
     with pytest.raises(BudgetError, match=r"31\.0 KiB may be used.*Nothing else would fit, either"):
-        plan(
-            SIZES, work(), BASE, Budget(host_bytes=31 << 10),
-            alternatives=[("--seqlen 256", work(seqlen=256))],
-        )  # fmt: skip
+        made(Budget(host_bytes=31 << 10))
 
 
 def test_boundaries_and_gradients_never_wait_all_at_the_same_time() -> None:
@@ -252,9 +251,9 @@ def test_every_ninth_boundary_of_70b_takes_what_the_design_says() -> None:
 def test_time_follows_the_machine_and_what_is_done_twice() -> None:
     speed = MachineSpeed(flops_s=100e12, memory_bytes_s=1e12, read_bytes_s=3e9, write_bytes_s=2e9)
     half = replace(speed, flops_s=50e12)
-    fast = plan(SIZES, work(), BASE, Budget(), speed=speed)
-    slow = plan(SIZES, work(), BASE, Budget(), speed=half)
-    tight = plan(SIZES, work(), BASE, Budget(gpu_bytes=6 * GIB), speed=speed)
+    fast = plan(work(), Budget(), speed=speed)
+    slow = plan(work(), Budget(), speed=half)
+    tight = plan(work(), Budget(gpu_bytes=6 * GIB), speed=speed)
     assert set(fast.seconds) == {*fast.stages, "finish"}
     # 215 PFLOP at 100 TFLOP/s are 36 minutes.
     assert 36 * 60 < fast.total_seconds < 60 * 60
@@ -273,10 +272,7 @@ def test_reading_and_writing_cost_time_only_where_the_computation_does_not_hide_
             read_bytes_s=disk_bytes_s,
             write_bytes_s=disk_bytes_s,
         )
-        choices = Choices(read_ahead=read_ahead)
-        made = work(method)
-        table = step_table(SIZES, made, choices)
-        return sum(run_time(table, SIZES, made, choices, speed).values())
+        return sum(run_time(work(method), Choices(read_ahead=read_ahead), speed).values())
 
     computing = seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e30)
     moving = seconds(read_ahead=False, flops_s=1e30, disk_bytes_s=1e9)
@@ -292,7 +288,7 @@ def test_a_dry_run_reads_every_block_and_runs_a_sample_where_there_is_one(method
     in_place = schedule_of(method, in_place=True)
     changes = {"schedule": in_place, "writes": False, "rewrites": True}
     reading, running = (
-        plan(SIZES, work(method, **changes), BASE, Budget(), speed=speed).seconds["dry_run"]
+        plan(work(method, **changes), Budget(), speed=speed).seconds["dry_run"]
         for speed in (
             MachineSpeed(flops_s=1e20, memory_bytes_s=1e20, read_bytes_s=3e9, write_bytes_s=2e9),
             MachineSpeed(flops_s=1e9, memory_bytes_s=1e20, read_bytes_s=1e20, write_bytes_s=1e20),
@@ -305,7 +301,7 @@ def test_a_dry_run_reads_every_block_and_runs_a_sample_where_there_is_one(method
 @settings(max_examples=60, deadline=None)
 @given(
     depth=st.integers(1, 60),
-    precision=st.sampled_from(STORES),
+    precision=st.sampled_from(list(STORES)),
     nsamples=st.integers(1, 256),
     activations=st.sampled_from(["pruned", "dense"]),
 )
@@ -313,11 +309,11 @@ def test_no_larger_interval_of_boundaries_needs_less_disk(
     depth: int, precision: str, nsamples: int, activations: str
 ) -> None:
     sizes = replace(SIZES, block_bytes=SIZES.block_bytes[:depth], prunable=SIZES.prunable[:depth])
-    made = work("gblm", activations, nsamples=nsamples)
+    made = work("gblm", activations, nsamples=nsamples, sizes=sizes)
 
     def needed(interval: int) -> int:
         choices = Choices(boundary_interval=interval, gradient_precision=precision)
-        return disk_use(step_table(sizes, made, choices), sizes, made, choices).on_disk(0)
+        return disk_use(made, choices).on_disk(0)
 
     tried = min(map(needed, range(1, largest_interval(depth) + 1)))
     assert tried == min(map(needed, range(1, depth + 1)))
