@@ -3,6 +3,7 @@
 Reading an entry point imports nothing; a package is imported when its extension is asked for.
 """
 
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -14,26 +15,24 @@ def extension_names(group: str) -> list[str]:
     return sorted({point.name for point in metadata.entry_points(group=group)})
 
 
-def load_extension(group: str, name: str, kind: str) -> Any:
+def load_extension(
+    group: str, name: str, kind: str, fits: Callable[[Any], bool], expected: str
+) -> Any:
     """Return what another package gives under a name; None if no package does.
 
-    Raises:
-        RequestError: The package cannot be imported, or does not have what it names.
+    What cannot be imported, does not fit or has another name raises a `RequestError`, which says
+    what is `expected`.
     """
     for point in metadata.entry_points(group=group, name=name):
+        package = point.value if point.dist is None else point.dist.name
+        which = f"the {kind} {name!r} of the package {package}"
         try:
-            return point.load()
+            found = point.load()
         # The code of another package may raise anything.
         except Exception as error:
-            raise RequestError(
-                f"the {kind} {name!r} of the package {package_of(group, name)} cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise RequestError(f"{which} cannot be loaded: {why}") from error
+        if not fits(found) or found.name != name:
+            raise RequestError(f"{which} is no {expected}: {found!r}")
+        return found
     return None
-
-
-def package_of(group: str, name: str) -> str:
-    """Return the package that gives a name."""
-    for point in metadata.entry_points(group=group, name=name):
-        return point.value if point.dist is None else point.dist.name
-    return "lowmem-gblm"

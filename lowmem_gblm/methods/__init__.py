@@ -17,7 +17,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
-from lowmem_gblm.extensions import extension_names, load_extension, package_of
+from lowmem_gblm.extensions import extension_names, load_extension
 from lowmem_gblm.methods.masks import Group, NofM, Pattern, keep_mask
 from lowmem_gblm.options import NoOptions, options
 
@@ -147,24 +147,19 @@ def built_in_names() -> list[str]:
 
 
 def find_method(name: str) -> Method:
-    """Import the method of that name; this package comes before other packages.
-
-    Raises:
-        RequestError: The name is unknown, or the package that has it cannot be used.
-    """
+    """Import the method of that name; this package comes before other packages."""
     if name in built_in_names():
         method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
         return method
-    extension: Method | None = load_extension(_EXTENSIONS, name, "method")
+    expected = "lowmem_gblm.methods.Method of that name with a dataclass of options"
+    extension: Method | None = load_extension(_EXTENSIONS, name, "method", _is_method, expected)
     if extension is None:
         raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
-    named = isinstance(extension, Method) and extension.name == name
-    if not named or not is_dataclass(extension.options):
-        raise RequestError(
-            f"the method {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
-            f"lowmem_gblm.methods.Method of that name with a dataclass of options: {extension!r}"
-        )
     return extension
+
+
+def _is_method(one: Any) -> bool:
+    return isinstance(one, Method) and is_dataclass(one.options)
 
 
 def usable_methods(

@@ -91,13 +91,8 @@ def parse_pattern(
 ) -> Pattern:
     """Return the pattern meant by a sparsity, an "N:M", or both where they agree.
 
-    Args:
-        sparsity: Fraction of zeros; a float is taken as the decimal that it prints as. None: 0.5.
-        pattern: "2:4" keeps 2 of every 4; "unstructured" or None means no pattern.
-        keep_ragged_tail: See `NofM`.
-
-    Raises:
-        RequestError: Not a number, outside (0, 1), not "N:M", or the two contradict each other.
+    A float is taken as the decimal that it prints as; without a sparsity it is 0.5. The `pattern`
+    "unstructured" means none; `keep_ragged_tail` is that of `NofM`.
     """
     if pattern is None or pattern == "unstructured":
         return Unstructured(_decimal("0.5" if sparsity is None else sparsity))
@@ -129,9 +124,8 @@ def _decimal(value: str | float | Decimal) -> Decimal:
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """Choose the weights of one matrix that stay: bool [out, in], on the device of the scores.
 
-    Args:
-        score_OI: Finite scores [out, in], floating point, any device. Not modified.
-        group: The comparison group where the pattern is unstructured.
+    The scores [out, in] are finite, and not modified; only an unstructured pattern needs the
+    `group`.
     """
     if isinstance(pattern, NofM):
         return keep_n_of_m(score_OI, pattern)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.extensions import extension_names, load_extension, package_of
+from lowmem_gblm.extensions import extension_names, load_extension
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, GradientStatistic
 
 _EXTENSIONS = "lowmem_gblm.statistics"
@@ -36,11 +36,7 @@ class NeededStatistics:
 
 
 def needed_statistics(names: Iterable[str]) -> NeededStatistics:
-    """Return the statistics of these names.
-
-    Raises:
-        RequestError: A name is unknown or cannot be used, or two statistics are of gradients.
-    """
+    """Return the statistics of these names, of which at most one may be of gradients."""
     found = [find_statistic(name) for name in dict.fromkeys(names)]
     gradients = [one for one in found if issubclass(one, GradientStatistic)]
     if len(gradients) > 1:
@@ -58,17 +54,14 @@ def find_statistic(name: str) -> StatisticClass:
     """Import the statistic of that name; this package comes before other packages."""
     if name in _built_in():
         return _built_in()[name]
-    extension = load_extension(_EXTENSIONS, name, "statistic")
+    expected = "ActivationStatistic or GradientStatistic of that name"
+    extension: StatisticClass | None = load_extension(
+        _EXTENSIONS, name, "statistic", _is_statistic, expected
+    )
     if extension is None:
         known = sorted({*_built_in(), *extension_names(_EXTENSIONS)})
         raise RequestError(f"unknown statistic {name!r}: there are {', '.join(known)}")
-    if not _is_statistic(extension) or extension.name != name:
-        raise RequestError(
-            f"the statistic {name!r} of the package {package_of(_EXTENSIONS, name)} is no "
-            f"ActivationStatistic or GradientStatistic of that name: {extension!r}"
-        )
-    found: StatisticClass = extension
-    return found
+    return extension
 
 
 @cache

@@ -24,14 +24,9 @@ _TILE = 1 << 22
 
 
 def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
-    """Pack gradient magnitudes into `PARTS[kind]` tensors on the same device.
+    """Pack finite gradient magnitudes, float32, into `PARTS[kind]` tensors on the same device.
 
-    Args:
-        magnitude: float32, finite, none negative, any shape and device. Not modified; in float32
-            the result shares its memory.
-
-    Raises:
-        NonFiniteError: A magnitude is NaN or infinite.
+    The given tensor, of any shape, is not modified; in float32 the result shares its memory.
     """
     smallest, largest = magnitude.aminmax()
     if not bool(largest.isfinite()):
