@@ -2,6 +2,7 @@
 
 INTERRUPTED = 130
 _LONGEST_NAME = 160
+_LONGEST_REASON = 400
 _LONGEST_LINE = 2000
 
 
@@ -29,6 +30,13 @@ def shown_value(value: object) -> str:
         return shown(repr(value))
     except RecursionError:
         return f"a {type(value).__name__} that is nested too deeply"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error as `shown`, and the next after a heading."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    count = 2 if lines[0].rstrip().endswith(":") else 1
+    return shown(" ".join(line.strip() for line in lines[:count]), _LONGEST_REASON)
 
 
 class LowmemGblmError(Exception):

@@ -14,7 +14,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_gblm.errors import RequestError
+from lowmem_gblm.errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,15 +51,8 @@ def calibration_samples(
 ) -> Tensor:
     """Draw calibration samples, int64 [N, T]; a sample of `Documents` lies within one of them.
 
-    Every start is `randint(0, len(tokens) - seqlen - 1)`, in the order of the samples; documents
-    are drawn until one is longer than `seqlen` tokens.
-
-    Args:
-        tokenize: Text to token ids, with the tokenizer's default special tokens.
-        seed: Seed of `random.Random`.
-
-    Raises:
-        RequestError: The text, or every document, is too short.
+    Every start is `randint(0, len(tokens) - seqlen - 1)` of a `random.Random(seed)`, in the order
+    of the samples; documents are drawn until one is longer than `seqlen` tokens.
     """
     import torch
 
@@ -104,11 +97,7 @@ def _draw_document(
 def evaluation_windows(
     source: Text | Documents, tokenize: Tokenize, *, seqlen: int, windows: int | None
 ) -> Tensor:
-    """Cut a text into windows that do not overlap, int64 [windows, T]; the tail is dropped.
-
-    Raises:
-        RequestError: The text is shorter than one window.
-    """
+    """Cut a text into windows that do not overlap, int64 [windows, T]; the tail is dropped."""
     import torch
 
     text = source.text if isinstance(source, Text) else "\n\n".join(source.rows)
@@ -124,14 +113,9 @@ def evaluation_windows(
 
 
 def open_source(name: str, split: Split, column: str = "text") -> Text | Documents:
-    """Open a text by name.
+    """Open one of the texts `NAMED`, or a .txt, .jsonl, .json.gz or .parquet file.
 
-    Args:
-        name: "c4", "wikitext2", "demo", or the path of a .txt, .jsonl, .json.gz or .parquet file.
-        split: Calibration and evaluation read different parts of the named data sets.
-
-    Raises:
-        RequestError: The text does not exist, is empty, or has no such column.
+    Calibration and evaluation read different parts of the named data sets.
     """
     if name == "demo":
         file = resources.files("lowmem_gblm") / "demo" / f"{split}.txt"
@@ -223,7 +207,7 @@ def _load(*args: Any, split: str = "train", **kwargs: Any) -> Any:
     try:
         return datasets.load_dataset(*args, split=split, **kwargs)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if args[0] in _DOCUMENT_LOADERS.values():
             raise RequestError(f"{kwargs['data_files']} cannot be read: {reason}") from None
         raise RequestError(

@@ -1,8 +1,4 @@
-"""The stubs that replace the decoder blocks while the model's own forward runs.
-
-A recorder keeps how every block is called; `replaying` passes given hidden states on to whatever
-follows the last block.
-"""
+"""The stubs that replace the decoder blocks while the model's own forward runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

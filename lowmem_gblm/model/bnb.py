@@ -60,11 +60,8 @@ def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
 def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantize numbers in blocks of 256 by the dynamic map, -1 or 0 to 1 times a scale.
 
-    Args:
-        flat: float32, bfloat16 or float16, finite; negative only if `signed`. Not modified.
-
-    Returns:
-        Codes, uint8, one for each number, and scales, float32, one for each block.
+    The numbers are float32, bfloat16 or float16, finite, negative only if `signed`, and not
+    modified. Returns codes, uint8, one for each number, and scales, float32, one for each block.
     """
     code = _dynamic_map(flat.device, signed=signed)
     codes, state = _functional().quantize_blockwise(flat, code=code, blocksize=BLOCK["int8"])

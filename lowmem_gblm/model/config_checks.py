@@ -67,15 +67,9 @@ def check_sizes(path: Path, config: PretrainedConfig, checkpoint: Checkpoint) ->
 
 
 def check_headers(model: PreTrainedModel, prefix: str, checkpoint: Checkpoint) -> None:
-    """Raise unless every parameter of a model on `meta` fits the headers.
+    """Raise unless every parameter of a model on `meta` fits the headers, if there are any.
 
-    Args:
-        prefix: Name of the list of its decoder blocks.
-        checkpoint: If it is only described, nothing is compared.
-
-    Raises:
-        CheckpointError: A tensor is missing, has another shape, or holds no floating-point numbers;
-            or the buffers of the model are larger than its weights.
+    `prefix` is the name of the list of decoder blocks. Buffers may not be larger than the weights.
     """
     if checkpoint.on_disk:
         conversion, state = NameConversion(model), model.state_dict()

@@ -104,9 +104,6 @@ class NameConversion:
         """Set parameters on the device, and buffers, from CPU tensors named as on disk.
 
         Where dtype and device agree their memory is shared, not copied.
-
-        Raises:
-            CheckpointError: A tensor does not have the shape the architecture expects.
         """
         conversions = copy.deepcopy(self._conversions)
         config = LoadStateDictConfig(
@@ -126,11 +123,7 @@ class NameConversion:
             raise CheckpointError(f"{name} could not be converted: {_sentence(message)}")
 
     def regions(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Region]]:
-        """Return the parts of the module that tensors on disk of these shapes, 2-D and 3-D, become.
-
-        Raises:
-            UnsupportedModel: A conversion is neither a slice nor a transposition.
-        """
+        """Return the parts of the module that tensors on disk of these shapes, 2-D or 3-D, are."""
         in_module, taken_over = self.in_module(shapes), self.taken_over(shapes)
         plain: dict[str, list[Region]] = {}
         converted: dict[str, tuple[int, ...]] = {}

@@ -5,7 +5,7 @@ plan from the headers.
 """
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.conversion import as_stored
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, load_config, reason
 from lowmem_gblm.storage.checkpoint.header import TensorEntry
-from lowmem_gblm.storage.checkpoint.reader import INDEX, PICKLES, SINGLE, Checkpoint
+from lowmem_gblm.storage.checkpoint.reader import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    Checkpoint,
+    shards_of_index,
+)
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
 
@@ -30,10 +36,6 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
 
     No other file is read, but for code that is trusted. Without a dtype in config.json it is
     float32: the larger one, and what transformers would build from it.
-
-    Raises:
-        CheckpointError: There is no valid config.json, or the weights are quantized.
-        UnsupportedModel: The model is not a decoder-only one that transformers knows.
     """
     nothing = Checkpoint.described(folder, ())
     config = load_config(nothing, trust_remote_code=trust_remote_code)
@@ -76,14 +78,7 @@ def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
 def _lacks_weights(folder: Path) -> bool:
     """Return whether weights are missing, all or some of them (an interrupted download)."""
     if (folder / INDEX).is_file():
-        return any(not os.path.lexists(folder / shard) for shard in _plain_shards(folder))
+        shards = shards_of_index(folder / INDEX, read_json(folder / INDEX))
+        return not all(os.path.lexists(folder / shard) for shard in shards)
     held = (*PICKLES, "*.safetensors")
     return not any(path for pattern in held for path in folder.glob(pattern))
-
-
-def _plain_shards(folder: Path) -> set[str]:
-    """Return the shards that the index names; other values are left for `Checkpoint` to refuse."""
-    named = read_json(folder / INDEX).get("weight_map")
-    shards = named.values() if isinstance(named, dict) else ()
-    names = [shard for shard in shards if isinstance(shard, str) and "\\" not in shard]
-    return {name for name in names if PurePosixPath(name).name == name}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
-from lowmem_gblm.errors import CheckpointError, UnsupportedModel, shown, shown_value
+from lowmem_gblm.errors import CheckpointError, UnsupportedModel, first_line, shown, shown_value
 from lowmem_gblm.model.config_checks import check_counts, check_headers, check_sizes
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
@@ -27,19 +27,9 @@ _OWN_CLASS = AutoModelForCausalLM.__name__
 # What transformers raises if config.json makes no sense, or if a model cannot run around stubs.
 # A device error may be any of these: ask `is_device_error` first.
 FOREIGN_ERRORS = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    NameError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    SyntaxError,
-)
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, NameError, OSError, RuntimeError, StrictDataclassError, SyntaxError,
+)  # fmt: skip
 
 
 def build_meta_model(
@@ -49,10 +39,6 @@ def build_meta_model(
 
     It is built twice: first with its buffers on `meta`, too, which takes no memory whatever the
     configuration asks for; then, only if that fits the headers, with real buffers.
-
-    Raises:
-        UnsupportedModel: The model is not a decoder-only one that transformers knows.
-        CheckpointError: See `load_config` and `lowmem_gblm.model.config_checks`.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -69,14 +55,7 @@ def build_meta_model(
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration of a checkpoint.
-
-    Raises:
-        UnsupportedModel: The architecture is unknown, or needs code from the checkpoint that is
-            not trusted.
-        CheckpointError: There is no valid config.json, the weights are quantized, or it asks for
-            more than the checkpoint can hold.
-    """
+    """Return the configuration of a checkpoint, if it asks for no more than that can hold."""
     path = checkpoint.folder / "config.json"
     raw = read_json(path, MAX_CONFIG_BYTES)
     check_remote_code(path, raw, trusted=trust_remote_code)
@@ -151,7 +130,4 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def reason(error: BaseException) -> str:
     """Return the first sentence of an error that another library raised."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    # Messages of some libraries begin with a heading.
-    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-    return shown(first.split(". ")[0], 400)
+    return first_line(error).split(". ")[0]

@@ -72,11 +72,8 @@ def prunable_weights(
 ) -> list[list[PrunableWeight]]:
     """Return the prunable weights of every block, from headers and the meta model alone.
 
-    `include` and `exclude` are globs over names on disk. Without `include` everything prunable
-    is pruned; what `exclude` matches stays dense.
-
-    Raises:
-        RequestError: A glob matches nothing, or the globs leave nothing to prune.
+    `include` and `exclude` are globs over names on disk. Without `include` everything prunable is
+    pruned; what `exclude` matches stays dense.
     """
     known: dict[Hashable, list[PrunableWeight]] = {}
     found = [_alike_or_found(checkpoint, streamed, index, known) for index in range(streamed.depth)]

@@ -28,12 +28,9 @@ def pack_block(
 ) -> PackedWeights:
     """Bring a block to the device, its slots packed; return what to hold around its forward.
 
-    The matrices are copied one at a time: the device never holds the full block. Of a fused
-    parameter every expert is packed, whichever of them are named.
-
-    Args:
-        block: Parameters are on the CPU in the dtype that is computed in. Modified: the parameters
-            of the slots become stand-ins, all else moves to the device.
+    The parameters come on the CPU, in the dtype that is computed in; those of the slots become
+    stand-ins. The matrices are copied one at a time: the device never holds the full block. Of a
+    fused parameter every expert is packed, whichever of them are named.
     """
     in_first = {slot.parameter: slot.in_first for slot in slots}
     stand_ins = {name: _stand_in(block.get_parameter(name).data, device) for name in in_first}

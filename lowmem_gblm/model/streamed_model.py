@@ -38,10 +38,6 @@ class StreamedModel:
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
         packed: The contexts of resident blocks that are held in 4 or 8 bits, by index.
-
-    Raises:
-        UnsupportedModel: The architecture is unknown or does not fit the contract.
-        CheckpointError: Tensors that the model needs are missing.
     """
 
     def __init__(
@@ -121,11 +117,8 @@ class StreamedModel:
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Return the hidden states [1, T, hidden] that enter block 0, from token ids [T].
 
-        The first sample of a length also records how each block is called; with the next other
-        one it must be called with equal arguments.
-
-        Raises:
-            UnsupportedModel: The arguments of a block depend on the sample.
+        The first sample of a length also records how each block is called; with the next other one
+        it must be called with equal arguments.
         """
         recorder = Recorder(self.depth)
         sentence = (
@@ -144,11 +137,7 @@ class StreamedModel:
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """Run one resident block on hidden states [1, T, hidden]; return the same shape.
-
-        Raises:
-            UnsupportedModel: Code that comes with the checkpoint fails.
-        """
+        """Run one resident block on hidden states [1, T, hidden]; return the same shape."""
         call = self._calls[hidden.shape[1]][index]
         contexts: list[AbstractContextManager[Any] | None] = [self.packed.get(index), tap]
         if not type(self._model).__module__.startswith("transformers."):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.errors import CheckpointError, shown
+from lowmem_gblm.errors import CheckpointError, first_line, shown
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
@@ -18,14 +18,12 @@ Tokenize = Callable[[str], Sequence[int]]
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
 _MAX_TOKENIZER_BYTES = 1 << 28
-_LONGEST_REASON = 400
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize:
     """Return the tokenizer of a model folder, as a function from text to token ids.
 
-    Raises:
-        CheckpointError: The folder has no tokenizer that works. The function raises it, too.
+    Both raise a `CheckpointError` if the tokenizer does not work.
     """
     from transformers import AutoTokenizer
 
@@ -78,14 +76,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
                 f"{folder} has no tokenizer: there is no tokenizer.json, tokenizer.model or vocab "
                 f"file in it. Copy the tokenizer's files from where the model came from"
             ) from None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # Some sentences of the library begin with a line that ends with a colon.
-        first = " ".join(
-            line.strip() for line in lines[: 2 if lines[0].rstrip()[-1:] == ":" else 1]
-        )
-        raise CheckpointError(
-            f"{folder} has no usable tokenizer: {shown(first, _LONGEST_REASON)}"
-        ) from None
+        raise CheckpointError(f"{folder} has no usable tokenizer: {first_line(error)}") from None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from lowmem_gblm.errors import CheckpointError
+from lowmem_gblm.errors import CheckpointError, first_line
 from lowmem_gblm.storage.checkpoint.remote_code import PATTERN
 from lowmem_gblm.storage.in_place_marker import check_complete
 
@@ -17,19 +17,12 @@ _EMBEDDED = "demo"
 def locate(
     model: str, *, weights: bool = True, code: bool = False, unfinished: bool = False
 ) -> Path:
-    """Return the folder of a model; a model of the Hub is downloaded.
+    """Return the folder of a model: a folder, "demo", or a Hub id, which is downloaded.
 
-    Args:
-        model: A folder; "demo" for the embedded model; or a Hub id, which is downloaded into the
-            Hub's own cache (safetensors and side files only).
-        weights: Whether the weights are wanted; otherwise only config.json of a Hub id is
-            downloaded. Files that the cache has already are in the folder all the same.
-        code: Whether Python code that comes with the model is wanted, too.
-        unfinished: Whether the model may be one that is being pruned in place.
-
-    Raises:
-        CheckpointError: `model` is none of these.
-        JobError: The model is being pruned in place, and that has not been finished.
+    A download goes into the Hub's own cache, safetensors and side files only; with the Python
+    `code` of the model if that is wanted; without `weights`, only config.json. Files that the cache
+    has already are in the folder all the same. Only an `unfinished` model may be one that is being
+    pruned in place.
     """
     if Path(model).is_dir():
         found = Path(model)
@@ -57,7 +50,6 @@ def _download(model: str, wanted: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"there is no model folder {model}, and the Hub does not give it: {reason[0]}"
+            f"there is no model folder {model}, and the Hub does not give it: {first_line(error)}"
         ) from None

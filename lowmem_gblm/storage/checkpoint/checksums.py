@@ -3,7 +3,6 @@
 A file that is not an ordinary file of its folder raises CheckpointError.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from lowmem_gblm.errors import shown, shown_value
 from lowmem_gblm.storage.checkpoint.file_access import ordinary_file, side_files
-from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.raw_io import file_pieces, summary
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _EDITABLE = ".md"
@@ -43,7 +42,7 @@ def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:
         size = ordinary_file(folder, path)
         if size != described["bytes"]:
             yield f"{name} has {size} bytes, the record says {described['bytes']}"
-        elif (found := _sha256(path)) != described["sha256"]:
+        elif (found := summary(file_pieces(path))["sha256"]) != described["sha256"]:
             yield f"{name} has the SHA-256 {found}, the record says {described['sha256']}"
 
 
@@ -57,10 +56,5 @@ def side_file_violations(folder: Path, source: Path) -> Iterator[str]:
             continue
         for home, file in ((source, path), (folder, copy)):
             ordinary_file(home, file)
-        if name.suffix != _EDITABLE and _sha256(path) != _sha256(copy):
+        if name.suffix != _EDITABLE and summary(file_pieces(path)) != summary(file_pieces(copy)):
             yield f"{shown(name)} is not that of the source"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file, blamed(path):
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,16 +27,14 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
-    """A folder of safetensors shards whose headers have been read and checked.
+    """A folder of safetensors shards, read and checked: headers, index, names of side files.
+
+    What is not as the format demands, or may not be read, raises a `CheckpointError`.
 
     Attributes:
         tensors: Every tensor by name, in the order of the files.
         bytes_read: Tensor data read so far.
         on_disk: Whether the tensors can be read; False for a `described` checkpoint.
-
-    Raises:
-        CheckpointError: The folder is missing, holds only pickles, holds a file that may not be
-            read, or a header, index or size is not what the format demands.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -17,12 +17,7 @@ _AUTO_MAP = "auto_map"
 
 
 def check_remote_code(path: Path, content: Mapping[str, Any], *, trusted: bool) -> None:
-    """Raise unless all code may run that `content`, the configuration in the file `path`, asks for.
-
-    Raises:
-        UnsupportedModel: The code is not trusted, or comes from elsewhere.
-        CheckpointError: The code is missing, or is a link out of the folder.
-    """
+    """Raise unless all code may run that `content`, the configuration in file `path`, asks for."""
     if _AUTO_MAP not in content:
         return
     if not trusted:

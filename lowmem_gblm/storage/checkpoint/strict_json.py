@@ -21,12 +21,7 @@ MAX_DIGITS = 4000
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file of a model folder.
-
-    Raises:
-        CheckpointError: The file is missing, not an ordinary file of its folder, too large, not
-            JSON, or not an object.
-    """
+    """Return the JSON object in an ordinary file of a model folder, or raise `CheckpointError`."""
     size = ordinary_file(path.parent, path)
     if size > max_bytes:
         raise CheckpointError(

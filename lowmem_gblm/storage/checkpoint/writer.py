@@ -35,10 +35,6 @@ class CheckpointWriter:
 
     Attributes:
         shards: Finished shards, each with its `bytes` and its `sha256`.
-
-    Raises:
-        JobError: `final` exists; or `final.partial` is in use, is not a leftover of this tool, or
-            lacks a finished shard.
     """
 
     def __init__(
