@@ -9,11 +9,7 @@ from lowmem_gblm.errors import RequestError, shown
 
 
 def as_globs(name: str, value: Any) -> tuple[str, ...]:
-    """Return the globs of the option `name`: one string is one glob, not its letters.
-
-    Raises:
-        RequestError: The value is neither a string nor a collection of strings.
-    """
+    """Return the globs of the option `name`: one string is one glob, not its letters."""
     globs = (value,) if isinstance(value, str) else value
     collection = isinstance(globs, (tuple, list, set, frozenset))
     if not collection or not all(isinstance(glob, str) for glob in globs):

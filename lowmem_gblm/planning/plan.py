@@ -11,10 +11,7 @@ from lowmem_gblm.planning.sizes import Choices
 class Budget:
     """Bytes that may be used; None for no limit.
 
-    Attributes:
-        host_bytes: Resident memory of the complete process.
-        gpu_bytes: Memory of the GPU, that of its context included.
-        disk_bytes: Bytes of the output and the work folder together.
+    They are those of the complete process, its GPU context included, and of output and work folder.
     """
 
     host_bytes: int | None = None

@@ -1,7 +1,7 @@
 """Choosing how a run is done: the fastest way that fits the budget, exact ways first."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import isqrt
 
@@ -36,27 +36,18 @@ def plan(
     minimum = _minimum(work, leanest, kept)
     found = _fitting(work, budget, kept)
     if found is not None:
-        return _made(work, found, minimum, speed)
+        return _made(work, *found, minimum, speed)
     smaller = _smaller_work(work) if kept is None else ()
     fits = [option for option, other in smaller if _fitting(other, budget)]
     raise BudgetError(refusal(work, minimum, leanest, budget, fits))
 
 
-@dataclass(frozen=True)
-class _Fitting:
-    """Choices that fit, and what follows from them."""
-
-    choices: Choices
-    footprints: list[Footprint]
-    disk_use: DiskUse
-    room: int
-
-
-def _fitting(work: Workload, budget: Budget, kept: Choices | None = None) -> _Fitting | None:
-    """Return the fastest choices whose memory fits, with the most exact way to store; or None."""
+def _fitting(
+    work: Workload, budget: Budget, kept: Choices | None = None
+) -> tuple[Choices, int] | None:
+    """Return the fastest choices that fit, with the most exact way to store, and their `_room`."""
     for choices in _in_memory(work):
-        made = footprints(work, choices)
-        host, gpu = peaks(made)
+        host, gpu = peaks(footprints(work, choices))
         if _exceeds(host, budget.host_bytes) or _exceeds(gpu, budget.gpu_bytes):
             continue
         left = None if budget.host_bytes is None else budget.host_bytes - host
@@ -70,7 +61,7 @@ def _fitting(work: Workload, budget: Budget, kept: Choices | None = None) -> _Fi
             stored = disk_use(work, way)
             room = _room(work, stored, left, budget)
             if not _exceeds(stored.on_disk(room), budget.disk_bytes):
-                return _Fitting(way, made, stored, room)
+                return way, room
     return None
 
 
@@ -151,10 +142,14 @@ def _minimum(work: Workload, leanest: Sequence[Footprint], kept: Choices | None)
 
 
 def _made(
-    work: Workload, found: _Fitting, minimum: Requirements, speed: MachineSpeed | None
+    work: Workload,
+    choices: Choices,
+    room: int,
+    minimum: Requirements,
+    speed: MachineSpeed | None,
 ) -> Plan:
-    choices, stored, room = found.choices, found.disk_use, found.room
-    host, gpu = peaks(found.footprints)
+    stored, passes = disk_use(work, choices), footprints(work, choices)
+    host, gpu = peaks(passes)
     disk = stored.on_disk(room)
     return Plan(
         stages=work.schedule.stages,
@@ -162,7 +157,7 @@ def _made(
         reasons=tuple(reasons(work, choices, stored, room)),
         predicted=Requirements(host_bytes=host + room, gpu_bytes=gpu, disk_bytes=disk),
         minimum=minimum,
-        footprints=tuple(found.footprints),
+        footprints=tuple(passes),
         host_spill_bytes=room,
         boundary_bytes=stored.boundaries,
         magnitude_bytes=stored.magnitudes,

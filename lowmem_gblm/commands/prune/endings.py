@@ -9,7 +9,6 @@
 A job with finished steps is never removed: its cause may go away, as a device error does.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,27 +35,20 @@ _HINTS: dict[tuple[Done, Cause], tuple[Hint, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ending:
-    """The ending of a failed run: whether its job stays, and what to raise instead, if anything."""
-
-    keeps: bool
-    error: LowmemGblmError | None = None
-
-
-def ending(error: BaseException, done: Done, setup: PruneSetup) -> Ending:
-    """Return the ending of a run that `error` has ended; an error that is a bug gets notes."""
-    keeps = done != "nothing"
+def told_error(error: BaseException, done: Done, setup: PruneSetup) -> LowmemGblmError | None:
+    """Return the error to raise instead of the one that ends a run, or None; a bug gets notes."""
     cause, told = _cause(error)
     if cause == "disk" and isinstance(error, OSError):
-        return Ending(keeps, _disk_error(error, setup, keeps=keeps))
+        work_folder = setup.paths.work_folder
+        needs = still_needed(setup.plan, setup.paths, Path(error.filename or work_folder))
+        return explained(error, needs, to_resume(work_folder, kept=done != "nothing"))
     hints = [_said(hint, done, setup) for hint in _HINTS.get((done, cause), ())]
     if cause == "bug":
         for hint in hints:
             error.add_note(hint)
     if told is None or (told is error and not hints):
-        return Ending(keeps)
-    return Ending(keeps, type(told)(". ".join([str(told), *hints])))
+        return None
+    return type(told)(". ".join([str(told), *hints]))
 
 
 def _cause(error: BaseException) -> tuple[Cause, LowmemGblmError | None]:
@@ -75,12 +67,6 @@ def _cause(error: BaseException) -> tuple[Cause, LowmemGblmError | None]:
     if is_device_error(error):
         return "device, numbers, model", DeviceError(f"the device has failed: {first}")
     return "bug", None
-
-
-def _disk_error(error: OSError, setup: PruneSetup, *, keeps: bool) -> LowmemGblmError:
-    work_folder = setup.paths.work_folder
-    needs = still_needed(setup.plan, setup.paths, Path(error.filename or work_folder))
-    return explained(error, needs, to_resume(work_folder, kept=keeps))
 
 
 def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:

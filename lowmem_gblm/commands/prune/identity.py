@@ -20,17 +20,9 @@ from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
 from lowmem_gblm.storage.in_place import overwritten_blocks
 
-_PACKAGES = (
-    "lowmem-gblm",
-    "torch",
-    "transformers",
-    "safetensors",
-    "accelerate",
-    "tokenizers",
-    "bitsandbytes",
-)
 # Of these another version may compute other numbers; the samples are known by their tokens.
 _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
+_PACKAGES = (*_COMPUTING, "safetensors", "accelerate", "tokenizers")
 # What `_fingerprints` returns.
 FINGERPRINTS = ("source_headers", "source_bytes", "source_config", "calibration_tokens")
 

@@ -41,9 +41,7 @@ from lowmem_gblm.sweeps.reverse import reverse_sweep
 def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, Any]:
     """Prune a model into a new checkpoint, or in place; return the content of pruning.json.
 
-    Raises:
-        LowmemGblmError: See `lowmem_gblm.errors`; nothing is left under the name OUTPUT. In place
-            see `lowmem_gblm.storage.in_place`.
+    After an error nothing is left under the name OUTPUT; in place see `storage.in_place`.
     """
     paths = check_paths(request)
     memory.reset_host_peak()

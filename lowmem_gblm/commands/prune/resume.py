@@ -19,9 +19,6 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
     """Return the request that resumes the interrupted job of an OUTPUT.work folder.
 
     `changes` are fields of `Resources` that replace those of the interrupted run.
-
-    Raises:
-        JobError: There is no job, the folder was renamed, or the model is not there any more.
     """
     found = read_description(folder)
     if found is None:
@@ -45,8 +42,7 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
 def find_finished(request: PruneRequest) -> dict[str, Any] | None:
     """Return the content of OUTPUT/pruning.json, if `prune` has made that OUTPUT already.
 
-    Raises:
-        JobError: Another result is there: every difference is named.
+    Where another result is there, a `JobError` names every difference.
     """
     paths = paths_of(request)
     output = paths.output

@@ -1,8 +1,4 @@
-"""What a run prunes, and how: plain values that follow from the request and from headers alone.
-
-A request that does not fit the model raises a RequestError, text or a tokenizer that cannot be used
-a RequestError or CheckpointError.
-"""
+"""What a run prunes, and how: plain values that follow from the request and from headers alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +24,7 @@ from lowmem_gblm.sweeps.statistics.gradient import loss_scale
 
 @dataclass(frozen=True)
 class PruneScope:
-    """What is pruned, and how.
-
-    Attributes:
-        weights: The matrices to prune, of every block.
-    """
+    """What is pruned, and how; `weights` are the matrices to prune, of every block."""
 
     request: PruneRequest
     model: OpenModel

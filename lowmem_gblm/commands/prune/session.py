@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from lowmem_gblm.commands.estimate import limited
-from lowmem_gblm.commands.prune.endings import Done, ending
+from lowmem_gblm.commands.prune.endings import Done, told_error
 from lowmem_gblm.commands.prune.identity import device_name
 from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.errors import JobError
@@ -30,12 +30,6 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
     """Run the body with everything that the sweeps work with, new or as an earlier attempt left it.
 
     What ends the body early is told as `commands.prune.endings` says.
-
-    Raises:
-        JobError: Another job is there, or another process works on it.
-        DiskFull: The disk or a quota was used up.
-        DiskError: A disk is failing, or a file or folder has gone that is needed.
-        BudgetError: Host memory has run short.
     """
     device, stop = setup.scope.model.streamed.device, StopFlag()
     memory.reset_gpu_peak(device)
@@ -44,7 +38,7 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
         try:
             job = Job(setup.paths.work_folder, setup.description(), setup.previous)
         except OSError as error:
-            raise ending(error, "nothing", setup).error or error from error
+            raise told_error(error, "nothing", setup) or error from error
         with ExitStack() as signals, ExitStack() as within:
             output = None
             try:
@@ -55,10 +49,11 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
             except BaseException as error:
                 within.close()
                 refused = output is None and isinstance(error, JobError)
-                how = ending(error, _done(setup, job, refused=refused), setup)
-                _put_away(setup, job, output, keep=how.keeps)
-                if how.error is not None:
-                    raise how.error from (None if isinstance(error, type(how.error)) else error)
+                done = _done(setup, job, refused=refused)
+                told = told_error(error, done, setup)
+                _put_away(setup, job, output, keep=done != "nothing")
+                if told is not None:
+                    raise told from (None if isinstance(error, type(told)) else error)
                 raise
             within.close()
             _put_away(setup, job, output, keep=False)

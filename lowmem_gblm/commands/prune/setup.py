@@ -1,7 +1,6 @@
 """The setup of a run: all that is known before its first step.
 
-Nothing is drawn, hashed or downloaded later. A plan that does not fit the budget raises a
-BudgetError.
+Nothing is drawn, hashed or downloaded later.
 """
 
 from collections.abc import Mapping
