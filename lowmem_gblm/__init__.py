@@ -126,11 +126,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Prune `model` with several methods into `folder/METHOD` and measure each result.
 
-    Args:
-        text: Text that perplexity is measured on, as for `evaluate`.
-        windows: Number of windows of the text; None for all.
-        options: Options as for `prune`, shared by all methods; an option of a method is given to
-            the methods that have it.
+    `text` and `windows` are those of `evaluate`. Options are those of `prune`, shared by all
+    methods; an option of a method is given to the methods that have it.
     """
     from lowmem_gblm.commands.compare import compare as run
     from lowmem_gblm.commands.request import PruneRequest, sort_options

@@ -29,6 +29,7 @@ _DEMO_FOLDER = "lowmem-gblm-demo"
 _DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
 _DEMO_SEQLEN = 256
 _SMALLER = "Try a smaller --seqlen, or --device cpu"
+_TAKES_MODEL = ("prune", "plan", "eval", "compare")
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _PROGRAM = "lowmem-gblm"
@@ -43,9 +44,6 @@ class _Outcome(NamedTuple):
     result: dict[str, Any]
     lines: Sequence[str]
     folder: Path | None = None
-
-
-_Run = Callable[[argparse.Namespace], _Outcome]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,9 +235,7 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    model_help = "a model folder, a Hub id, or demo (the embedded model)"
     command = _command(commands, "prune", _prune, "prune a model into a new checkpoint")
-    command.add_argument("model", metavar="MODEL", help=model_help)
     command.add_argument(
         "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
     )
@@ -252,15 +248,12 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     add_options(command, PruneRequest, only=_MAY_CHANGE)
 
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
-    command.add_argument("model", metavar="MODEL", help=model_help)
     add_options(command, PruneRequest, methods=methods)
 
     command = _command(commands, "eval", _eval, "perplexity, streamed")
-    command.add_argument("model", metavar="MODEL", help=model_help)
     add_options(command, EvalRequest)
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")
-    command.add_argument("model", metavar="MODEL", help=model_help)
     command.set_defaults(
         interrupted=lambda typed: f"What is pruned is kept in {typed.output}. To resume"
     )
@@ -291,8 +284,13 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: _Run, help: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], _Outcome], help: str
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
     command.set_defaults(run=run, interrupted=lambda _: _NOTHING_LEFT)
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    if name in _TAKES_MODEL:
+        help = "a model folder, a Hub id, or demo (the embedded model)"
+        command.add_argument("model", metavar="MODEL", help=help)
     return command

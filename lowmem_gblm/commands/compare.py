@@ -28,9 +28,10 @@ def compare(
     listener: Listener | None,
     announce: Announce = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Prune with several methods and measure the perplexity of each result.
+    """Prune with several methods, measure the perplexity of each result, and return a row for each.
 
-    Called again after an interruption it resumes: a pruned output is only measured.
+    Called again after an interruption it resumes: a pruned output is only measured. An output that
+    is something else raises a `JobError` before anything is done.
 
     Args:
         request: The shared options; its method and output are replaced.
@@ -38,14 +39,6 @@ def compare(
         text, windows: Those of the `EvalRequest`; its other options are those of `request`.
         method_options: Options of methods, each for those of `methods` that have it.
         announce: Called with a text about what begins.
-
-    Returns:
-        A row each for the dense model and every method: `method`, `perplexity`, `sparsity`,
-        `seconds` (pruning alone), `host_peak_bytes`, `gpu_peak_bytes`, `output`.
-
-    Raises:
-        RequestError: None of the methods has an option.
-        JobError: An output exists already and is something else; nothing has been done then.
     """
     shared = {one.name for one in fields(PruneRequest)} & {one.name for one in fields(EvalRequest)}
     values = {name: getattr(request, name) for name in shared}

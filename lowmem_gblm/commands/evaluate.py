@@ -45,13 +45,6 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
 
     The text is tokenized once and cut into windows of `seqlen` that do not overlap; the tail is
     dropped. The window is part of the number: perplexities of different windows do not compare.
-
-    Returns:
-        `model`, `text`, `seqlen`, `windows`, `perplexity`, `seconds`, `memory`.
-
-    Raises:
-        NonFiniteError: The perplexity is NaN or infinite.
-        DiskFull: The disk that the windows are stored on has become full.
     """
     memory.reset_host_peak()
     memory.settle_allocator()

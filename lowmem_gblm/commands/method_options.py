@@ -11,9 +11,7 @@ from lowmem_gblm.options import flag_of, options
 def check_method_options(method: Method, given: Iterable[str], taken: Collection[str]) -> None:
     """Raise unless a method has all of the options `given`, and none of those `taken` by every run.
 
-    Raises:
-        RequestError: An option belongs to other methods, or to every run.
-        TypeError: No method has an option.
+    An option of other methods or of every run is a `RequestError`, one of no method a `TypeError`.
     """
     own = {one.name for one in options(method.options)}
     if own & set(taken):

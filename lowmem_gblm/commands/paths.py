@@ -1,11 +1,11 @@
 """The folders of a prune run: where they are, and whether the run may write and remove them."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_gblm.commands.request import PruneRequest
-from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.storage.checkpoint.writer import check_absent
 from lowmem_gblm.storage.in_place import check_confirmed
 from lowmem_gblm.storage.job_state import forget_finished
 
@@ -49,13 +49,7 @@ def paths_of(request: PruneRequest) -> Paths:
 
 
 def check_paths(request: PruneRequest) -> Paths:
-    """Return the folders of a run, if the run may write them; clear away a finished job.
-
-    Raises:
-        RequestError: There is no output, the run would remove what it needs, or overwriting the
-            model is not confirmed.
-        JobError: The output exists, or was pruned already.
-    """
+    """Return the folders of a run, if the run may write them; clear away a finished job."""
     paths = paths_of(request)
     check_apart(request, paths)
     if request.in_place:
@@ -63,8 +57,8 @@ def check_paths(request: PruneRequest) -> Paths:
     elif request.output is None:
         raise RequestError("prune needs an OUTPUT folder, or --in-place to overwrite MODEL itself")
     forget_finished(paths.output, paths.work_folder)
-    if not request.in_place and os.path.lexists(paths.output):
-        raise JobError(f"{paths.output} exists already: choose another OUTPUT, or move it away")
+    if not request.in_place:
+        check_absent(paths.output)
     return paths
 
 

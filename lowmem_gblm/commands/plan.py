@@ -18,10 +18,6 @@ def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
     """Return what a run would take; neither the weights nor the device need be here.
 
     With `measured`, this machine is measured for about two seconds, to predict the time.
-
-    Raises:
-        BudgetError: The run does not fit what may be used.
-        LowmemGblmError: The request is bad, or the model cannot be used.
     """
     model = open_model(request.model, request, to_plan=True)
     scope, paths = prune_scope(request, model), paths_of(request)

@@ -49,9 +49,7 @@ class PromisedGroups:
 def promised_groups(described: Mapping[str, Any]) -> list[PromisedGroups]:
     """Return the groups of a tensor from its entry in the record.
 
-    Raises:
-        ValueError: They are not groups of a matrix of this shape.
-        KeyError, TypeError: The entry is something else.
+    An entry that is not valid raises a ValueError, KeyError or TypeError.
     """
     found = [PromisedGroups(**one) for one in described["groups"]]
     out_features, in_features = _features(described)
@@ -65,8 +63,7 @@ def promised_groups(described: Mapping[str, Any]) -> list[PromisedGroups]:
 def cut(weight_RI: Tensor, groups: Sequence[PromisedGroups]) -> Iterator[tuple[str, Tensor, int]]:
     """Cut a tensor, [out, in] or [experts, out, in], into its comparison groups.
 
-    Yields:
-        What the groups are called, their weights [groups, size], and the zeros promised in each.
+    Yields what the groups are called, their weights [groups, size], and the zeros promised in each.
     """
     matrices = weight_RI if weight_RI.ndim == 3 else weight_RI[None]
     start = 0
@@ -81,8 +78,7 @@ def cut(weight_RI: Tensor, groups: Sequence[PromisedGroups]) -> Iterator[tuple[s
 def contradictions(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for every tensor whose groups are not those of the record's pattern.
 
-    Raises:
-        ValueError: The pattern or the sparsity of the record is not valid.
+    A pattern or sparsity that is not valid raises a ValueError.
     """
     sparsity, n_of_m = _pattern(record)
     for name, described in record["tensors"].items():

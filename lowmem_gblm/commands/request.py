@@ -1,7 +1,4 @@
-"""The requests: every option once, with its help, its default and its meaning.
-
-The command line, the Python API and the record of a run all follow from these fields.
-"""
+"""The requests: every option once, with its help, its default and its meaning."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -126,12 +123,7 @@ class PruneRequest(Resources):
 
     @cached_property
     def options(self) -> Any:
-        """Return the options of the method, defaults included: an instance of its class.
-
-        Raises:
-            RequestError: There is no such method, it has no such option, or a value is out of
-                range.
-        """
+        """Return the options of the method, defaults included: an instance of its class."""
         method = find_method(self.method)
         check_method_options(method, self.method_options, [one.name for one in fields(self)])
         return method.options(**self.method_options)
@@ -150,12 +142,7 @@ class PruneRequest(Resources):
 
 
 def prune_request(model: str, output: Path | None = None, **asked: Any) -> PruneRequest:
-    """Return the request that flat keywords mean: fields of the request, and options of its method.
-
-    Raises:
-        RequestError: A value is out of range, or the method has no such option.
-        TypeError: A keyword is neither a field nor an option of any method.
-    """
+    """Return the request that flat keywords mean: its fields, and options of its method."""
     values, method_options = sort_options(asked)
     return PruneRequest(model=model, output=output, method_options=method_options, **values)
 
@@ -230,11 +217,7 @@ def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
 
 
 def resolve_seqlen(seqlen: int | None, positions: int | None) -> int:
-    """Return tokens per sample: as asked, else 2048 or what the model's positions allow, if known.
-
-    Raises:
-        RequestError: More tokens were asked for than the model has positions.
-    """
+    """Return tokens per sample: as asked, else 2048 or what the model's positions allow."""
     if seqlen is None:
         return min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)
     if positions is not None and seqlen > positions:

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from lowmem_gblm.commands.promised_groups import contradictions, cut, promised_groups
 from lowmem_gblm.errors import CheckpointError, VerificationError
-from lowmem_gblm.storage.checkpoint.checksums import (
-    check_hashes,
-    hash_violations,
-    side_file_violations,
-)
+from lowmem_gblm.storage.checkpoint import checksums
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
@@ -28,21 +24,13 @@ _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as
 
 
 def verify(output: str, against: str | None = None) -> dict[str, Any]:
-    """Check an output checkpoint.
+    """Check an output checkpoint; raise a `VerificationError` that names the first violations.
 
     Always: every shard has the SHA-256 of `pruning.json`, the index fits, the zeros are those that
     `pruning.json` counts and promises in every comparison group, and its counts are those of its
     pattern. Against the source (folder, Hub id, or "demo"): unpruned tensors byte-identical, kept
     weights bit-identical (unless the method updates them), no negative zero, no group with more
     zeros than asked beyond those that the source had, every side file as it was.
-
-    Returns:
-        `output`, `against`, `tensors`, `pruned_tensors`, `hashed_shards`, `sparsity_measured`,
-        `notes`.
-
-    Raises:
-        VerificationError: A promise is broken; names the first violations.
-        CheckpointError: A folder is not a readable checkpoint.
     """
     folder = locate(output)
     if not (folder / RECORD).exists():
@@ -53,7 +41,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     record = read_json(folder / RECORD)
     _check_record(record)
     hashes = record.get("shards", {})
-    changed = list(hash_violations(folder, hashes))
+    changed = list(checksums.hash_violations(folder, hashes))
     checkpoint = _readable(folder, changed)
     source = Checkpoint(locate(against)) if against is not None else None
     violations = list(_folder_violations(folder, checkpoint, source, record))
@@ -89,7 +77,7 @@ def _folder_violations(
     yield from _record_violations(record, checkpoint)
     if source is not None:
         yield from _source_violations(checkpoint, source)
-        yield from side_file_violations(folder, source.folder)
+        yield from checksums.side_file_violations(folder, source.folder)
 
 
 def _readable(folder: Path, changed: list[str]) -> Checkpoint:
@@ -206,7 +194,7 @@ def _check_record(record: dict[str, Any]) -> None:
             raise ValueError("no tensors")
         list(contradictions(record))
         if "shards" in record:
-            check_hashes(record["shards"])
+            checksums.check_hashes(record["shards"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
 

@@ -60,7 +60,6 @@ class InPlaceWriter:
 
     Args:
         pruned: Names on disk of the tensors of every decoder block that are to be pruned.
-        job: The job; no other process uses its work folder.
         keep: Files of the work folder that the journal has; the remaining ones are written over the
             old tensors now, and any other such file is removed.
 

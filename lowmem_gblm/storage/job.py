@@ -15,21 +15,11 @@ from secrets import token_hex
 from typing import Any
 
 from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.storage import job_state
 from lowmem_gblm.storage.atomic import flush_folder, publish_json
 from lowmem_gblm.storage.checkpoint.writer import partial_folder
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import is_about
-from lowmem_gblm.storage.job_state import (
-    DESCRIPTION,
-    JOURNAL,
-    PLACES,
-    check_same_job,
-    entry_path,
-    has_steps,
-    how_to_start_over,
-    read_description,
-    read_journal,
-)
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 
 
@@ -46,10 +36,6 @@ class Job:
         start_over: How to start over, if this job cannot be resumed.
         entries: Entries of the journal, oldest first.
         attempts: Number of this attempt: one more than the last that has finished a step.
-
-    Raises:
-        JobError: Another job is there, another process uses it, or has since this run was planned.
-        RequestError: The folder cannot be made.
     """
 
     def __init__(
@@ -67,11 +53,11 @@ class Job:
             in_place = found["identity"]["in_place"]
             self.id: str = found["id"]
             self.owner = f"{self.id} {folder.absolute()}"
-            self.start_over = how_to_start_over(folder, in_place)
-            self.entries = read_journal(folder, in_place=in_place)
+            self.start_over = job_state.how_to_start_over(folder, in_place)
+            self.entries = job_state.read_journal(folder, in_place=in_place)
             self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
         except BaseException:
-            if (folder / DESCRIPTION).is_file():
+            if (folder / job_state.DESCRIPTION).is_file():
                 self._own.close()
             else:
                 self._own.remove()
@@ -89,13 +75,13 @@ class Job:
     def add(self, entry: dict[str, Any]) -> None:
         """Add to the journal that a step is done."""
         entry = entry | {"attempt": self.attempts}
-        publish_json(entry_path(self.folder, len(self.entries)), entry, "the journal")
+        publish_json(job_state.entry_path(self.folder, len(self.entries)), entry, "the journal")
         self.entries.append(entry)
 
     def clean(self, stored: Collection[str]) -> None:
         """Remove what an earlier process has written and not written down."""
         for path in self.folder.iterdir():
-            if path.is_file() and path.name not in (*stored, MARK, DESCRIPTION):
+            if path.is_file() and path.name not in (*stored, MARK, job_state.DESCRIPTION):
                 path.unlink()
 
     def close(self) -> None:
@@ -104,7 +90,7 @@ class Job:
 
     def forget(self) -> None:
         """Remove the description: nothing can be resumed any more."""
-        (self.folder / DESCRIPTION).unlink(missing_ok=True)
+        (self.folder / job_state.DESCRIPTION).unlink(missing_ok=True)
         self.entries.clear()
 
     def remove(self) -> None:
@@ -115,8 +101,8 @@ class Job:
         self, description: Mapping[str, Any], expected: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Return the description of the job that is resumed; or of a new job, after writing it."""
-        earlier = read_description(self.folder)
-        found = earlier if has_steps(self.folder) else None
+        earlier = job_state.read_description(self.folder)
+        found = earlier if job_state.has_steps(self.folder) else None
         if found != expected:
             raise JobError(
                 f"another process has worked in {self.folder} meanwhile: give the same command "
@@ -125,10 +111,13 @@ class Job:
         if found is None:
             # The marker of an earlier job that has finished no step may name its id.
             begun = {**description, "id": earlier["id"] if earlier else token_hex(8)}
-            self._begin(begun)
+            self._own.empty(but=[job_state.DESCRIPTION])
+            (self.folder / job_state.JOURNAL).mkdir()
+            flush_folder(self.folder)
+            self._describe(begun)
             return begun
-        check_same_job(self.folder, found["identity"], description["identity"])
-        here = {name: description[name] for name in PLACES}
+        job_state.check_same_job(self.folder, found["identity"], description["identity"])
+        here = {name: description[name] for name in job_state.PLACES}
         if found["folder"] == here["folder"]:
             self._check_output(found, here["output"])
         self._own.remove_temporary()
@@ -147,14 +136,8 @@ class Job:
                 f"job first ({resume_command(self.folder)})"
             )
 
-    def _begin(self, description: Mapping[str, Any]) -> None:
-        self._own.empty(but=[DESCRIPTION])
-        (self.folder / JOURNAL).mkdir()
-        flush_folder(self.folder)
-        self._describe(description)
-
     def _describe(self, description: Mapping[str, Any]) -> None:
-        path = self.folder / DESCRIPTION
+        path = self.folder / job_state.DESCRIPTION
         publish_json(path, description, "the description of the job", replaces=True)
 
 
@@ -162,9 +145,9 @@ def check_partial(output: Path, job: Job) -> None:
     """Raise `JobError` if the partial output belongs to a job in another folder."""
     number, _, name = owner_of(partial_folder(output)).partition(" ")
     folder = Path(name)
-    if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
+    if number in ("", job.id) or folder == job.folder.absolute() or not job_state.has_steps(folder):
         return
-    if (read_description(folder) or {}).get("id") == number:
+    if (job_state.read_description(folder) or {}).get("id") == number:
         raise JobError(
             f"{partial_folder(output)} belongs to the job in {folder}: resume that job "
             f"({resume_command(folder)}); to start over, remove both"

@@ -8,12 +8,7 @@ from lowmem_gblm.sweeps.context import PruneContext
 
 @torch.no_grad()
 def dry_run(run: PruneContext) -> None:
-    """Read every block, and run the first sample through it where samples are run at all.
-
-    Raises:
-        NonFiniteError: A NaN or an infinity is in a tensor.
-        UnsupportedModel: A block multiplies with a prunable matrix in a way that is not followed.
-    """
+    """Read every block, and run the first sample through it where samples are run at all."""
     for step in run.steps("dry_run"):
         hidden = None
         if step.reads:
