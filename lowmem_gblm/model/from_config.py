@@ -4,7 +4,6 @@ Names, shapes and dtypes are those that `save_pretrained` writes, so a plan from
 plan from the headers.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,20 +14,14 @@ from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.conversion import as_stored
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, load_config, reason
 from lowmem_gblm.storage.checkpoint.header import TensorEntry
-from lowmem_gblm.storage.checkpoint.reader import (
-    INDEX,
-    PICKLES,
-    SINGLE,
-    Checkpoint,
-    shards_of_index,
-)
-from lowmem_gblm.storage.checkpoint.strict_json import read_json
+from lowmem_gblm.storage.checkpoint.reader import SINGLE, Checkpoint, lacks_weights
 
 
 def read_or_describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Return the checkpoint as its headers say; as config.json says, if a shard is missing."""
-    lacking = _lacks_weights(folder)
-    return describe(folder, trust_remote_code=trust_remote_code) if lacking else Checkpoint(folder)
+    if lacks_weights(folder):
+        return describe(folder, trust_remote_code=trust_remote_code)
+    return Checkpoint(folder)
 
 
 def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -73,12 +66,3 @@ def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
             f"{type(model).__name__}: transformers cannot tell from config.json how its weights "
             f"are stored ({reason(error)}). Download them, then plan with that folder"
         ) from error
-
-
-def _lacks_weights(folder: Path) -> bool:
-    """Return whether weights are missing, all or some of them (an interrupted download)."""
-    if (folder / INDEX).is_file():
-        shards = shards_of_index(folder / INDEX, read_json(folder / INDEX))
-        return not all(os.path.lexists(folder / shard) for shard in shards)
-    held = (*PICKLES, "*.safetensors")
-    return not any(path for pattern in held for path in folder.glob(pattern))

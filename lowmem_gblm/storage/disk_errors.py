@@ -53,17 +53,6 @@ def explained(error: OSError, needs: str, what_to_do: str) -> DiskFull | DiskErr
     return DiskError(f"{failed} ({error.strerror}): mend that, then {what_to_do}")
 
 
-@contextmanager
-def explained_at(work_folder: Path, *, kept: bool) -> Iterator[None]:
-    """Run the body before a plan is known; an error of the system in it becomes a sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise explained(error, "", to_resume(work_folder, kept=kept)) from error
-
-
 def to_resume(work_folder: Path, *, kept: bool) -> str:
     """Say what to do after an attempt that has ended early, where the job is `kept` or not."""
     if not kept:

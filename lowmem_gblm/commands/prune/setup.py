@@ -18,7 +18,7 @@ from lowmem_gblm.planning.plan import Budget, Plan
 from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import Step, step_table
-from lowmem_gblm.storage.disk_errors import explained_at
+from lowmem_gblm.storage.disk_errors import explained, to_resume
 from lowmem_gblm.storage.job_state import check_same_job
 from lowmem_gblm.storage.locking import size_on_disk
 
@@ -27,10 +27,7 @@ from lowmem_gblm.storage.locking import size_on_disk
 class PruneSetup:
     """Everything that is known before the first step of a run.
 
-    Attributes:
-        tokens_NT: Calibration samples, int64 [N, T]; [0, T] for a method that needs none.
-        identity: What, if it were different, would give another result.
-        previous: The description of the job that is resumed, or None.
+    `previous` is the description of the job that is resumed, or None.
     """
 
     scope: PruneScope
@@ -57,8 +54,13 @@ def prepare(
     scope: PruneScope, paths: Paths, tokens_NT: Tensor, previous: Mapping[str, Any] | None
 ) -> PruneSetup:
     """Return the setup of a run; a `JobError` names every difference to the job that is there."""
-    with explained_at(paths.work_folder, kept=previous is not None):
+    try:
         found = identity(scope, paths, tokens_NT, previous)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        what_to_do = to_resume(paths.work_folder, kept=previous is not None)
+        raise explained(error, "", what_to_do) from error
     kept = None
     if previous is not None:
         check_same_job(paths.work_folder, previous["identity"], found)

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PIECE_BYTES = 1 << 24
 _PIECE_NUMBERS = 1 << 15
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
@@ -129,6 +129,16 @@ def _read_fully(entry: TensorEntry, buffer: torch.Tensor, start: int = 0) -> Non
         )
 
 
+def lacks_weights(folder: Path) -> bool:
+    """Return whether weights are missing, all or some of them (an interrupted download)."""
+    index = folder / INDEX
+    if index.is_file():
+        shards = shards_of_index(index, read_json(index))
+        return not all(os.path.lexists(folder / shard) for shard in shards)
+    held = (*_PICKLES, "*.safetensors")
+    return not any(path for pattern in held for path in folder.glob(pattern))
+
+
 def _shards(folder: Path) -> dict[str, set[str] | None]:
     """Return shard file names, each with the tensors the index promises in it (None: no index)."""
     if not folder.is_dir():
@@ -137,7 +147,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
         return dict(_read_index(folder / INDEX))
     if os.path.lexists(folder / SINGLE):
         return {SINGLE: None}
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
             f"{folder} holds its weights as pickles ({shown(pickles[0])}), which can run code when "
