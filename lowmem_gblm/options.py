@@ -18,11 +18,7 @@ _UNITS = {"b": 1} | {
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes meant by "22GiB", "24g" or "800MB" (KiB and K are 1024 bytes, KB is 1000).
-
-    Raises:
-        RequestError: Not a size, or a number without a unit.
-    """
+    """Return the bytes of "22GiB", "24g" or "800MB" (KiB and K are 1024 bytes, KB is 1000)."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is not None and not match[2]:
         raise RequestError(f"a size needs a unit: {match[1]}GiB, {match[1]}MiB or {match[1]}B?")
@@ -46,7 +42,6 @@ def option(
     Args:
         identity: Whether another value gives another result.
         parse: Turns the typed string into the value; `bool` makes a flag without a value.
-        metavar: Placeholder in `--help`.
         repeat: Whether the option may be given several times.
     """
     metadata = {

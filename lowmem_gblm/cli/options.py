@@ -20,12 +20,9 @@ def add_options(
     only: Sequence[str] | None = None,
     methods: Sequence[str] = (),
 ) -> None:
-    """Add a flag to a command for every field of a request class that is an option.
+    """Add a flag for every option of a class, and for those of the `methods`, to a command.
 
-    Args:
-        without: Fields that get no flag.
-        only: Fields that get a flag; None for all.
-        methods: Methods whose options get a flag, too.
+    Fields named in `without` get none; where `only` names some, no other field gets one.
     """
     for one in options(kind):
         if one.name in without or (only is not None and one.name not in only):

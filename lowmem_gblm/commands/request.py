@@ -22,13 +22,7 @@ DEFAULT_SEQLEN = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRequest(Resources):
-    """A job for `prune`.
-
-    Attributes:
-        model: Folder, Hub id, or "demo".
-        output: Folder to create; None in place, and for a plan without one.
-        method_options: Options of the method, by name; those left out have their defaults.
-    """
+    """A job for `prune`; without an `output` it is in place, or only to be planned."""
 
     model: str
     output: Path | None = None

@@ -195,14 +195,10 @@ def by_score(
 ) -> Callable[[Tensor, Statistics, Pattern, Any], Decision]:
     """Turn a score `(weight float32 [out, in], statistics, options) -> [out, in]` into a `decide`.
 
-    A row whose scores are all zero (an expert that saw no token) is ranked by `abs(weight)`. The
-    `decide` raises NonFiniteError where a score is NaN or infinite.
-
-    Args:
-        score: The score; it modifies nothing.
-        group: The comparison group where the pattern is unstructured.
-        rowwise: Whether the scores of a row follow from that row alone (and from the statistics of
-            the inputs). A few rows are then decided at a time, which takes less memory and time.
+    The score modifies nothing. A row whose scores are all zero (an expert that saw no token) is
+    ranked by `abs(weight)`; a score that is NaN or infinite raises a NonFiniteError. If `rowwise`,
+    the scores of a row follow from that row alone (and from the statistics of the inputs): a few
+    rows are then decided at a time, which takes less memory and time.
     """
 
     def keep(weight_OI: Tensor, statistics: Statistics, pattern: Pattern, options: Any) -> Tensor:

@@ -124,8 +124,7 @@ def _decimal(value: str | float | Decimal) -> Decimal:
 def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
     """Choose the weights of one matrix that stay: bool [out, in], on the device of the scores.
 
-    The scores [out, in] are finite, and not modified; only an unstructured pattern needs the
-    `group`.
+    Scores [out, in] are finite, and not modified; `group` is that of an unstructured pattern.
     """
     if isinstance(pattern, NofM):
         return keep_n_of_m(score_OI, pattern)

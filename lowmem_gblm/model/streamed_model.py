@@ -32,7 +32,6 @@ class StreamedModel:
     """A model without the weights of its decoder blocks.
 
     Attributes:
-        depth: The number of decoder blocks.
         config: The configuration of the text model.
         attention_matrices: Whether attention holds its complete [heads, T, T] probabilities.
         block_tensors: For every block, the names on disk of its tensors.

@@ -34,12 +34,10 @@ class Plan:
 
     Attributes:
         reasons: Sentences on why the run is not done as it would be without limits.
-        predicted: Peaks of the run.
         minimum: The least that each of the three can be, whatever the other two are.
         host_spill_bytes: Host memory that holds what would otherwise be stored in the work folder.
         boundary_bytes, magnitude_bytes: Most that is stored between passes, of either kind.
         spill_bytes: Most that is stored in the work folder at once.
-        output_bytes: Size of the new checkpoint.
         read_bytes: Tensor data read from the checkpoint.
         written_bytes: Bytes written to the output and to the work folder.
         flops: Multiplications and additions with weights of decoder blocks.

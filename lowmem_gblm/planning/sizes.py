@@ -29,8 +29,7 @@ class ModelSizes:
             multiplied with one tensor share one.
         columns: Inputs of all matrices of the largest block.
         active_fraction: Share of the weights that one token uses (below 1 with routed experts).
-        largest_matrix: Weights of the largest prunable matrix.
-        widest_input: Inputs of the widest prunable matrix.
+        largest_matrix, widest_input: Weights of the largest prunable matrix, inputs of the widest.
         feature_widths: Sum of the outputs of a block's prunable matrices that one token uses.
         attention_matrices: Whether attention holds its [heads, T, T] probabilities (eager) or not.
     """
@@ -104,9 +103,7 @@ class Workload:
         logits_chunk, tile, slab: Logits that are computed at once, numbers of a sample's gradient
             that are worked on at once, numbers of a matrix that are decided at once.
         samples_option: The option that `nsamples` is asked with.
-        writes: Whether a checkpoint is written.
-        rewrites: Whether pruned blocks are written over the dense blocks, by way of the work
-            folder.
+        rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
     """
 
     sizes: ModelSizes

@@ -26,11 +26,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """The bytes that are stored and written at every moment of a run.
-
-    Attributes:
-        boundaries, magnitudes, stored: The most that is stored at once, of either kind and of both.
-    """
+    """Bytes stored and written at every moment of a run; the most stored, by kind and in all."""
 
     moments: Sequence[Moment]
     boundaries: int

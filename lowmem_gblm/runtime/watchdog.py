@@ -24,9 +24,7 @@ _SIZEABLE = 0.25
 class HostWatch:
     """A thread that requests a stop, a `BudgetError`, once host memory gets short.
 
-    Attributes:
-        limit_bytes: Most resident memory of this process; None if only the system is watched.
-        planned_bytes: The planned memory, for the message; None without a plan.
+    Without `limit_bytes`, the most resident memory of this process, only the system is watched.
     """
 
     limit_bytes: int | None
