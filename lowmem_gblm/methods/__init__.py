@@ -147,7 +147,7 @@ def built_in_names() -> list[str]:
 
 
 def find_method(name: str) -> Method:
-    """Import the method of that name; this package comes before other packages."""
+    """Import the method of that name, our own first; raise `RequestError` if none can be used."""
     if name in built_in_names():
         method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
         return method

@@ -7,8 +7,7 @@ plan from the headers.
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from lowmem_gblm.errors import UnsupportedModel
 from lowmem_gblm.model.conversion import as_stored
@@ -33,6 +32,15 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     nothing = Checkpoint.described(folder, ())
     config = load_config(nothing, trust_remote_code=trust_remote_code)
     model = build_meta_model(nothing, _stored_dtype(config), trust_remote_code=trust_remote_code)
+    tied = model.all_tied_weights_keys.keys()
+    kept = {name: value for name, value in model.state_dict().items() if name not in tied}
+    try:
+        stored = as_stored(model, kept)
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: transformers cannot tell from config.json how its weights "
+            f"are stored ({reason(error)}). Download them, then plan with that folder"
+        ) from error
     entries = [
         TensorEntry(
             name=name,
@@ -42,7 +50,7 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
             offset=0,
             nbytes=value.nbytes,
         )
-        for name, value in _as_stored(model).items()
+        for name, value in stored.items()
     ]
     return Checkpoint.described(folder, entries)
 
@@ -53,16 +61,3 @@ def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
         if isinstance(one.dtype, torch.dtype):
             return one.dtype
     return torch.float32
-
-
-def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that `save_pretrained` would store, on `meta`."""
-    tied = model.all_tied_weights_keys.keys()
-    kept = {name: value for name, value in model.state_dict().items() if name not in tied}
-    try:
-        return as_stored(model, kept)
-    except FOREIGN_ERRORS as error:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: transformers cannot tell from config.json how its weights "
-            f"are stored ({reason(error)}). Download them, then plan with that folder"
-        ) from error
