@@ -122,6 +122,19 @@ def test_only_the_publishing_module_renames() -> None:
     assert renaming == {"storage.atomic"}
 
 
+def test_one_file_knows_the_types_of_devices() -> None:
+    """Elsewhere they are named in help alone."""
+    named = re.compile(r"\b(cuda|xpu|mps|hip|rocm)\b", re.IGNORECASE)
+    found = {
+        module_name(path)
+        for path in SOURCES
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        if token.type in (tokenize.NAME, tokenize.STRING) and named.search(token.string)
+        if not token.string.startswith('"""')
+    }
+    assert found == {"runtime.accelerator", "planning.resources"}
+
+
 def test_no_module_hides_a_function_of_the_api() -> None:
     assert not {module_name(path) for path in SOURCES} & set(lowmem_gblm.__all__)
 

@@ -107,6 +107,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         "written": gibibytes(plan["written_bytes"]),
         "arithmetic": f"{plan['flops'] / 1e12:.3g} TFLOP",
     }
+    if plan["choices"]["durable_interval"] > 1:
+        rows["durable"] = f"every {plan['choices']['durable_interval']} blocks: a resumed run "
+        rows["durable"] += "repeats the blocks after the last such one"
     if plan["seconds"] is not None:
         parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in plan["seconds"].items())
         rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"

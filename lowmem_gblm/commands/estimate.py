@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.errors import BudgetError
-from lowmem_gblm.methods import AT_ONCE, Method
+from lowmem_gblm.methods import AT_ONCE, AT_ONCE_ON_GPU, Method
 from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.streamed_model import HEAD_LOGITS
@@ -21,13 +22,20 @@ from lowmem_gblm.planning.run_time import MachineSpeed
 from lowmem_gblm.planning.schedule import Schedule
 from lowmem_gblm.planning.sizes import ActivationCost, DecisionCost, ModelSizes, Workload
 from lowmem_gblm.runtime import benchmark, machine, memory
+from lowmem_gblm.runtime.accelerator import (
+    context_bytes,
+    free_bytes,
+    is_accelerator,
+    is_here,
+    run_on,
+)
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.locking import size_on_disk
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
-from lowmem_gblm.sweeps.statistics.gradient import TILE
+from lowmem_gblm.sweeps.statistics.gradient import TILE, TILE_ON_GPU
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
@@ -50,7 +58,7 @@ def work_of(
 ) -> Workload:
     """Return what is to be done, before any weight is loaded; without a method, an evaluation."""
     streamed = opened.streamed
-    on_gpu = streamed.device.type == "cuda"
+    on_gpu = is_accelerator(streamed.device)
     dtypes = {entry.dtype for entry in opened.checkpoint.tensors.values()}
     slots = [(one.slot, one.disk_index) for block in weights for one in block]
     converted = any(slot.expert is not None and index is None for slot, index in slots)
@@ -67,8 +75,9 @@ def work_of(
         shares_memory=not (on_gpu or converted) and dtypes == {streamed.dtype},
         resident_bits=_RESIDENT_BITS[resources.compute_weights],
         logits_chunk=HEAD_LOGITS,
-        tile=TILE[streamed.device.type],
-        slab=AT_ONCE[streamed.device.type],
+        tile=TILE_ON_GPU if on_gpu else TILE,
+        slab=AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
+        context_bytes=context_bytes(streamed.device),
         samples_option="--windows" if method is None else "--nsamples",
         writes=method is not None and not in_place,
         rewrites=in_place,
@@ -112,8 +121,8 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
         if not any(machine.same_disk(folder, other) for other in disks):
             disks.append(folder)
     gpu = resources.gpu_memory
-    if gpu is None and device.type == "cuda" and torch.cuda.is_available():
-        gpu = machine.free_gpu_bytes(device)
+    if gpu is None and is_accelerator(device) and is_here(device):
+        gpu = free_bytes(device)
     host, disk = resources.cpu_memory, resources.disk
     return Budget(
         host_bytes=machine.free_host_bytes() if host is None else host,
@@ -122,11 +131,15 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
     )
 
 
-def limited(budget: Budget, planned: Plan, device: torch.device, stop: StopFlag) -> HostWatch:
-    """Limit the GPU memory of a run to its budget; return the watch of its host memory."""
-    if budget.gpu_bytes is not None:
-        memory.limit_gpu(device, budget.gpu_bytes)
-    return HostWatch(budget.host_bytes, stop, planned_bytes=planned.predicted.host_bytes)
+@contextmanager
+def limited(budget: Budget, planned: Plan, device: torch.device, stop: StopFlag) -> Iterator[None]:
+    """Run the body on a device, within its budget of GPU memory and of host memory."""
+    host_bytes = planned.predicted.host_bytes
+    with (
+        run_on(device, budget.gpu_bytes),
+        HostWatch(budget.host_bytes, stop, planned_bytes=host_bytes),
+    ):
+        yield
 
 
 def check_disks(plan: Plan, paths: Paths) -> None:
@@ -171,7 +184,7 @@ def machine_speed(
 ) -> MachineSpeed | None:
     """Measure this machine and the disk of a folder for two seconds; None if its GPU is away."""
     device, dtype = opened.streamed.device, opened.streamed.dtype
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not is_here(device):
         return None
     shapes = [(one.out_features, one.in_features) for one in max(weights, key=_numel)]
     file = next(iter(opened.checkpoint.tensors.values())).file
@@ -215,7 +228,8 @@ def _activation_cost(
         for weight in (own if statistic.shares_inputs else block)
     ]
     shapes = {(one.out_features, one.in_features) for every in weights for one in every}
-    results = [math.prod(one.shape(*shape)) for one in statistics for shape in shapes]
+    copied = [one for one in statistics if not one.result_is_sum]
+    results = [math.prod(one.shape(*shape)) for one in copied for shape in shapes]
     return ActivationCost(
         entries=sum(math.prod(statistic.shape(*shape)) for statistic, *shape in held),
         largest_entries=max(results, default=0),

@@ -24,6 +24,7 @@ from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.schedule import EVALUATION
 from lowmem_gblm.planning.steps import Layout, steps
 from lowmem_gblm.runtime import machine, memory
+from lowmem_gblm.runtime.accelerator import peak_bytes
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
@@ -58,7 +59,6 @@ def _evaluated(
     request: EvalRequest, opened: OpenModel, listener: Listener | None
 ) -> dict[str, Any]:
     """Return the result, while the model is locked."""
-    memory.reset_gpu_peak(opened.streamed.device)
     checkpoint, streamed = opened.checkpoint, opened.streamed
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
     memory.settle_allocator(opened.boundary_bytes(seqlen))
@@ -108,7 +108,7 @@ def _evaluated(
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
         "memory": {
             "host_peak_bytes": memory.host_peak_bytes(),
-            "gpu_peak_bytes": memory.gpu_peak_bytes(streamed.device),
+            "gpu_peak_bytes": peak_bytes(streamed.device),
         },
     }
 

@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
 from lowmem_gblm.extensions import extension_names, load_extension
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 # Numbers of a matrix that are decided at once where rows can be taken by themselves: on a CPU, what
 # stays in its cache.
-AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
+AT_ONCE, AT_ONCE_ON_GPU = 1 << 20, 1 << 24
 
 # Modules beside the methods.
 _NO_METHODS = {"masks"}
 
 _EXTENSIONS = "lowmem_gblm.methods"
+
+Value = TypeVar("Value")
 
 
 class Statistics(dict[str, "Tensor"]):
@@ -40,9 +42,25 @@ class Statistics(dict[str, "Tensor"]):
     Those named in `per_output` have a row for every output; the others belong to the inputs.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], per_output: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        per_output: Collection[str] = (),
+        derived: dict[object, Any] | None = None,
+    ) -> None:
         super().__init__(values)
         self._per_output = frozenset(per_output)
+        self._derived = {} if derived is None else derived
+
+    def derived(self, name: str, compute: Callable[[Tensor], Value]) -> Value:
+        """Return `compute` of a statistic; matrices that share the statistic share the result."""
+        value = self[name]
+        key = (name, compute, value.data_ptr(), value.shape)
+        if key not in self._derived:
+            # With the value: no other one may take its address while the result is kept.
+            self._derived[key] = value, compute(value)
+        found: Value = self._derived[key][1]
+        return found
 
     def __missing__(self, name: str) -> Tensor:
         raise AssertionError(
@@ -92,6 +110,8 @@ class Method:
         bytes_per_weight: Most memory that `decide` takes for every weight of the matrix, its result
             included; the plan counts on it.
         bytes_per_squared_input: The same for every entry of a matrix [in, in], on top.
+        kept_per_squared_input: What `Statistics.derived` keeps for every entry of a matrix [in, in]
+            until the block is pruned.
         flops_per_cubed_input: The FLOPs that an input shared by matrices takes, as a factor of in³.
         sweeps_columns: Whether columns are decided one after the other, which takes time for each.
     """
@@ -107,6 +127,7 @@ class Method:
     updates_weights: bool = False
     bytes_per_weight: float = 32
     bytes_per_squared_input: float = 0
+    kept_per_squared_input: float = 0
     flops_per_cubed_input: float = 0
     sweeps_columns: bool = False
 
@@ -219,7 +240,8 @@ def by_score(
 
         rows = weight_OI.shape[0]
         if rowwise and group == "row":
-            rows = max(1, AT_ONCE[weight_OI.device.type] // weight_OI.shape[1])
+            at_once = AT_ONCE if weight_OI.is_cpu else AT_ONCE_ON_GPU
+            rows = max(1, at_once // weight_OI.shape[1])
         keeps = [
             keep(weight_OI[part].float(), statistics.of_rows(part), pattern, options)
             for part in (slice(start, start + rows) for start in range(0, len(weight_OI), rows))

@@ -136,8 +136,8 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, group: Group) -> Tensor:
 def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
     """Remove the `removed` smallest of finite scores [groups, group size]; return bool, alike.
 
-    The k-th smallest value of each row decides; only rows in which it occurs more often than may be
-    removed are looked at position by position: among equals the lower index is removed first.
+    The k-th smallest value of each row decides; only in rows in which it occurs more often than may
+    be removed do positions count: among equals the lower index is removed first.
     """
     import torch
 
@@ -146,25 +146,63 @@ def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
     threshold_G1 = kth_smallest(score_GN, removed)
     keep_GN: Tensor = score_GN > threshold_G1
     short = (keep_GN.sum(dim=1) < score_GN.shape[1] - removed).nonzero().flatten()
-    for row in short.tolist():
-        tied = (score_GN[row] == threshold_G1[row]).nonzero().flatten()
-        missing = score_GN.shape[1] - removed - int(keep_GN[row].sum())
-        keep_GN[row, tied[len(tied) - missing :]] = True
+    if score_GN.is_cpu or len(score_GN) == 1:
+        for row in short.tolist():
+            tied = (score_GN[row] == threshold_G1[row]).nonzero().flatten()
+            missing = score_GN.shape[1] - removed - int(keep_GN[row].sum())
+            keep_GN[row, tied[len(tied) - missing :]] = True
+    elif len(short):
+        kept_SN, tied_SN = keep_GN[short], score_GN[short] == threshold_G1[short]
+        keep_GN[short] = with_last_tied(kept_SN, tied_SN, score_GN.shape[1] - removed)
     return keep_GN
+
+
+def with_last_tied(keep_GN: Tensor, tied_GN: Tensor, kept: int) -> Tensor:
+    """Keep, beside `keep_GN`, the last of the tied of every row, until `kept` of the row stay.
+
+    All rows at once: a GPU would wait for the host three times a row.
+    """
+    import torch
+
+    missing_G1 = kept - keep_GN.sum(dim=1, keepdim=True)
+    from_last_GN = tied_GN.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+    return keep_GN | (tied_GN & (from_last_GN <= missing_G1))
 
 
 def kth_smallest(score_GN: Tensor, k: int) -> Tensor:
     """Return the k-th smallest value of every row, [groups, 1]; k counts from 1.
 
-    On a CPU by NumPy, whose selection uses vector instructions.
+    On a CPU by NumPy, whose selection uses vector instructions. On a GPU, whose own selection keeps
+    one multiprocessor busy with a row, a single row is bisected.
     """
-    if score_GN.device.type != "cpu" or score_GN.dtype.itemsize < 4:
+    if not score_GN.is_cpu and len(score_GN) == 1 and score_GN.dtype.itemsize == 4:
+        return bisected(score_GN, k)
+    if not score_GN.is_cpu or score_GN.dtype.itemsize < 4:
         return score_GN.kthvalue(k, dim=1, keepdim=True).values
     import numpy
     import torch
 
     column = numpy.partition(score_GN.numpy(), k - 1, axis=1)[:, k - 1 : k]
     return torch.from_numpy(column.copy())
+
+
+def bisected(score_GN: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest of all float32 scores, [1, 1], by 32 counts; none is NaN.
+
+    Read as integers, floats rank as they do as numbers, negative ones in reverse.
+    """
+    import torch
+
+    bits_GN = score_GN.view(torch.int32)
+    rank_GN = bits_GN >> 31
+    rank_GN &= 0x7FFFFFFF
+    rank_GN ^= bits_GN
+    found = torch.full((), -(1 << 31), dtype=torch.int64, device=score_GN.device)
+    for power in range(31, -1, -1):
+        larger = found + (1 << power)
+        found = torch.where((rank_GN < larger).sum() < k, larger, found)
+    rank = found.to(torch.int32)
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).view(torch.float32).reshape(1, 1)
 
 
 def keep_n_of_m(score_OI: Tensor, pattern: NofM) -> Tensor:

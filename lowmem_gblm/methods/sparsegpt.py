@@ -8,6 +8,7 @@ weight up to and including the threshold, exactly `floor(n * sparsity)` weights 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem_gblm.errors import NonFiniteError
@@ -37,13 +38,11 @@ def solve(
     import torch
 
     weight_OI = weight_OI.float() if weight_OI.dtype != torch.float32 else weight_OI.clone()
-    gram_II = statistics["gram"].clone()
-    dead_I = gram_II.diagonal() == 0
-    gram_II.diagonal()[dead_I] = 1
+    factor = statistics.derived("gram", inverse_factor)
+    inverse_II, damping, dead_I = factor.upper_II, factor.damping, factor.dead_I
     # An expert that saw no token has no live column: its weights are then ranked by magnitude.
     if not bool(dead_I.all()):
         weight_OI[:, dead_I] = 0
-    inverse_II, damping = _inverse_factor(gram_II)
     keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     columns = block_columns(pattern)
     for start in range(0, weight_OI.shape[1], columns):
@@ -55,7 +54,8 @@ def solve(
             pattern,
         )
         weight_OI[:, stop:] -= error_OC @ inverse_II[start:stop, stop:]
-    if not bool(weight_OI.isfinite().all()):
+    least, largest = weight_OI.aminmax()
+    if not bool(least.isfinite() & largest.isfinite()):
         raise NonFiniteError("the updated weights are not finite")
     note = None
     if damping > DAMPING:
@@ -70,23 +70,41 @@ def block_columns(pattern: Pattern) -> int:
     return COLUMNS
 
 
-def _inverse_factor(gram_II: Tensor) -> tuple[Tensor, float]:
-    """Return the upper Cholesky factor of the damped inverse, and the damping that it needed."""
+@dataclass(frozen=True)
+class InverseFactor:
+    """The upper Cholesky factor of the inverse of a damped gram matrix [in, in].
+
+    Attributes:
+        damping: The share of the mean diagonal that was added to it.
+        dead_I: bool [in]: inputs that were always zero; their diagonal is 1 instead.
+    """
+
+    upper_II: Tensor
+    damping: float
+    dead_I: Tensor
+
+
+def inverse_factor(gram_II: Tensor) -> InverseFactor:
+    """Factor the inverse of a gram matrix, which is not modified; four matrices live at once."""
     import torch
 
-    mean = gram_II.diagonal().mean()
-    if not bool(mean.isfinite()):
-        raise NonFiniteError("the gram matrix of the inputs is not finite")
+    dead_I = gram_II.diagonal() == 0
     damping = DAMPING
     for _ in range(_ATTEMPTS):
         damped_II = gram_II.clone()
+        damped_II.diagonal()[dead_I] = 1
+        mean = damped_II.diagonal().mean()
+        if not bool(mean.isfinite()):
+            raise NonFiniteError("the gram matrix of the inputs is not finite")
         damped_II.diagonal().add_(damping * mean)
         factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II
         if not int(failed):
             inverse_II = torch.cholesky_inverse(factor_II)
+            del factor_II
             upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
             if not int(failed):
-                return upper_II, damping
+                return InverseFactor(upper_II, damping, dead_I)
         damping *= 10
     raise NonFiniteError(f"the gram matrix stays indefinite at a damping of {damping / 10:g}")
 
@@ -126,7 +144,9 @@ METHOD = Method(
     decide=solve,
     updates_weights=True,
     bytes_per_weight=8,
-    bytes_per_squared_input=20,
+    # While one factor, which is kept, is computed: two more matrices.
+    bytes_per_squared_input=8,
+    kept_per_squared_input=4,
     # Two factors and an inverse.
     flops_per_cubed_input=3,
     sweeps_columns=True,

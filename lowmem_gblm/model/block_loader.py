@@ -17,6 +17,7 @@ from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.model.quantized_block import PackedWeights, pack_block
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.sizes import Choices
+from lowmem_gblm.runtime.accelerator import CopyStream, empty_on_host, is_accelerator, take_over
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.runtime.progress import Progress
@@ -47,16 +48,31 @@ class Block:
         """Return the matrices that the block multiplies with, each once."""
         return list(dict.fromkeys(weight.slot for weight in self.weights))
 
-    def continue_with(self, weight: PrunableWeight, on_disk_OI: Tensor) -> None:
-        """Replace a matrix by its new values, rounded to the dtype on disk."""
+    def on_device(self, weight: PrunableWeight, device: torch.device) -> Tensor:
+        """Return a matrix [out, in] in the dtype on disk: on a CPU that of `raw`, else on a GPU."""
+        on_disk_OI = weight.on_disk(self.raw[weight.name])
+        if self.packed is None and is_accelerator(device):
+            resident_OI = weight.in_slot(weight.slot.stored(self.module))
+            if resident_OI.dtype == on_disk_OI.dtype:
+                return resident_OI
+        return on_disk_OI.to(device)
+
+    def replace(self, weight: PrunableWeight, values_OI: Tensor) -> None:
+        """Replace a matrix, in `raw` and in the module, by new values from `on_device`.
+
+        What comes from a GPU is in `raw` when the device is synchronized.
+        """
+        on_disk_OI = weight.on_disk(self.raw[weight.name])
+        if values_OI.device != on_disk_OI.device:
+            on_disk_OI.copy_(values_OI, non_blocking=True)
         if self.packed is not None:
             stored = self.packed.stored(weight.slot)
-            weight.in_slot(stored).copy_(on_disk_OI)
+            weight.in_slot(stored).copy_(values_OI)
             self.packed.set(weight.slot, stored)
             return
         resident_OI = weight.in_slot(weight.slot.stored(self.module))
-        if resident_OI.data_ptr() != on_disk_OI.data_ptr():
-            resident_OI.copy_(on_disk_OI)
+        if resident_OI.data_ptr() != values_OI.data_ptr():
+            resident_OI.copy_(values_OI)
 
 
 class BlockLoader:
@@ -83,12 +99,12 @@ class BlockLoader:
         self._progress = progress
         self._weights = weights or [[] for _ in range(streamed.depth)]
         self._kind = compute_weights
-        on_gpu = streamed.device.type == "cuda"
-        self._side = torch.cuda.Stream(streamed.device) if choices.copy_ahead and on_gpu else None
+        ahead = choices.copy_ahead and is_accelerator(streamed.device)
+        self._side = CopyStream(streamed.device) if ahead else None
         self._buffers = _Buffers(
             1 + choices.read_ahead,
             max(self._room(names) for names in streamed.block_tensors),
-            pinned=on_gpu,
+            streamed.device,
         )
 
     def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
@@ -148,13 +164,7 @@ class BlockLoader:
         """Return copies on the GPU, made beside the computation; none without `copy_ahead`."""
         if self._side is None:
             return {}
-        with torch.cuda.stream(self._side):
-            copies = {
-                name: tensor.to(self._streamed.device, non_blocking=True)
-                for name, tensor in raw.items()
-            }
-        self._side.synchronize()
-        return copies
+        return dict(zip(raw, self._side.to_device(list(raw.values())), strict=True))
 
     def _room(self, names: Sequence[str]) -> int:
         return sum(_aligned(self._checkpoint.tensors[name].nbytes) for name in names)
@@ -172,9 +182,7 @@ class _Arrived:
         """Return the tensors to fill the module with, and give them away."""
         if not self.copies:
             return self.raw
-        for tensor in self.copies.values():
-            # Another stream wrote the copies: no reuse of memory before this stream is done.
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        take_over(list(self.copies.values()))
         copies = dict(self.copies)
         self.copies.clear()
         return copies
@@ -183,12 +191,12 @@ class _Arrived:
 class _Buffers:
     """A fixed number of pieces of host memory, each of which holds one block at a time."""
 
-    def __init__(self, count: int, size_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, count: int, size_bytes: int, device: torch.device) -> None:
         self._free: SimpleQueue[Tensor | None] = SimpleQueue()
         for _ in range(count):
             self._free.put(None)
         self._size_bytes = size_bytes
-        self._pinned = pinned
+        self._device = device
         self._stopped = False
 
     def take(self) -> Tensor:
@@ -197,7 +205,7 @@ class _Buffers:
             raise InterruptedError("no block is wanted any more")
         if buffer is not None:
             return buffer
-        return torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return empty_on_host([self._size_bytes], torch.uint8, self._device)
 
     def stop(self) -> None:
         """Let every thread that waits for a buffer give up."""

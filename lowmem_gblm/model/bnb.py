@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowmem_gblm.errors import RequestError, shown
+
 QuantizedKind = Literal["nf4", "int8"]
 
 # Numbers that share one float32 scale.
@@ -55,6 +57,20 @@ def quantize(matrix: Tensor, kind: QuantizedKind) -> Quantized:
     else:
         codes, scales = to_8_bits(flat, signed=True)
     return Quantized(kind=kind, shape=matrix.shape, dtype=matrix.dtype, codes=codes, scales=scales)
+
+
+def check_usable(device: torch.device, kind: QuantizedKind) -> None:
+    """Raise `RequestError` if bitsandbytes cannot quantize on a device; a run needs it later."""
+    numbers = torch.arange(256.0).to(device)
+    try:
+        found = quantize(numbers, kind).dequantized()
+    # It raises whatever its library for this device does.
+    except Exception as error:
+        raise RequestError(
+            f"bitsandbytes cannot quantize to {kind} on {device}: {shown(str(error))}. Install a "
+            f"version of it for this device, or leave --compute-weights and --disk out"
+        ) from error
+    assert float(found[0]) == 0, "a zero is not dequantized to zero"
 
 
 def to_8_bits(flat: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:

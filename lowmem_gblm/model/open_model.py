@@ -10,6 +10,7 @@ from lowmem_gblm.errors import CheckpointError, RequestError
 from lowmem_gblm.model.from_config import read_or_describe
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.runtime.accelerator import choose_device, has_bfloat16, is_accelerator
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.hub import is_on_hub, locate
 
@@ -73,35 +74,6 @@ def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
         )
 
 
-def choose_device(name: str, *, must_be_here: bool = True) -> torch.device:
-    """Return the device meant by "auto", "cpu", "cuda" or "cuda:1", if this machine has it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise RequestError(f"unknown device {name!r}: give auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if must_be_here and (device.index or 0) >= count:
-        raise RequestError(
-            f"there is no device {name!r} here (CUDA devices: {torch.cuda.device_count()})"
-        )
-    return _ready(device) if must_be_here and device.type == "cuda" else device
-
-
-def _ready(device: torch.device) -> torch.device:
-    """Return a GPU by number, current and in use: the host memory it takes is counted then."""
-    torch.cuda.init()
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)
-    square = torch.ones(64, 64, device=device)
-    torch.mm(square, square)
-    torch.cuda.synchronize(device)
-    return device
-
-
 def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in: as asked, else the one of most of the checkpoint.
 
@@ -112,7 +84,7 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> tor
     """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
-        if dtype == torch.float16 and device.type == "cpu":
+        if dtype == torch.float16 and not is_accelerator(device):
             raise RequestError("a CPU multiplies float16 too slowly: use --dtype float32")
         return dtype
     totals: dict[torch.dtype, int] = {}
@@ -120,6 +92,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> tor
         if entry.dtype.is_floating_point:
             totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
     most = max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
-    if most == torch.float16 and device.type == "cpu":
+    if most == torch.float16 and not is_accelerator(device):
         return torch.float32
+    if most == torch.bfloat16 and not has_bfloat16(device):
+        return torch.float16
     return most if most in (torch.float16, torch.bfloat16) else torch.float32

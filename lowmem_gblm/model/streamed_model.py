@@ -20,7 +20,7 @@ from lowmem_gblm.model.conversion import NameConversion
 from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, find_layers, reason
 from lowmem_gblm.model.quantized_block import PackedWeights
-from lowmem_gblm.runtime.machine import is_device_error
+from lowmem_gblm.runtime.accelerator import is_device_error, release_cache
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
@@ -81,6 +81,7 @@ class StreamedModel:
             inside = {module for block in self._layers for module in block.modules()}
             _free(module for module in self._model.modules() if module not in inside)
             give_back_freed()
+            release_cache(self.device)
 
     def fill(self, checkpoint: Checkpoint) -> None:
         """Load all that is outside the blocks onto the device, tied weights included."""

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload, slices_within
+from lowmem_gblm.planning.totals import held_bytes
 
 # Loaded later by Python and the libraries, or kept by the allocator for itself.
 _PROCESS_BYTES = 24 << 20
 # Kept by the allocator between blocks if it takes only very large pieces from the system: from
 # this size of a boundary on (`memory.settle_allocator`).
 _HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
-# Taken of a GPU by CUDA itself.
-_CUDA_BYTES = 512 << 20
+# Most that torch keeps of a GPU for streams between which freed memory is not shared.
+_KEPT_BYTES = 256 << 20
 # Tokenizer, text, and the code that reads them.
 _TEXT_BYTES = 40 << 20
 # Copied at once from checkpoint to checkpoint.
@@ -72,8 +73,11 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
     for name in (*work.schedule.stages, "finish"):
         footprint = Footprint(name, host={"the process itself": process})
         if work.on_gpu:
-            footprint.gpu["CUDA itself"] = _CUDA_BYTES
+            footprint.gpu["the driver itself"] = work.context_bytes
+            footprint.gpu["kept for its streams"] = min(_KEPT_BYTES, work.sizes.largest_matrix)
         added[name](footprint, work, choices)
+        if choices.durable_interval > 1:
+            footprint.host["hidden states between two steps"] = held_bytes(name, work, choices)
         found.append(footprint)
     return found
 
@@ -126,7 +130,7 @@ def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
     _blocks(at, work, choices)
     _activations(at, work)
     running = _forward(work) if work.schedule.prune_forwards else 0
-    deciding = _deciding(work)
+    deciding = _deciding(work, choices)
     computing = _computing(at, work)
     if running > deciding:
         computing["one sample"] = running
@@ -134,6 +138,9 @@ def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
         computing["one decision"] = deciding
     if work.schedule.needs_samples:
         _carried(at, work, choices)
+    if work.on_gpu and work.schedule.stores_gradients:
+        matrix = _pinned(work.sizes.largest_matrix * FLOAT32_BYTES)
+        at.host["gradient magnitudes on their way"] = 2 * matrix
 
 
 def _finish(at: Footprint, work: Workload, choices: Choices) -> None:
@@ -177,17 +184,20 @@ def _activations(at: Footprint, work: Workload) -> None:
         _computing(at, work)["statistics of activations"] = held * FLOAT32_BYTES
 
 
-def _deciding(work: Workload) -> int:
+def _deciding(work: Workload, choices: Choices) -> int:
     """Return the bytes of one matrix: its statistics, the method's, and a copy on a GPU."""
     sizes, cost = work.sizes, work.deciding
     needed = cost.bytes_per_weight * sizes.largest_matrix
     needed += cost.bytes_per_squared_input * sizes.widest_input**2
+    needed += cost.kept_per_squared_input * sizes.squared_inputs
     needed += _DECIDING * min(work.slab, sizes.largest_matrix) * FLOAT32_BYTES
     if work.schedule.stores_gradients:
-        needed += sizes.largest_matrix * FLOAT32_BYTES
-    if work.on_gpu:
-        stored = max(sizes.block_bytes) / max(sizes.prunable)
-        needed += sizes.largest_matrix * min(stored, FLOAT32_BYTES)
+        # Of this matrix and, ahead, of the next one; a GPU may not have done with the one before.
+        held = 1 + choices.read_ahead + work.on_gpu
+        needed += held * sizes.largest_matrix * FLOAT32_BYTES
+    stored = max(sizes.block_bytes) / max(sizes.prunable)
+    if work.on_gpu and (work.resident_bits is not None or stored > 1.1 * work.itemsize):
+        needed += sizes.largest_matrix * stored
     return int(needed)
 
 

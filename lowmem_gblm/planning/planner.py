@@ -53,6 +53,8 @@ def _fitting(
         left = None if budget.host_bytes is None else budget.host_bytes - host
         ways = list(_on_disk(work, choices))
         if kept is not None:
+            if choices.durable_interval != kept.durable_interval:
+                continue
             precision, interval = kept.gradient_precision, kept.boundary_interval
             ways = [replace(choices, gradient_precision=precision, boundary_interval=interval)]
             # The journal counts on what it lists to be on the disk.
@@ -99,8 +101,26 @@ def _in_memory(work: Workload) -> Iterator[Choices]:
     ahead = [(True, True, behind[0])] if work.on_gpu and work.resident_bits is None else []
     ahead += [(False, True, size) for size in behind]
     ahead += [(False, True, 0), (False, False, 0)]
-    for limit, (copy, read, size) in product(_limits(work), ahead):
-        yield Choices(read_ahead=read, copy_ahead=copy, behind_bytes=size, accumulator_bytes=limit)
+    durable = dict.fromkeys((durable_interval(work), 1))
+    for limit, (copy, read, size), every in product(_limits(work), ahead, durable):
+        yield Choices(
+            read_ahead=read,
+            copy_ahead=copy,
+            behind_bytes=size,
+            accumulator_bytes=limit,
+            durable_interval=every,
+        )
+
+
+def durable_interval(work: Workload) -> int:
+    """Return the interval of durable steps that writes little and repeats little: sqrt(depth).
+
+    A GPU computes faster than most disks write: there, what only the next block reads stays in
+    host memory if that suffices. In place every step is durable, as it overwrites a block.
+    """
+    if not work.on_gpu or work.rewrites or not work.schedule.needs_samples:
+        return 1
+    return max(1, isqrt(work.sizes.depth))
 
 
 def _limits(work: Workload) -> list[int | None]:

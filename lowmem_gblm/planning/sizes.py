@@ -86,6 +86,7 @@ class DecisionCost:
 
     bytes_per_weight: float = 0
     bytes_per_squared_input: float = 0
+    kept_per_squared_input: float = 0
     flops_per_cubed_input: float = 0
     sweeps_columns: bool = False
 
@@ -102,6 +103,7 @@ class Workload:
             `--compute-weights`, else None.
         logits_chunk, tile, slab: Logits that are computed at once, numbers of a sample's gradient
             that are worked on at once, numbers of a matrix that are decided at once.
+        context_bytes: Memory of a GPU that its driver and its kernels take.
         samples_option: The option that `nsamples` is asked with.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
     """
@@ -120,6 +122,7 @@ class Workload:
     logits_chunk: int
     tile: int
     slab: int
+    context_bytes: int = 0
     samples_option: str = "--nsamples"
     writes: bool = True
     rewrites: bool = False
@@ -141,6 +144,8 @@ class Choices:
         boundary_interval: Boundaries 0, k, 2k, … are kept; all others are computed again.
         accumulator_bytes: Most that the gradient accumulators of a block take at once; None for
             all of a block. Every part after the first takes another forward and backward pass.
+        durable_interval: Of the steps of the reverse and the prune sweep every such one is durable;
+            what only the steps between them read stays in host memory.
         gradient_precision: Precision of the gradient magnitudes stored between two sweeps.
     """
 
@@ -149,6 +154,7 @@ class Choices:
     behind_bytes: int = 0
     boundary_interval: int = 1
     accumulator_bytes: int | None = None
+    durable_interval: int = 1
     gradient_precision: GradientPrecision = "float32"
 
 

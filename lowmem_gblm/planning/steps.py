@@ -91,7 +91,9 @@ class Step:
         block: The decoder block that is resident; None where none or every one is.
         part: Matrices of the block that the step prunes; "" for all of them.
         reads, writes: What the step reads from the work folder, and writes to it.
-        drops: What no later step reads: removed when the step is durable.
+        durable: Whether a resumed run can begin after the step.
+        held: What of `writes` is held in host memory: no step after the next durable one reads it.
+        drops: What no later step reads, nor a resumed run: removed when the step is done.
         loads: How many blocks are read from the checkpoint.
         forwards, backwards: How often every sample runs through the block, in either direction.
         weight_gradients: Whether gradients of the weights are computed.
@@ -105,6 +107,8 @@ class Step:
     reads: tuple[Key, ...] = ()
     writes: tuple[Key, ...] = ()
     drops: tuple[Key, ...] = ()
+    durable: bool = True
+    held: tuple[Key, ...] = ()
     loads: int = 0
     forwards: int = 0
     backwards: int = 0
@@ -138,6 +142,7 @@ class Layout:
         unpruned: Blocks of which nothing is pruned.
         streams: Streams of hidden states that the prune sweep carries.
         parts: Parts of a block that are pruned one after the other; each is measured by itself.
+        durable_interval: Of the steps of "reverse" and "prune" every such one is durable.
         rank, ranks: This process, and the processes that share the samples and write in turn.
     """
 
@@ -148,6 +153,7 @@ class Layout:
     unpruned: frozenset[int] = frozenset()
     streams: tuple[Stream, ...] = ("pruned",)
     parts: tuple[str, ...] = ("",)
+    durable_interval: int = 1
     rank: int = 0
     ranks: int = 1
 
@@ -165,6 +171,7 @@ def step_table(work: Workload, choices: Choices) -> tuple[Step, ...]:
         gradient_parts=len(slices_within(sizes.accumulators, limit)),
         stores_parts=limit is not None or choices.gradient_precision != "float32",
         unpruned=frozenset(block for block, weights in enumerate(sizes.prunable) if not weights),
+        durable_interval=choices.durable_interval,
     )
     return steps(work.schedule, layout)
 
@@ -172,8 +179,16 @@ def step_table(work: Workload, choices: Choices) -> tuple[Step, ...]:
 @lru_cache(maxsize=256)
 def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
     """Return the table of a run, in order; a planner asks for the same one many times."""
-    stages = schedule.stages
-    return _with_drops([step for stage in stages for step in _rows(stage, schedule, layout)])
+    found: list[Step] = []
+    for stage in schedule.stages:
+        rows = list(_rows(stage, schedule, layout))
+        if stage in ("reverse", "prune"):
+            every = layout.durable_interval
+            # And the last two: what the first drops is gone when the next stage begins to write.
+            ends = [at % every == 0 or at > len(rows) - 2 for at in range(1, len(rows) + 1)]
+            rows = [replace(row, durable=end) for row, end in zip(rows, ends, strict=True)]
+        found += rows
+    return _between_durable_steps(_with_drops(found))
 
 
 def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:
@@ -282,3 +297,26 @@ def _with_drops(rows: Sequence[Step]) -> tuple[Step, ...]:
         read_later.difference_update(row.writes)
         read_later.update(row.reads)
     return tuple(reversed(found))
+
+
+def _between_durable_steps(rows: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the rows, each with what it holds in memory; what a resumed run reads is dropped late.
+
+    A resumed run begins after the last durable step. A key that a step between two durable ones
+    writes is held if it is dropped before the second one ends; any other key is on the disk, and
+    stays there until a durable step no longer needs it.
+    """
+    found: list[Step] = []
+    held: set[Key] = set()
+    put_off: list[Key] = []
+    for at, row in enumerate(rows):
+        end = next(later for later in range(at, len(rows)) if rows[later].durable)
+        dropped = {key for step in rows[at + 1 : end + 1] for key in step.drops}
+        own = () if row.durable else tuple(key for key in row.writes if key in dropped)
+        drops = [key for key in row.drops if row.durable or key in {*held, *row.writes}]
+        put_off += [key for key in row.drops if key not in drops]
+        if row.durable:
+            drops, put_off = [*put_off, *drops], []
+        held = held.union(own).difference(drops)
+        found.append(replace(row, held=own, drops=tuple(drops)))
+    return tuple(found)

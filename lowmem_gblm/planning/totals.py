@@ -48,9 +48,12 @@ def disk_use(work: Workload, choices: Choices) -> DiskUse:
     # Boundaries and loss gradients, then gradient magnitudes.
     stored = {True: 0, False: 0}
     leaving: Sequence[Key] = ()
+    held: set[Key] = set()
     output, overwriting, moments = 0, 0, [Moment()]
     for step in step_table(work, choices):
-        for key in step.writes:
+        on_its_way = [key for key in step.writes if key not in step.held]
+        held.update(step.held)
+        for key in on_its_way:
             stored[key.is_per_sample] += key_bytes(key, work, choices)
         block = pruned_bytes(step, work)
         output += block * work.writes
@@ -60,7 +63,8 @@ def disk_use(work: Workload, choices: Choices) -> DiskUse:
         overwriting = block * work.rewrites
         for key in leaving:
             stored[key.is_per_sample] -= key_bytes(key, work, choices)
-        leaving = step.drops
+        leaving = [key for key in step.drops if key not in held]
+        held.difference_update(step.drops)
     output += (work.sizes.outside_bytes + work.sizes.side_bytes) * work.writes
     moments.append(Moment(stored[True], stored[False], output))
     return DiskUse(
@@ -69,6 +73,18 @@ def disk_use(work: Workload, choices: Choices) -> DiskUse:
         magnitudes=max(moment.magnitudes for moment in moments),
         stored=max(moment.stored for moment in moments),
     )
+
+
+def held_bytes(stage: str, work: Workload, choices: Choices) -> int:
+    """Return the most that a stage holds in host memory between two durable steps."""
+    held: set[Key] = set()
+    most = 0
+    for step in step_table(work, choices):
+        if step.stage == stage:
+            held.update(step.held)
+            most = max(most, sum(key_bytes(key, work, choices) for key in held))
+            held.difference_update(step.drops)
+    return most
 
 
 def key_bytes(key: Key, work: Workload, choices: Choices) -> int:
@@ -109,6 +125,11 @@ def read_bytes(work: Workload, choices: Choices) -> int:
 def written_bytes(work: Workload, choices: Choices) -> int:
     """Return what a run writes to the output and to the work folder."""
     table = step_table(work, choices)
-    stored = sum(key_bytes(key, work, choices) for step in table for key in step.writes)
+    stored = sum(
+        key_bytes(key, work, choices)
+        for step in table
+        for key in step.writes
+        if key not in step.held
+    )
     blocks = sum(pruned_bytes(step, work) for step in table)
     return stored + (blocks + work.sizes.outside_bytes) * work.writes + 2 * blocks * work.rewrites

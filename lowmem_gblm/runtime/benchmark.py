@@ -18,9 +18,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from lowmem_gblm.runtime.machine import free_disk_bytes, free_gpu_bytes, nearest_folder
+from lowmem_gblm.runtime import accelerator
+from lowmem_gblm.runtime.machine import free_disk_bytes, nearest_folder
 
-_PROBE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_PROBE_BYTES, _ACCELERATOR_PROBE_BYTES = 256 << 20, 2 << 30
 _PIECE_BYTES = 8 << 20
 _LONGEST_FILE_BYTES = 128 << 20
 # The first product is sized for a machine of this rate; its time tells the size of the second.
@@ -31,8 +32,9 @@ _SIDE_STEP = 64
 
 def probe_bytes(device: torch.device) -> int:
     """Return the most memory of a device that a measurement may take."""
-    most = _PROBE_BYTES[device.type]
-    return min(most, free_gpu_bytes(device) // 2) if device.type == "cuda" else most
+    if not accelerator.is_accelerator(device):
+        return _PROBE_BYTES
+    return min(_ACCELERATOR_PROBE_BYTES, accelerator.free_bytes(device) // 2)
 
 
 def flops_rate(
@@ -52,7 +54,7 @@ def flops_rate(
         tokens: Rows of the input.
         limit_bytes: Most memory it takes, half of which is left to what libraries pack.
     """
-    if device.type == "cpu" and dtype == torch.float16:
+    if dtype == torch.float16 and not accelerator.is_accelerator(device):
         dtype = torch.float32
     counts = Counter(shapes)
     like = torch.empty(0, device=device, dtype=dtype)
@@ -142,7 +144,7 @@ def _append(file: IO[bytes], piece: bytes, longest_bytes: int) -> None:
 
 
 def _seconds(
-    action: Callable[[], object], seconds: float, device: torch.device | None = None
+    action: Callable[[], object], seconds: float, device: torch.device = accelerator.CPU
 ) -> float:
     """Measure the mean seconds of an action: a stall counts, as it does in a run."""
     # Where CUDA is installed and no GPU is there, the import warns of it on stderr.
@@ -151,8 +153,7 @@ def _seconds(
     from torch.utils.benchmark import Timer
 
     def now() -> float:
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         return time.perf_counter()
 
     threads = torch.get_num_threads()

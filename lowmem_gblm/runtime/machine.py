@@ -1,25 +1,12 @@
 """The free memory and disk space of this machine: host memory, GPU memory, disk space."""
 
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
-
-from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
-
-# Older versions of torch raise a plain RuntimeError.
-_ACCELERATOR_ERROR = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
-# Drivers of accelerators begin so the messages that torch raises as a plain RuntimeError.
-_DEVICE_ERROR = re.compile(
-    r"(CUDA|HIP|XPU|MPS|NCCL|cu(BLAS|DNN|SOLVER|SPARSE|RAND)|roc(BLAS|SOLVER)|MIOpen|Triton)\b.*"
-    r"(error|failed|failure|out of memory|STATUS)",
-    re.IGNORECASE | re.DOTALL,
-)
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -31,7 +18,6 @@ _FILE_CACHE = ("inactive_file", "active_file")
 _HOST_MARGIN = 0.05
 _HOST_MARGIN_BYTES = 512 << 20
 _HOST_MARGIN_AT_MOST = 0.25
-_GPU_MARGIN = 0.02
 _DISK_MARGIN = 0.01
 _DISK_MARGIN_BYTES = 1 << 30
 
@@ -48,13 +34,6 @@ class HostMemory:
 
     total_bytes: int
     available_bytes: int
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Return whether `error` comes from a GPU or its driver, out of memory included."""
-    if isinstance(error, (torch.OutOfMemoryError, _ACCELERATOR_ERROR)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error)))
 
 
 def host_memory() -> HostMemory:
@@ -84,19 +63,6 @@ def free_host_bytes() -> int:
     free = memory.available_bytes + own.rss - getattr(own, "shared", 0)
     margin = max(_HOST_MARGIN * memory.total_bytes, _HOST_MARGIN_BYTES)
     return int(free - min(margin, _HOST_MARGIN_AT_MOST * free))
-
-
-def free_gpu_bytes(device: torch.device) -> int:
-    """Return the GPU memory that this process can grow to, CUDA context included; 0 for a CPU.
-
-    The margin of 2 % is for other processes on the GPU, and for kernels, which are loaded when they
-    are first used.
-    """
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
-    return int(max(0, min(total, free + own) - _GPU_MARGIN * total))
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -7,12 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
-
-from lowmem_gblm.errors import BudgetError
-
-# The driver and the kernels take this of a GPU beside torch's allocator.
-CUDA_CONTEXT_BYTES = 512 << 20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -30,40 +24,6 @@ def host_peak_bytes() -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
     kib = int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib * 1024
-
-
-def gpu_peak_bytes(device: torch.device) -> int:
-    """Return the peak of a GPU since `reset_gpu_peak`, CUDA's own included; 0 for a CPU."""
-    if device.type != "cuda":
-        return 0
-    return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT_BYTES
-
-
-def reset_gpu_peak(device: torch.device) -> None:
-    """Reset the peak of a GPU's memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def limit_gpu(device: torch.device, limit_bytes: int) -> None:
-    """Limit torch's share of a GPU so that the complete process stays below a limit.
-
-    Beyond it, torch raises its out-of-memory error, even if the GPU has more. The limit covers the
-    tensors, what torch keeps for reuse, and the CUDA context. On a CPU nothing is done.
-
-    Raises:
-        BudgetError: The CUDA context alone takes as much.
-    """
-    if device.type != "cuda":
-        return
-    for_tensors = limit_bytes - CUDA_CONTEXT_BYTES
-    if for_tensors <= 0:
-        raise BudgetError(
-            f"{limit_bytes / 2**30:.2f} GiB of GPU memory may be used, and CUDA itself takes about "
-            f"{CUDA_CONTEXT_BYTES / 2**30:.2f} GiB. Give a larger --gpu-memory, or --device cpu"
-        )
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, for_tensors / total), device)
 
 
 def reset_host_peak() -> None:

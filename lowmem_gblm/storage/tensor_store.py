@@ -22,6 +22,7 @@ from lowmem_gblm.storage.raw_io import read_at
 
 # A calibration sample by its number, or a matrix by its name.
 Item = int | str
+Empty = Callable[..., torch.Tensor]
 # Of one name: for every item its place, dtype and shape, as the journal keeps it.
 Table = list[tuple[Item, int, str, list[int]]]
 
@@ -53,9 +54,14 @@ class TensorStore:
         self._what_to_do = what_to_do
         self._holds = holds
         self._held: dict[tuple[str, Item], torch.Tensor] = {}
+        self._transient: dict[tuple[str, Item], torch.Tensor] = {}
         self._places: dict[tuple[str, Item], _Place] = {}
         self._growing: dict[str, PendingFile] = {}
         self._lock = Lock()
+
+    def hold(self, name: str, item: Item, tensor: torch.Tensor) -> None:
+        """Keep a CPU tensor, unchanged from now on, in host memory, whatever is free."""
+        self._transient[name, item] = tensor.detach()
 
     def write(self, name: str, item: Item, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""
@@ -80,14 +86,20 @@ class TensorStore:
 
     def holds(self, name: str, item: Item) -> bool:
         """Return whether something was written under this name and item."""
-        return (name, item) in self._held or (name, item) in self._places
+        kept: tuple[Mapping[tuple[str, Item], object], ...]
+        kept = (self._transient, self._held, self._places)
+        return any((name, item) in one for one in kept)
 
-    def read(self, name: str, item: Item) -> torch.Tensor:
-        """Return the tensor, on the CPU, not to be modified; a damaged file raises `JobError`."""
-        if (name, item) in self._held:
-            return self._held[name, item]
+    def read(self, name: str, item: Item, empty: Empty = torch.empty) -> torch.Tensor:
+        """Return the tensor, on the CPU, not to be modified; a damaged file raises `JobError`.
+
+        `empty` makes the tensor that is read into, from `shape` and `dtype`.
+        """
+        held = self._transient.get((name, item), self._held.get((name, item)))
+        if held is not None:
+            return held if empty is torch.empty else empty(held.shape, dtype=held.dtype).copy_(held)
         place = self._places[name, item]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        tensor = empty(place.shape, dtype=place.dtype)
         path, view = self._path(name), raw_bytes(tensor)
         with os.fdopen(self._opened(path), "rb", 0) as file, blamed(path, self._holds(name)):
             count = read_at(file.fileno(), view, place.offset)
@@ -127,8 +139,9 @@ class TensorStore:
         with self._lock:
             for key in [key for key in self._held if key[0] == name]:
                 self._room_bytes += self._held.pop(key).nbytes
-            for key in [key for key in self._places if key[0] == name]:
-                del self._places[key]
+            for kept in (self._places, self._transient):
+                for key in [key for key in kept if key[0] == name]:
+                    del kept[key]
             growing = self._growing.pop(name, None)
         if growing is not None:
             growing.discard()
@@ -143,6 +156,7 @@ class TensorStore:
             growing.discard()
         self._growing.clear()
         self._held.clear()
+        self._transient.clear()
 
     def _table(self, name: str) -> Table:
         return [

@@ -1,6 +1,6 @@
 """Prune one resident block: decisions from statistics, written into the tensors of the disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,11 @@ from lowmem_gblm.methods import Decision, Method, Statistics
 from lowmem_gblm.methods.masks import Pattern
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.runtime.accelerator import synchronize
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.sweeps.statistics import needed_statistics
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
-
-GradientOf = Callable[[PrunableWeight], Tensor | None]
+from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 @dataclass
@@ -51,23 +51,44 @@ class BlockPruner:
         self._told = len(self.tensors), len(self.notes)
 
     def prune(
-        self, block: Block, measured: Sequence[ActivationStatistic], gradient_of: GradientOf
+        self,
+        block: Block,
+        measured: Sequence[ActivationStatistic],
+        gradients: Iterable[Tensor | None],
     ) -> None:
         """Prune a block in place: `block.raw`, and its parameters alike.
+
+        On a GPU all is done there, and the pruned matrices are copied to the host at the end.
+
+        Args:
+            measured: The statistics of activations.
+            gradients: Gradient magnitudes of every matrix; empty where none are needed.
 
         Raises:
             NonFiniteError: A score or an updated weight of the named tensor is not finite.
         """
+        kept: dict[str, list[Tensor]] = {}
+        derived: dict[object, Any] = {}
+        arriving = iter(gradients)
         for weight in block.weights:
             self.stop.check()
-            on_disk_OI = weight.on_disk(block.raw[weight.name])
-            statistics = self._statistics(weight, measured, gradient_of)
-            decision = self._decide(weight, on_disk_OI.to(self.device), statistics)
-            _apply(decision, on_disk_OI)
-            block.continue_with(weight, on_disk_OI)
-            if decision.weight is not None and not bool(on_disk_OI.isfinite().all()):
-                raise NonFiniteError(f"{weight}: updated weights overflow {on_disk_OI.dtype}")
-        self._record(block)
+            # No name here holds the statistics of a matrix while those of the next one arrive.
+            statistics = self._statistics(weight, measured, next(arriving, None), derived)
+            counts = kept.setdefault(weight.name, [])
+            counts.append(self._prune_matrix(block, weight, statistics))
+            del statistics
+        synchronize(self.device)
+        self._record(block, {name: sum(map(int, counts)) for name, counts in kept.items()})
+
+    def _prune_matrix(self, block: Block, weight: PrunableWeight, given: Statistics) -> Tensor:
+        """Prune one matrix of a block; return how many of its weights are not zero."""
+        values_OI = block.on_device(weight, self.device)
+        decision = self._decide(weight, values_OI, given)
+        _apply(decision, values_OI)
+        block.replace(weight, values_OI)
+        if decision.weight is not None and not bool(all_finite(values_OI)):
+            raise NonFiniteError(f"{weight}: updated weights overflow {values_OI.dtype}")
+        return values_OI.count_nonzero()
 
     def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
         try:
@@ -82,13 +103,13 @@ class BlockPruner:
         self,
         weight: PrunableWeight,
         measured: Sequence[ActivationStatistic],
-        gradient_of: GradientOf,
+        gradient_OI: Tensor | None,
+        derived: dict[object, Any],
     ) -> Statistics:
         """Return the statistics of a tensor: zeros for an expert that saw no token."""
         found = {one.name: _part(one, weight) for one in measured}
         needed = needed_statistics(self.method.needs_with(self.options))
         if needed.gradient is not None:
-            gradient_OI = gradient_of(weight)
             found[needed.gradient.name] = gradient_OI
             if gradient_OI is not None and not bool(gradient_OI.any()):
                 self.notes.append(f"{weight}: all of its gradients are zero")
@@ -96,17 +117,20 @@ class BlockPruner:
         for kind in needed.classes:
             value = found[kind.name]
             if value is None:
-                value = torch.zeros(kind.shape(weight.out_features, weight.in_features))
-            values[kind.name] = value.to(self.device)
+                shape = kind.shape(weight.out_features, weight.in_features)
+                if shape not in derived:
+                    derived[shape] = torch.zeros(shape, device=self.device)
+                value = derived[shape]
+            values[kind.name] = value
         per_output = [kind.name for kind in needed.classes if kind.per_output()]
-        return Statistics(values, per_output)
+        return Statistics(values, per_output, derived)
 
-    def _record(self, block: Block) -> None:
+    def _record(self, block: Block, kept: Mapping[str, int]) -> None:
         for weight in {weight.name: weight for weight in block.weights}.values():
             tensor = block.raw[weight.name]
             self.tensors[weight.name] = {
                 "shape": list(tensor.shape),
-                "zeros": tensor.numel() - int(tensor.count_nonzero()),
+                "zeros": tensor.numel() - kept[weight.name],
                 "layout": "in,out" if weight.in_first_on_disk else "out,in",
                 # Of every matrix of the tensor: `verify` counts zeros by them.
                 "groups": self.method.comparison_groups(
@@ -134,5 +158,4 @@ def _apply(decision: Decision, target_OI: Tensor) -> None:
     """Write a decision into a matrix. Zeros come from masking: a product could leave `-0.0`."""
     if decision.weight is not None:
         target_OI.copy_(decision.weight)
-    removed_OI = decision.keep.to(target_OI.device).logical_not_()
-    target_OI.masked_fill_(removed_OI, 0)
+    target_OI.masked_fill_(decision.keep.logical_not_(), 0)

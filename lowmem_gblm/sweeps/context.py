@@ -5,7 +5,7 @@ ended; a step whose body raises stays unfinished, and a resumed run does the ste
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.schedule import Schedule, Stage
 from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import Step
+from lowmem_gblm.runtime.accelerator import release_cache
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
@@ -61,6 +62,8 @@ class SweepContext:
 
     def steps(self, stage: Stage) -> Iterator[Step]:
         """Yield the steps of a stage that are left, and finish each when the body has ended."""
+        # The streams of a pass do not use what others keep for themselves.
+        release_cache(self.model.device)
         with self.progress.stage(stage):
             before = [step for step in self.table[: self.done] if step.stage == stage]
             depth, nsamples = self.model.depth, len(self.tokens_NT)
@@ -68,6 +71,7 @@ class SweepContext:
             for step in self._left(stage):
                 self.offload.keys_read.clear()
                 self.offload.keys_written.clear()
+                self.offload.held = frozenset(step.held)
                 yield step
                 self._check_touched(step)
                 self.finish(step)
@@ -129,6 +133,10 @@ class PruneContext(SweepContext):
         """Return fresh accumulators of the statistics of activations, for one block."""
         return [kind(nsamples) for kind in self.statistics.activations]
 
+    def gradients_of(self, block: Block) -> Iterable[Tensor | None]:
+        """Return the gradient magnitudes of the matrices of a block; empty if none are needed."""
+        return () if self.statistics.gradient is None else self.gradients.of_block(block)
+
     def write(self, block: Block) -> None:
         """Write a pruned block, beside what comes next."""
         with self.progress.waiting():
@@ -138,17 +146,21 @@ class PruneContext(SweepContext):
     def finish(self, step: Step) -> None:
         """Make a step durable: its tensors, then its journal entry; then drop what is read no more.
 
-        This happens beside the next step, in a thread; an OSError may be that of the step before.
-        Where host memory stands in for the disk nothing can be resumed, and nothing is written
-        down.
+        A step that is not durable by itself becomes so with the next one that is. This happens
+        beside the next step, in a thread; an OSError may be that of the step before. Where host
+        memory stands in for the disk nothing can be resumed, and nothing is written down.
         """
+        if not step.durable:
+            for key in step.drops:
+                self.store.drop(str(key))
+            return
         with self.progress.waiting():
             self._committer.settle()
         names, writing = self.offload.in_flight()
         entry = self._journal_entry(step)
         names = names.union(self.store.written()).difference(entry["dropped"])
         blocks, self._written = self._written, []
-        self._committer.begin(self._make_durable, entry, sorted(names), blocks, writing)
+        self._committer.begin(self._make_durable, entry, names, blocks, writing)
 
     def write_rest(self) -> None:
         """Write what no block holds, and the side files."""
@@ -175,7 +187,7 @@ class PruneContext(SweepContext):
     def _make_durable(
         self,
         entry: dict[str, Any],
-        names: list[str],
+        names: set[str],
         blocks: list[int],
         writing: Sequence[Future[None]],
     ) -> None:
@@ -185,7 +197,8 @@ class PruneContext(SweepContext):
         if blocks:
             self.output.settle()
         if self.durable:
-            stored = self.store.publish(names)
+            # What is held in memory is no file.
+            stored = self.store.publish(sorted(names & {*self.store.written()}))
             shards = self.output.finished(blocks)
             self.job.add(entry | {"stored": stored, "shards": shards})
             self.output.committed(blocks)

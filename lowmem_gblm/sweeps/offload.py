@@ -1,20 +1,24 @@
 """Move tensors to the device and away from it, beside the computation.
 
-One thread reads the next sample while one is computed, another writes what has been computed. Both
-hold a bounded number of bytes. On a GPU they copy through pinned memory on streams of their own.
+One thread reads what comes next while one sample is computed, another writes what has been
+computed. Both hold a bounded number of bytes. On a GPU they copy through pinned memory, on streams
+of their own. What leaves a GPU is copied to host memory at once, by a third thread: no memory of
+the GPU waits for the disk.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowmem_gblm.planning.steps import Key
+from lowmem_gblm.runtime import accelerator
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.storage.tensor_store import Item, TensorStore
@@ -44,20 +48,21 @@ class Offload:
         self._progress = progress
         self._allowed_bytes = behind_bytes
         self._behind: deque[tuple[Key, int, Future[None]]] = deque()
+        self.held: frozenset[Key] = frozenset()
         self.keys_read: set[Key] = set()
         self.keys_written: set[Key] = set()
+        self._copied: list[Future[Tensor]] = []
         self._reader = worker("spill-read")
         self._writer = worker("spill-write")
-        self._in = self._out = None
-        if device.type == "cuda":
-            self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._copier = worker("spill-copy")
+        self._in, self._out = accelerator.CopyStream(device), accelerator.CopyStream(device)
 
     def __enter__(self) -> Offload:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Drop what is still on its way."""
-        for thread in (self._reader, self._writer):
+        for thread in (self._reader, self._copier, self._writer):
             thread.shutdown(cancel_futures=True)
 
     def prefetch(
@@ -67,26 +72,31 @@ class Offload:
 
         The tensors are not to be modified. A requested stop is raised before the next sample.
         """
+        yield from zip(order, self.fetch([[(key, n) for key in keys] for n in order]), strict=True)
+
+    def fetch(
+        self, wanted: Sequence[Sequence[tuple[Key, Item]]], *, ahead: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the tensors of each entry, on the device; `ahead`, the next are read meanwhile.
+
+        They are not to be modified. A requested stop is raised before the next entry.
+        """
+        keys = {key for entry in wanted for key, _ in entry}
         # What was sent off must have arrived before it can come back.
         self._wait([future for key, _, future in self._behind if key in keys])
-        self.keys_read.update(keys)
-        ahead = self._reader.submit(self._fetch, keys, order[0])
-        for n, following in zip(order, [*order[1:], None], strict=True):
+        self.keys_read |= keys
+        arriving = deque(self._reader.submit(self._fetch, entry) for entry in wanted[:1])
+        for following in [*wanted[1:], None]:
             self._progress.check()
             with self._progress.waiting():
-                tensors = ahead.result()
-            if following is not None:
-                ahead = self._reader.submit(self._fetch, keys, following)
-            for tensor in tensors:
-                if tensor.is_cuda:
-                    # It came by another stream: not to be used anew before this one is done.
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
-            yield n, tensors
-
-    def read(self, key: Key, item: Item) -> Tensor:
-        """Return a tensor from the work folder, on the CPU; not to be modified."""
-        self.keys_read.add(key)
-        return self._tensors.read(str(key), item)
+                tensors = arriving.popleft().result()
+            if following is not None and ahead:
+                arriving.append(self._reader.submit(self._fetch, following))
+            accelerator.take_over(tensors)
+            yield tensors
+            del tensors
+            if following is not None and not ahead:
+                arriving.append(self._reader.submit(self._fetch, following))
 
     def holds(self, key: Key, item: Item) -> bool:
         """Return whether something was written under a key and item; waits for all writes."""
@@ -96,14 +106,24 @@ class Offload:
     def write_behind(self, key: Key, item: Item, tensor: Tensor) -> None:
         """Write a tensor, unchanged from now on; an OSError may be that of an earlier tensor."""
         self._settle_down_to(self._allowed_bytes - tensor.nbytes)
-        ready = torch.cuda.Event() if tensor.is_cuda else None
-        if ready is not None:
-            ready.record(torch.cuda.current_stream(tensor.device))
-        future = self._writer.submit(self._store, key, item, tensor.detach(), ready)
+        ready = accelerator.computed(tensor)
+        if ready is None:
+            future = self._writer.submit(self._keep(key), str(key), item, tensor)
+        else:
+            copied = self._copier.submit(self._out.to_host, tensor.detach(), ready)
+            self._copied = [one for one in self._copied if not one.done()] + [copied]
+            future = self._writer.submit(self._write, self._keep(key), str(key), item, copied)
         self._behind.append((key, tensor.nbytes, future))
         self.keys_written.add(key)
         if not self._allowed_bytes:
             self.settle()
+
+    def leave(self) -> None:
+        """Wait until nothing that is to be written is on a GPU any more."""
+        with self._progress.waiting():
+            for copied in self._copied:
+                copied.result()
+        self._copied.clear()
 
     def settle(self) -> None:
         """Wait until all tensors are written."""
@@ -136,25 +156,23 @@ class Offload:
             for future in futures:
                 future.result()
 
-    def _fetch(self, keys: Sequence[Key], n: int) -> tuple[Tensor, ...]:
+    def _fetch(self, entry: Sequence[tuple[Key, Item]]) -> tuple[Tensor, ...]:
         """Copy tensors to the device, in the reading thread."""
-        tensors = tuple(self._tensors.read(str(key), n) for key in keys)
-        if self._in is None:
-            return tensors
-        with torch.cuda.stream(self._in):
-            copies = tuple(
-                tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors
-            )
-        self._in.synchronize()
-        return copies
+        empty = partial(accelerator.empty_on_host, device=self._device)
+        return tuple(
+            self._in.to_device([self._tensors.read(str(key), item, empty) for key, item in entry])
+        )
 
-    def _store(self, key: Key, item: Item, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
-        """Write a tensor, in the writing thread; `ready` is when a GPU has computed it."""
-        if ready is not None and self._out is not None:
-            self._out.wait_event(ready)
-            tensor.record_stream(self._out)
-            with torch.cuda.stream(self._out):
-                pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                tensor = pinned.copy_(tensor, non_blocking=True)
-            self._out.synchronize()
-        self._tensors.write(str(key), item, tensor)
+    def _keep(self, key: Key) -> Callable[[str, Item, Tensor], None]:
+        """Return what keeps a tensor: in host memory if its key is held there in this step."""
+        return self._tensors.hold if key in self.held else self._tensors.write
+
+    def _write(
+        self,
+        keep: Callable[[str, Item, Tensor], None],
+        name: str,
+        item: Item,
+        copied: Future[Tensor],
+    ) -> None:
+        """Keep a tensor that comes from a GPU, in the writing thread."""
+        keep(name, item, copied.result())

@@ -5,7 +5,6 @@ Wanda, SparseGPT and GBLM-Pruner), or those of the dense blocks.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -23,7 +22,7 @@ def prune_sweep(run: PruneContext) -> None:
     """Prune every block, first block first, and write it."""
     for step, block in run.blocks("prune"):
         measured = measure(run, step, block) if step.forwards else []
-        run.pruner.prune(block, measured, partial(run.gradients.of, block))
+        run.pruner.prune(block, measured, run.gradients_of(block))
         run.write(block)
         if step.forwards > 1:
             advance(run, step, block, "pruned")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +16,9 @@ from torch import Tensor
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
-from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, slices_within
 from lowmem_gblm.planning.steps import boundary, loss_gradient
+from lowmem_gblm.runtime.accelerator import is_accelerator, reproducible
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, GradientStatistic
@@ -32,14 +31,14 @@ def reverse_sweep(run: PruneContext) -> None:
     Where no prune sweep follows, the block is pruned and written at once.
     """
     prunes = run.schedule.prune_in == "reverse"
-    shortcut = _Shortcut(run.model)
+    trials = _Trials(run)
     for step, block in run.blocks("reverse"):
         if not step.backwards:
             advance(run, step, block, "dense")
             continue
-        measured = _BlockBackward(run, block, shortcut, dict(run.samples.exponents)).measure()
+        measured = _BlockBackward(run, block, trials, dict(run.samples.exponents)).measure()
         if prunes:
-            run.pruner.prune(block, measured, partial(run.gradients.of, block))
+            run.pruner.prune(block, measured, run.gradients_of(block))
             run.gradients.release()
             run.write(block)
 
@@ -54,7 +53,7 @@ class _BlockBackward:
 
     run: PruneContext
     block: Block
-    shortcut: _Shortcut
+    trials: _Trials
     arrived: dict[int, int]
     _sent: dict[int, int] = field(default_factory=dict)
 
@@ -123,13 +122,13 @@ class _BlockBackward:
             before = self.arrived.get(n, 0)
             if exponent != before:
                 arriving = arriving * 2.0 ** (before - exponent)
-            leaving = _backward(run.model, block, hidden, arriving, tap)
+            leaving = self.trials.backward(block, hidden, arriving, tap)
             for statistic in (gradient, *measured):
                 statistic.finish_sample()
             if not bool(all_finite(leaving)):
                 found.append(n)
                 continue
-            if n == order[0] and self.shortcut.holds(block, tap, hidden, arriving, leaving):
+            if n == order[0] and self.trials.may_skip_last(block, tap, hidden, arriving, leaving):
                 tap.skip(tap.last)
             # Once at each scale, however often the block is run.
             if block.index and self._sent.get(n) != exponent:
@@ -139,39 +138,62 @@ class _BlockBackward:
         return found
 
 
-def _backward(
-    streamed: StreamedModel, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap
-) -> Tensor:
-    """Return the gradient of the loss at the hidden states that enter the block."""
-    hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        out = streamed.forward_block(block.index, hidden, tap)
-    (leaving,) = torch.autograd.grad(out, hidden, arriving)
-    return leaving
+class _Trials:
+    """What is tried once for each kind of block, before the statistics are gathered.
 
+    Whether gradients need the last product of the block; most architectures do not. Where the
+    product is only added to the residual stream, the same bits leave without it; NaN then stands
+    for it, so that a block which does need it fails.
 
-class _Shortcut:
-    """The knowledge whether gradients need the last product of a block; most architectures do not.
-
-    Where the product is only added to the residual stream, gradients do not need it. Tried once per
-    kind of block: without the product, the same bits must leave. NaN then stands for the product,
-    so that a block which does need it fails. Where the attention of a GPU does not give the same
-    bits twice, the product may be computed after all.
+    Whether a GPU has kernels for the block that give the same bits twice.
     """
 
-    def __init__(self, streamed: StreamedModel) -> None:
-        self._streamed = streamed
-        self._known: dict[tuple[type, MatmulWeight], bool] = {}
+    def __init__(self, run: PruneContext) -> None:
+        self._run = run
+        self._last_unneeded: dict[tuple[type, MatmulWeight], bool] = {}
+        self._reproducible: dict[type, bool] = {}
 
-    def holds(
+    def backward(self, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap) -> Tensor:
+        """Return the gradient of the loss at the hidden states that enter the block."""
+        kind = type(block.module)
+        if kind not in self._reproducible:
+            self._reproducible[kind] = self._is_reproducible(block, hidden, arriving)
+        if not self._reproducible[kind]:
+            return self._backward(block, hidden, arriving, tap)
+        with reproducible(hidden.device):
+            return self._backward(block, hidden, arriving, tap)
+
+    def may_skip_last(
         self, block: Block, tap: Tap, hidden: Tensor, arriving: Tensor, leaving: Tensor
     ) -> bool:
+        """Return whether the same gradient leaves the block without its last product."""
         if tap.last is None:
             return False
         kind = (type(block.module), tap.last)
-        if kind not in self._known:
+        if kind not in self._last_unneeded:
             trial = Tap(block.module, block.slots, [])
             trial.skip(tap.last)
-            again = _backward(self._streamed, block, hidden, arriving, trial)
-            self._known[kind] = torch.equal(leaving, again)
-        return self._known[kind]
+            again = self.backward(block, hidden, arriving, trial)
+            self._last_unneeded[kind] = torch.equal(leaving, again)
+        return self._last_unneeded[kind]
+
+    def _is_reproducible(self, block: Block, hidden: Tensor, arriving: Tensor) -> bool:
+        if not is_accelerator(hidden.device):
+            return False
+        try:
+            with reproducible(hidden.device):
+                self._backward(block, hidden, arriving, Tap(block.module, block.slots, []))
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            said = str(error).split(". ")[0]
+            self._run.pruner.notes.append(f"gradients may differ in their last bits: {said}")
+            return False
+        return True
+
+    def _backward(self, block: Block, hidden: Tensor, arriving: Tensor, tap: Tap) -> Tensor:
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self._run.model.forward_block(block.index, hidden, tap)
+        (leaving,) = torch.autograd.grad(out, hidden, arriving)
+        return leaving

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lowmem_gblm.commands.prune.resume import find_job
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFiniteError
 from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning import planner
 from lowmem_gblm.planning.sizes import Choices
 from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_at
 from support.tiny_models import save_tiny
@@ -53,15 +55,52 @@ def test_killed_before_or_after_any_durable_operation(
         run(tmp_path / "run" / "out", **options)
     assert content(tmp_path / "run" / "out") == expected
     assert photographer.operations > 20
-    for photograph in photographer.photographs[::every]:
+    check_resumed(photographer.photographs[::every], partial(run, **options), expected)
+
+
+def check_resumed(photographs, run, expected: dict[str, str]) -> None:
+    """Each gives the expected files, whether it is resumed or was complete."""
+    for photograph in photographs:
         output = photograph / "out"
         if not output.exists():
-            run(output, **options)
+            run(output)
         else:
             with pytest.raises(lowmem_gblm.LowmemGblmError, match="exists already"):
-                run(output, **options)
+                run(output)
         assert content(output) == expected, photograph
         assert [path.name for path in photograph.iterdir()] == ["out"], photograph
+
+
+@pytest.mark.parametrize(
+    ("method", "activations", "every"),
+    [("gblm", "pruned", 4), ("gblm", "dense", 4), ("wanda", "pruned", 3)],
+)
+def test_killed_between_two_durable_steps(
+    method: str,
+    activations: str,
+    every: int,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a GPU computes: hidden states stay in host memory, every second block is durable."""
+    model = save_tiny("llama", tmp_path / "model", blocks=4, width=16)
+    options = {"method": method, "activations": activations, "calibration": str(text_file)}
+
+    def run(output: Path) -> dict:
+        return lowmem_gblm.prune(model, output, **SIZE, **options)
+
+    monkeypatch.setattr(planner, "durable_interval", lambda work: 1)
+    run(tmp_path / "expected")
+    expected = content(tmp_path / "expected")
+    monkeypatch.setattr(planner, "durable_interval", lambda work: 2)
+    (tmp_path / "run").mkdir()
+    photographer = Photographer(tmp_path / "run", tmp_path / "album")
+    with photographer.watching(monkeypatch):
+        record = run(tmp_path / "run" / "out")
+    assert record["choices"]["durable_interval"] == 2
+    assert content(tmp_path / "run" / "out") == expected
+    check_resumed(photographer.photographs[::every], run, expected)
 
 
 @pytest.mark.parametrize(

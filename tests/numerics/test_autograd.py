@@ -74,13 +74,13 @@ def stream_statistics(
         losses.extend(run.losses if step.stage == "head" else [])
         finish(run, step)
 
-    def pruning(pruner: BlockPruner, block: Block, measured, gradient_of) -> None:
-        for weight in block.weights:
-            found = gradient_of(weight)
+    def pruning(pruner: BlockPruner, block: Block, measured, arriving) -> None:
+        magnitudes = [None if one is None else one.clone() for one in arriving]
+        for weight, found in zip(block.weights, magnitudes, strict=True):
             empty = torch.zeros(weight.out_features, weight.in_features)
             gradients[weight.name] = empty if found is None else found.clone()
             norms[weight.name] = found_norm(measured[0], weight)
-        prune(pruner, block, measured, gradient_of)
+        prune(pruner, block, measured, magnitudes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PruneContext, "finish", finishing)

@@ -219,22 +219,22 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def overflowing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Gradients of one sample overflow in block 1, down to a power of two; lists its exponents."""
-    backward = reverse._backward
+    backward = reverse._Trials._backward
 
     def overflow(until: int) -> list[int]:
         tried: list[int] = []
         run_block = reverse._BlockBackward._run
 
         def watched(self: Any, order: Any, gradient: Gradient, *args: Any, **more: Any) -> Any:
-            def one(streamed: Any, block: Any, hidden: Tensor, arriving: Tensor, tap: Any):
-                leaving = backward(streamed, block, hidden, arriving, tap)
+            def one(trials: Any, block: Any, hidden: Tensor, arriving: Tensor, tap: Any):
+                leaving = backward(trials, block, hidden, arriving, tap)
                 number = current[0]
                 if number == SICK and block.index == 1:
                     tried.append(self.run.samples.exponent(number))
                     return leaving * torch.inf if tried[-1] < until else leaving
                 return leaving
 
-            monkeypatch.setattr(reverse, "_backward", one)
+            monkeypatch.setattr(reverse._Trials, "_backward", one)
             return run_block(self, order, gradient, *args, **more)
 
         current = [0]

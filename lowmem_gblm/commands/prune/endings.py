@@ -17,7 +17,7 @@ import torch
 from lowmem_gblm.commands.estimate import still_needed
 from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.errors import BudgetError, DeviceError, JobError, LowmemGblmError
-from lowmem_gblm.runtime.machine import is_device_error
+from lowmem_gblm.runtime.accelerator import is_device_error
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE
 from lowmem_gblm.storage.disk_errors import explained, to_resume, to_resume_or_discard
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowmem_gblm.commands.calibration import NAMED
@@ -15,6 +14,7 @@ from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.options import options
+from lowmem_gblm.runtime.accelerator import device_name
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
@@ -134,8 +134,3 @@ def _fingerprint(checkpoint: Checkpoint, names: Sequence[str], most: int) -> str
     for name in names[:: max(1, -(-len(names) // most))]:
         seen.update(checkpoint.first_bytes(name, _BYTES_SEEN))
     return seen.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -8,6 +8,7 @@ from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understo
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.runtime import memory
+from lowmem_gblm.runtime.accelerator import peak_bytes
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.sweeps.context import PruneContext
 
@@ -43,7 +44,7 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "memory": {
             "host_peak_bytes": memory.host_peak_bytes(),
             "host_planned_bytes": predicted.host_bytes,
-            "gpu_peak_bytes": memory.gpu_peak_bytes(device),
+            "gpu_peak_bytes": peak_bytes(device),
             "gpu_planned_bytes": predicted.gpu_bytes,
         },
         "bytes": {"read": run.checkpoint.bytes_read, "written": run.output.bytes_written},

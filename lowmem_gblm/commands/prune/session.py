@@ -1,17 +1,19 @@
 """The context of one run: assembled as an earlier attempt left it, put away when the run ends."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from lowmem_gblm.commands.estimate import limited
 from lowmem_gblm.commands.prune.endings import Done, told_error
-from lowmem_gblm.commands.prune.identity import device_name
 from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.block_loader import BlockLoader
+from lowmem_gblm.model.bnb import check_usable
+from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.planning.totals import step_flops
 from lowmem_gblm.runtime import memory
+from lowmem_gblm.runtime.accelerator import device_name
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
@@ -32,8 +34,8 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
     What ends the body early is told as `commands.prune.endings` says.
     """
     device, stop = setup.scope.model.streamed.device, StopFlag()
-    memory.reset_gpu_peak(device)
     memory.settle_allocator(setup.scope.work.boundary_bytes)
+    _check_quantization(setup)
     with limited(setup.budget, setup.plan, device, stop):
         try:
             job = Job(setup.paths.work_folder, setup.description(), setup.previous)
@@ -68,6 +70,15 @@ def _stages(setup: PruneSetup) -> list[Stage]:
         ticks = sum(step.ticks(work.sizes.depth, nsamples) for step in rows)
         found.append(Stage(name=name, steps=ticks, cost=sum(step_flops(one, work) for one in rows)))
     return [*found, Stage(name="finish", steps=1, cost=0)]
+
+
+def _check_quantization(setup: PruneSetup) -> None:
+    """Raise `RequestError` where bitsandbytes is needed and does not work on the device."""
+    device, kind = setup.scope.model.streamed.device, setup.scope.request.resident_kind
+    if kind is not None:
+        check_usable(device, kind)
+    if setup.plan.choices.gradient_precision == "int8":
+        check_usable(device, "int8")
 
 
 def _done(setup: PruneSetup, job: Job, *, refused: bool) -> Done:
@@ -127,7 +138,7 @@ def _assemble(
         tokens_NT=setup.tokens_NT,
         samples=SampleSet(len(setup.tokens_NT), scaled=scope.loss_scale > 1),
         table=setup.table,
-        done=len(job.entries),
+        done=_steps_done(setup.table, job),
         loader=BlockLoader(
             checkpoint, streamed, progress, scope.weights, choices, request.resident_kind
         ),
@@ -141,7 +152,7 @@ def _assemble(
         device_name=device_name(streamed.device),
         job=job,
         store=store,
-        gradients=GradientStore(offload, choices.gradient_precision, in_memory=in_memory),
+        gradients=GradientStore(offload, choices, in_memory=in_memory),
         output=output,
         pruner=BlockPruner(
             scope.method, request.target, request.options, streamed.device, stop=stop
@@ -152,8 +163,15 @@ def _assemble(
     return run
 
 
+def _steps_done(table: Sequence[Step], job: Job) -> int:
+    """Return how many steps are done: those up to the last one that the journal has."""
+    durable = [number for number, step in enumerate(table, start=1) if step.durable]
+    return [0, *durable][len(job.entries)]
+
+
 def _restore(run: PruneContext, job: Job) -> None:
-    for step, entry in zip(run.table, job.entries, strict=False):
+    durable = (step for step in run.table if step.durable)
+    for step, entry in zip(durable, job.entries, strict=False):
         assert (entry["stage"], entry["block"]) == (step.stage, step.block), entry
         run.pruner.restore(entry)
         run.samples.restore(entry)

@@ -18,12 +18,14 @@ class Statistic(ABC):
     Attributes:
         name: The name in the `needs` of methods.
         axes: The dimensions of the result: "out" and "in" of the matrix, in this order, or numbers.
+        result_is_sum: Whether the result takes no memory beside the sum.
         shares_inputs: Whether matrices that are multiplied with one tensor share one sum.
     """
 
     name: ClassVar[str]
     axes: ClassVar[tuple[Axis, ...]]
     shares_inputs: ClassVar[bool] = False
+    result_is_sum: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._sums: dict[MatmulWeight, Tensor] = {}

@@ -16,7 +16,8 @@ from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
 from lowmem_gblm.sweeps.statistics.base import GradientStatistic
 
 # Numbers of a gradient that are worked on at once: on a CPU, what stays in its cache.
-TILE = {"cpu": 1 << 19, "cuda": 1 << 26}
+TILE, TILE_ON_GPU = 1 << 19, 1 << 23
+_ROWS_ON_GPU = 256
 
 
 def loss_scale(dtype: torch.dtype, seqlen: int) -> float:
@@ -98,7 +99,10 @@ class Gradient(GradientStatistic):
         """Add the magnitude of a complete gradient, a few rows at a time to stay in cache."""
         rows, columns = left_TR.shape[1], right_TC.shape[1]
         sums = self._sums_of(slot, (rows, columns), left_TR.device)
-        step = max(1, TILE[left_TR.device.type] // columns)
+        step = max(1, (TILE if left_TR.is_cpu else TILE_ON_GPU) // columns)
+        if not left_TR.is_cpu:
+            # Tensor cores want rows that begin at multiples of 16 bytes.
+            step = step // _ROWS_ON_GPU * _ROWS_ON_GPU or step
         for start in range(0, rows, step):
             part = slice(start, start + step)
             sums[part] += self._magnitude(left_TR[:, part].T @ right_TC)

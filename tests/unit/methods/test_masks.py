@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.methods.masks import NofM, Unstructured, keep_largest, keep_mask, parse_pattern
+from lowmem_gblm.methods.masks import (
+    NofM,
+    Unstructured,
+    bisected,
+    keep_largest,
+    keep_mask,
+    parse_pattern,
+    with_last_tied,
+)
 
 check = settings(deadline=None, max_examples=60, database=None)
 sparsities = st.decimals("0.01", "0.99", places=2).map(Unstructured)
@@ -202,3 +210,25 @@ def test_a_width_that_m_does_not_divide_is_refused_by_name():
 @pytest.mark.parametrize(("width", "keep"), [(48, False), (50, True)])
 def test_a_width_that_m_divides_or_whose_tail_may_stay_is_accepted(width, keep):
     NofM(2, 4, keep_ragged_tail=keep).check_width("mlp.up", width)
+
+
+@given(st.integers(1, 300), st.integers(-6, 6), st.booleans(), st.integers(0, 2**32 - 1), st.data())
+def test_bisection_finds_what_a_selection_finds(
+    numel: int, power: int, rounded: bool, seed: int, data: st.DataObject
+) -> None:
+    score = torch.randn(1, numel, generator=torch.Generator().manual_seed(seed)) * 10.0**power
+    score = score.round() if rounded else score
+    k = data.draw(st.integers(1, numel))
+    assert torch.equal(bisected(score, k), score.kthvalue(k, dim=1, keepdim=True).values)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**32 - 1), st.data())
+def test_ties_of_all_rows_at_once_are_those_of_each_row(
+    rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
+    score = torch.randint(0, 4, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    score = score.float()
+    removed = data.draw(st.integers(1, columns))
+    threshold = score.kthvalue(removed, dim=1, keepdim=True).values
+    at_once = with_last_tied(score > threshold, score == threshold, columns - removed)
+    assert torch.equal(at_once, keep_largest(score, removed))

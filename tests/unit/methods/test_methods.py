@@ -251,3 +251,29 @@ def test_sparsegpt_refuses_weights_that_are_not_finite(sick):
     weight[1, 3] = sick
     with pytest.raises(NonFiniteError, match="updated weights are not finite"):
         decide("sparsegpt", weight, needed("sparsegpt", weight), HALF)
+
+
+def test_what_is_derived_from_a_shared_statistic_is_computed_once():
+    computed = []
+
+    def total(value):
+        computed.append(value)
+        return float(value.sum())
+
+    derived = {}
+    shared, other = torch.ones(3), torch.full((3,), 2.0)
+    for value, expected in ((shared, 3.0), (shared, 3.0), (other, 6.0)):
+        assert Statistics({"gram": value}, (), derived).derived("gram", total) == expected
+    assert len(computed) == 2
+
+
+def test_what_is_derived_belongs_to_its_statistic_and_to_no_later_one_at_its_address():
+    def first(value):
+        return float(value[0])
+
+    derived = {}
+    for number in range(20):
+        # Freed at once: without a reference the next one would lie where this one did.
+        value = torch.full((1000,), float(number))
+        assert Statistics({"gram": value}, (), derived).derived("gram", first) == number
+        del value

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_gblm.model.bnb import BLOCK, Quantized, QuantizedKind, quantize
+from lowmem_gblm.errors import RequestError
+from lowmem_gblm.model import bnb
+from lowmem_gblm.model.bnb import BLOCK, Quantized, QuantizedKind, check_usable, quantize
 from lowmem_gblm.sweeps.statistics.packing import pack, unpack
 
 KINDS = ("nf4", "int8")
@@ -116,3 +118,14 @@ def test_bitsandbytes_is_not_imported_before_it_is_needed() -> None:
         "sys.exit('bitsandbytes' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_tried_before_a_run_depends_on_it(
+    kind: QuantizedKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_usable(torch.device("cpu"), kind)
+    monkeypatch.setattr(bnb, "quantize", lambda *given: 1 / 0)
+    said = f"bitsandbytes cannot quantize to {kind} on cpu: division by zero. Install a version"
+    with pytest.raises(RequestError, match=said):
+        check_usable(torch.device("cpu"), kind)

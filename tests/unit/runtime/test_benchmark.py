@@ -108,7 +108,7 @@ def test_memory_is_measured_within_the_limit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gpu_gives_no_more_than_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "free_gpu_bytes", lambda device: 3 << 30)
+    monkeypatch.setattr(rates.accelerator, "free_bytes", lambda device: 3 << 30)
     assert probe_bytes(torch.device("cuda:1")) == 3 << 29
     assert probe_bytes(CPU) == 256 * MIB
 

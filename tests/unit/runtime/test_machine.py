@@ -8,18 +8,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 from lowmem_gblm.runtime import machine
 from lowmem_gblm.runtime.machine import (
     free_disk_bytes,
-    free_gpu_bytes,
     free_host_bytes,
     host_memory,
     nearest_folder,
     same_disk,
 )
-from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, AVAILABLE = 64 * GIB, 40 * GIB
@@ -135,18 +132,6 @@ def test_this_machine_has_memory() -> None:
     memory = host_memory()
     assert 0 < memory.available_bytes <= memory.total_bytes
     assert 0 < free_host_bytes() < memory.total_bytes
-
-
-def test_what_is_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 10 * GIB
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 20 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
-    gpu = torch.device("cuda")
-    assert free_gpu_bytes(gpu) == int(12 * GIB + CUDA_CONTEXT_BYTES - 0.02 * 20 * GIB)
-    free = 0
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    assert free_gpu_bytes(gpu) == int(CUDA_CONTEXT_BYTES - 0.02 * 20 * GIB)
-    assert free_gpu_bytes(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize(("free", "given"), [(50 * GIB, 49.5), (500 * GIB, 499), (0, 0)])

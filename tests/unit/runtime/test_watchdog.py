@@ -8,12 +8,10 @@ import threading
 import time
 
 import pytest
-import torch
 
 from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.runtime import watchdog
 from lowmem_gblm.runtime.machine import HostMemory
-from lowmem_gblm.runtime.memory import CUDA_CONTEXT_BYTES, limit_gpu
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.runtime.watchdog import HostWatch
 
@@ -118,29 +116,3 @@ def test_a_run_that_has_ended_is_watched_no_more(machine) -> None:
         assert "host-watch" in {thread.name for thread in threading.enumerate()}
     stop.check()
     assert "host-watch" not in {thread.name for thread in threading.enumerate()}
-
-
-class Properties:
-    """Of a GPU of 24 GiB."""
-
-    total_memory = 24 * GIB
-
-
-def test_a_gpu_is_limited_context_included(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[float] = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(
-        torch.cuda,
-        "set_per_process_memory_fraction",
-        lambda fraction, device: calls.append(fraction * Properties.total_memory),
-    )
-    gpu = torch.device("cuda")
-    limit_gpu(gpu, 12 * GIB)
-    limit_gpu(gpu, 100 * GIB)
-    assert calls == [12 * GIB - CUDA_CONTEXT_BYTES, 24 * GIB]
-    with pytest.raises(BudgetError, match=r"0\.25 GiB of GPU .* CUDA itself takes about 0\.50 GiB"):
-        limit_gpu(gpu, GIB // 4)
-
-
-def test_a_cpu_has_no_such_limit() -> None:
-    limit_gpu(torch.device("cpu"), 1)
