@@ -1,0 +1,96 @@
+"""Complete runs on the pretended accelerator: the bytes of a CPU, no race, no needless wait.
+
+Its negative controls are in `test_controls.py`; what it pretends is in `support/pretend`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.pretend.jobs import in_process
+from support.tiny_models import save_tiny
+
+METHODS = ("magnitude", "wanda", "gradient", "gblm", "sparsegpt")
+# A dense model, one with experts, and one whose matrices are stored the other way round.
+BLOCKS = {"llama": 4, "mixtral": 2, "gpt2": 2}
+FEW, MORE = 2, 4
+SEQLEN = 16
+
+Jobs = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def jobs(architecture: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"method": method, "activations": activations}
+        for method in METHODS
+        for activations in ("pruned", "dense")
+    ]
+    kinds = ("int8", "nf4") if architecture == "llama" else ("int8",)
+    found += [{"method": "gblm", "compute_weights": kind} for kind in kinds]
+    if architecture == "llama":
+        found += [
+            {"method": "sparsegpt", "compute_weights": "nf4"},
+            {"method": "gblm", "dtype": "bfloat16", "pattern": "2:4"},
+            {"method": "gblm", "gradient_norm": "l2"},
+        ]
+    found += [{"method": method, "nsamples": MORE} for method in ("gblm", "sparsegpt")]
+    return [{"nsamples": FEW, "seqlen": SEQLEN} | one for one in found]
+
+
+@pytest.fixture(scope="module", params=list(BLOCKS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def runs(architecture: str, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Every job with what was found, of one process for each architecture."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = str(save_tiny(architecture, folder / "model", blocks=BLOCKS[architecture], width=32))
+    asked = [one | {"calibration": str(text_file)} for one in jobs(architecture)]
+    return list(zip(asked, in_process("run", {"model": model, "jobs": asked}), strict=True))
+
+
+def test_the_bytes_are_those_of_a_cpu(runs: Jobs) -> None:
+    others = [(job, found) for job, found in runs if found["pretend"] != found["cpu"]]
+    assert not others
+    assert all(len(found["cpu"]) == 64 for _, found in runs)
+
+
+def test_nothing_is_used_before_it_is_there_or_after_it_is_gone(runs: Jobs) -> None:
+    assert not [(job, found["faults"][:3]) for job, found in runs if found["faults"]]
+
+
+def test_the_host_waits_at_most_once_for_a_sample_in_a_block(runs: Jobs, architecture: str) -> None:
+    def waits(**wanted: Any) -> dict[str, int]:
+        (found,) = [
+            found
+            for job, found in runs
+            if {key: value for key, value in job.items() if key != "calibration"}
+            == {"seqlen": SEQLEN, **wanted}
+        ]
+        return {stage: sum(lines.values()) for stage, lines in found["waits"].items()}
+
+    # Experts are chosen by numbers, for which the model itself waits.
+    for method in ("gblm", "sparsegpt") if architecture != "mixtral" else ():
+        few = waits(method=method, activations="pruned", nsamples=FEW)
+        more = waits(method=method, nsamples=MORE)
+        samples = (MORE - FEW) * BLOCKS[architecture]
+        for stage in {"dense", "reverse", "prune"} & few.keys():
+            assert more[stage] - few[stage] <= samples, (method, stage)
+
+
+def test_the_peak_is_within_the_plan(runs: Jobs) -> None:
+    over = [
+        (job, found["peak_bytes"], found["planned_bytes"])
+        for job, found in runs
+        if found["peak_bytes"] > found["planned_bytes"] + SEGMENTS_BYTES
+    ]
+    assert not over
+
+
+# Every stream of a tiny run takes segments of 2 MiB, whatever lies in them.
+SEGMENTS_BYTES = 16 << 20

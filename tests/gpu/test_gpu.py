@@ -1,0 +1,56 @@
+"""On a real GPU: what the pretended one cannot tell. Skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowmem_gblm
+from lowmem_gblm.methods.masks import bisected, keep_largest
+from lowmem_gblm.model.bnb import check_usable
+from support.crashes import content
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU"),
+]
+SIZE = {"nsamples": 8, "seqlen": 64}
+
+
+@pytest.fixture
+def device() -> torch.device:
+    found = torch.accelerator.current_accelerator()
+    assert found is not None
+    return torch.device(found.type, 0)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "gradient", "gblm", "sparsegpt"])
+def test_a_gpu_decides_nearly_as_a_cpu_and_the_same_twice(
+    method: str, device: torch.device, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / name for name in ("cpu", "first", "second")]
+    for output, name in zip(outputs, ("cpu", str(device), str(device)), strict=True):
+        lowmem_gblm.prune("demo", output, method=method, device=name, **SIZE)
+        lowmem_gblm.verify(output, against="demo")
+    assert content(outputs[1]) == content(outputs[2])
+
+
+def test_the_peak_is_within_the_plan(device: torch.device, tmp_path: Path) -> None:
+    record = lowmem_gblm.prune("demo", tmp_path / "out", device=str(device), **SIZE)
+    assert 0 < record["memory"]["gpu_peak_bytes"] <= record["memory"]["gpu_planned_bytes"]
+
+
+def test_selection_on_a_gpu_is_that_of_a_cpu(device: torch.device) -> None:
+    score = torch.rand(64, 512).mul(50).round()
+    there = score.to(device)
+    assert torch.equal(keep_largest(there, 200).cpu(), keep_largest(score, 200))
+    one = score.reshape(1, -1)
+    expected = one.kthvalue(9000, dim=1, keepdim=True).values
+    assert torch.equal(bisected(one.to(device), 9000).cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_works_there(kind: str, device: torch.device) -> None:
+    check_usable(device, kind)  # type: ignore[arg-type]
