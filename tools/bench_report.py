@@ -12,14 +12,16 @@ from typing import Any
 
 from bench_model import Shape
 
-# How often a pass multiplies with every matrix, by the kinds of `matmul_rate`.
 # Of a division of FLOPs, less than this is rounding.
 _LEAST = 1e-9
+# How often a pass multiplies with every matrix, by the kinds of `matmul_rate`.
 PASSES = {
     "dense": {"forward": 1},
     "reverse": {"forward": 1, "input": 1, "weight": 1},
 }
 IN_MEMORY = {"forward": 3, "input": 1, "weight": 1}
+# How many plain forward passes of the model a pass is worth: products of either kind alike.
+FORWARDS = {"dense": 1, "reverse": 3, "prune": 2}
 READING_PASSES = ("dense", "reverse", "prune")
 PEAKS = ("host_peak_bytes", "gpu_peak_bytes")
 GIGA = 1e9
@@ -181,6 +183,7 @@ def report(figures: Figures) -> list[str]:
         *stage_table(run),
         "",
         *rate_lines(figures["rates"], run),
+        *forward_lines(figures["rates"], run),
         *use_lines(run),
     ]
     if figures["baselines"]:
@@ -218,6 +221,25 @@ def rate_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
         )
         lines.append(f"rate {when:8} {mixed / GIGA:.1f} GFLOP/s ({kinds})")
     return lines
+
+
+def forward_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
+    """Return the run, and its passes, as a multiple of as many plain forward passes in memory."""
+    passes = [one["forward_pass"] for one in rates.values() if "forward_pass" in one]
+    if not passes:
+        return []
+    mean = sum(passes) / len(passes)
+    counts = {name: count for name, count in FORWARDS.items() if name in run["stages"]}
+    parts = ", ".join(
+        f"{name} {run['stages'][name]['seconds'] / (count * mean):.2f}"
+        for name, count in counts.items()
+    )
+    ratio = run["seconds"] / (sum(counts.values()) * mean)
+    measured = ", then ".join(f"{one:.2f}" for one in passes)
+    return [
+        f"run           {ratio:.2f} × {sum(counts.values())} forward passes of {measured} s "
+        f"({parts})"
+    ]
 
 
 def use_lines(run: Figures) -> list[str]:
