@@ -61,7 +61,8 @@ class TensorStore:
 
     def hold(self, name: str, item: Item, tensor: torch.Tensor) -> None:
         """Keep a CPU tensor, unchanged from now on, in host memory, whatever is free."""
-        self._transient[name, item] = tensor.detach()
+        with self._lock:
+            self._transient[name, item] = tensor.detach()
 
     def write(self, name: str, item: Item, tensor: torch.Tensor) -> None:
         """Keep a copy of `tensor` (any device) under a name and an item number."""

@@ -37,6 +37,7 @@ class Offload:
         behind_bytes: Bytes that may be written behind at once; with 0 a write ends before the call.
 
     Attributes:
+        held: Keys that the current step holds in host memory; set by who begins the step.
         keys_read, keys_written: Keys that were read and written; for others to look at and clear.
     """
 
