@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Read by torch when it is imported: large CPU tensors then begin at huge pages, which saves most of
 # their page faults. Without effect if torch was imported before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Read by GNU OpenMP, likewise: for how long a thread that waits for the others keeps its core busy.
+# The default is milliseconds, and whatever else wants a core holds up every operation.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.2.0"
 __all__ = [

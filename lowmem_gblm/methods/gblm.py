@@ -36,7 +36,8 @@ def gblm_scores(weight_OI: Tensor, statistics: Statistics, options: GblmOptions)
     """Return `|W| * ||X|| + alpha * |W| * G`, [out, in]."""
     size_OI = weight_OI.abs()
     activation_term = size_OI * statistics["input_norm"]
-    return activation_term + options.alpha * (size_OI * statistics[options.statistic])
+    gradient_term = size_OI.mul_(statistics[options.statistic]).mul_(options.alpha)
+    return activation_term.add_(gradient_term)
 
 
 METHOD = Method(

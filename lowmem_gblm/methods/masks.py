@@ -145,11 +145,12 @@ def keep_largest(score_GN: Tensor, removed: int) -> Tensor:
         return torch.ones_like(score_GN, dtype=torch.bool)
     threshold_G1 = kth_smallest(score_GN, removed)
     keep_GN: Tensor = score_GN > threshold_G1
-    short = (keep_GN.sum(dim=1) < score_GN.shape[1] - removed).nonzero().flatten()
+    kept_G = keep_GN.sum(dim=1, dtype=torch.int32)
+    short = (kept_G < score_GN.shape[1] - removed).nonzero().flatten()
     if score_GN.is_cpu or len(score_GN) == 1:
         for row in short.tolist():
             tied = (score_GN[row] == threshold_G1[row]).nonzero().flatten()
-            missing = score_GN.shape[1] - removed - int(keep_GN[row].sum())
+            missing = score_GN.shape[1] - removed - int(kept_G[row])
             keep_GN[row, tied[len(tied) - missing :]] = True
     elif len(short):
         kept_SN, tied_SN = keep_GN[short], score_GN[short] == threshold_G1[short]
@@ -216,3 +217,28 @@ def keep_n_of_m(score_OI: Tensor, pattern: NofM) -> Tensor:
     order_OGM = score_OGM.argsort(dim=2, stable=True)
     keep_OGM.scatter_(2, order_OGM[:, :, : pattern.m - pattern.n], False)
     return keep_OI
+
+
+def zero_removed(values_OI: Tensor, keep_OI: Tensor) -> None:
+    """Write `+0.0` in place where `keep_OI`, bool, is False; all other values stay to the bit.
+
+    Integers are multiplied: on a CPU this is vectorized, `masked_fill_` is not. A product of
+    floats could leave `-0.0`.
+    """
+    _bits(values_OI).mul_(keep_OI)
+
+
+def count_nonzero(values_OI: Tensor) -> Tensor:
+    """Return how many values are neither `+0.0` nor `-0.0`: int64, 0-dim, on their device."""
+    import torch
+
+    bits_OI = _bits(values_OI)
+    return (bits_OI & torch.iinfo(bits_OI.dtype).max).count_nonzero()
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return floating-point values as signed integers of their size, in the same memory."""
+    import torch
+
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(kinds[values.itemsize])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.methods import Decision, Method, Statistics
-from lowmem_gblm.methods.masks import Pattern
+from lowmem_gblm.methods.masks import Pattern, count_nonzero, zero_removed
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.runtime.accelerator import synchronize
@@ -88,7 +88,7 @@ class BlockPruner:
         block.replace(weight, values_OI)
         if decision.weight is not None and not bool(all_finite(values_OI)):
             raise NonFiniteError(f"{weight}: updated weights overflow {values_OI.dtype}")
-        return values_OI.count_nonzero()
+        return count_nonzero(values_OI)
 
     def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
         try:
@@ -111,7 +111,7 @@ class BlockPruner:
         needed = needed_statistics(self.method.needs_with(self.options))
         if needed.gradient is not None:
             found[needed.gradient.name] = gradient_OI
-            if gradient_OI is not None and not bool(gradient_OI.any()):
+            if gradient_OI is not None and not bool(gradient_OI.max()):
                 self.notes.append(f"{weight}: all of its gradients are zero")
         values: dict[str, Tensor] = {}
         for kind in needed.classes:
@@ -155,7 +155,7 @@ def _part(statistic: ActivationStatistic, weight: PrunableWeight) -> Tensor | No
 
 
 def _apply(decision: Decision, target_OI: Tensor) -> None:
-    """Write a decision into a matrix. Zeros come from masking: a product could leave `-0.0`."""
+    """Write a decision into a matrix."""
     if decision.weight is not None:
         target_OI.copy_(decision.weight)
-    target_OI.masked_fill_(decision.keep.logical_not_(), 0)
+    zero_removed(target_OI, decision.keep)

@@ -42,6 +42,7 @@ class Checkpoint:
         self.bytes_read = 0
         self.on_disk = True
         self.tensors: dict[str, TensorEntry] = {}
+        self._finite: set[str] = set()
         for shard, expected in _shards(folder).items():
             entries = read_header(folder / shard)
             if expected is not None:
@@ -81,9 +82,12 @@ class Checkpoint:
         return buffer.view(entry.dtype).view(entry.shape)
 
     def read_finite(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tensor as `read` does; raise `NonFiniteError` for a NaN or an infinity."""
+        """Return the tensor as `read` does; raise `NonFiniteError` for a NaN or an infinity.
+
+        A tensor that was read before is not looked through again.
+        """
         tensor = self.read(name, into)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        if name in self._finite or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             return tensor
         # In pieces too small for torch to call in threads, which would disturb the computation.
         for piece in tensor.view(-1).split(_PIECE_NUMBERS):
@@ -94,6 +98,7 @@ class Checkpoint:
                     f"{shown(name)} holds NaN or infinite weights in {self.tensors[name].file}: "
                     f"{extremes.tolist()}"
                 )
+        self._finite.add(name)
         return tensor
 
     def first_bytes(self, name: str, count: int) -> bytes:

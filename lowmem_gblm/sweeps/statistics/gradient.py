@@ -5,7 +5,7 @@ there; its product with the input is the sample's gradient of the weight.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import ClassVar
 
 import torch
@@ -98,25 +98,29 @@ class Gradient(GradientStatistic):
     def _accumulate(self, slot: MatmulWeight, left_TR: Tensor, right_TC: Tensor) -> None:
         """Add the magnitude of a complete gradient, a few rows at a time to stay in cache."""
         rows, columns = left_TR.shape[1], right_TC.shape[1]
-        sums = self._sums_of(slot, (rows, columns), left_TR.device)
+        sums, put = self._sums_of(slot, (rows, columns), left_TR.device)
         step = max(1, (TILE if left_TR.is_cpu else TILE_ON_GPU) // columns)
         if not left_TR.is_cpu:
             # Tensor cores want rows that begin at multiples of 16 bytes.
             step = step // _ROWS_ON_GPU * _ROWS_ON_GPU or step
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            sums[part] += self._magnitude(left_TR[:, part].T @ right_TC)
+            put(sums[part], self._magnitude(left_TR[:, part].T @ right_TC))
 
     def _fold(self, slot: MatmulWeight) -> None:
         """Add the magnitude of a gradient that came in parts."""
         gradient = self._partial.pop(slot)
-        sums = self._sums_of(slot, tuple(gradient.shape), gradient.device)
-        sums += self._magnitude(gradient)
+        sums, put = self._sums_of(slot, tuple(gradient.shape), gradient.device)
+        put(sums, self._magnitude(gradient))
 
-    def _sums_of(self, slot: MatmulWeight, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if slot not in self._sums:
-            self._sums[slot] = torch.zeros(shape, dtype=torch.float32, device=device)
-        return self._sums[slot]
+    def _sums_of(
+        self, slot: MatmulWeight, shape: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Return the sums of a matrix, and how to put a magnitude there: the first is copied."""
+        if slot in self._sums:
+            return self._sums[slot], Tensor.add_
+        self._sums[slot] = torch.empty(shape, dtype=torch.float32, device=device)
+        return self._sums[slot], Tensor.copy_
 
     def _magnitude(self, gradient: Tensor) -> Tensor:
         if self.boost != 1:

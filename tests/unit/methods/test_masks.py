@@ -14,10 +14,12 @@ from lowmem_gblm.methods.masks import (
     NofM,
     Unstructured,
     bisected,
+    count_nonzero,
     keep_largest,
     keep_mask,
     parse_pattern,
     with_last_tied,
+    zero_removed,
 )
 
 check = settings(deadline=None, max_examples=60, database=None)
@@ -232,3 +234,25 @@ def test_ties_of_all_rows_at_once_are_those_of_each_row(
     threshold = score.kthvalue(removed, dim=1, keepdim=True).values
     at_once = with_last_tied(score > threshold, score == threshold, columns - removed)
     assert torch.equal(at_once, keep_largest(score, removed))
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_removed_is_a_positive_zero_and_the_rest_stays_to_the_bit(
+    dtype: torch.dtype,
+) -> None:
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :2] = torch.tensor([-0.0, 0.0], dtype=dtype)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    keep[0, :2] = True
+    expected = [
+        value if stays else 0.0
+        for value, stays in zip(weight.double().flatten(), keep.flatten(), strict=True)
+    ]
+    zero_removed(weight, keep)
+    found = weight.double().flatten()
+    assert found.equal(torch.tensor(expected, dtype=torch.float64))
+    assert found.signbit().equal(torch.tensor(expected, dtype=torch.float64).signbit())
+    assert int(count_nonzero(weight)) == sum(value != 0 for value in expected)
