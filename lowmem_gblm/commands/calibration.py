@@ -46,33 +46,78 @@ class Documents:
     origin: str
 
 
+def resolve_bos(asked: str, model_type: str) -> str:
+    """Return whether every window begins with `<bos>`, "always" or "never", as asked.
+
+    `auto` means the Gemma family, which reads nothing sensible without it; lm-evaluation-harness
+    tells that family likewise. The papers' protocol, for LLaMA, has it before a text only.
+    """
+    if asked == "auto":
+        return "always" if "gemma" in model_type else "never"
+    return asked
+
+
+def bos_of_windows(asked: str, model_type: str, bos: int | None) -> int | None:
+    """Return the token that every window begins with, if any; `bos` is that of the tokenizer."""
+    if resolve_bos(asked, model_type) == "never":
+        return None
+    if bos is None:
+        raise RequestError("the tokenizer has no <bos> token: give --bos never")
+    return bos
+
+
 def calibration_samples(
-    source: Text | Documents, tokenize: Tokenize, *, nsamples: int, seqlen: int, seed: int
+    source: Text | Documents,
+    tokenize: Tokenize,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
 ) -> Tensor:
     """Draw calibration samples, int64 [N, T]; a sample of `Documents` lies within one of them.
 
     Every start is `randint(0, len(tokens) - seqlen - 1)` of a `random.Random(seed)`, in the order
-    of the samples; documents are drawn until one is longer than `seqlen` tokens.
+    of the samples; documents are drawn until one is longer than `seqlen` tokens. With a `bos`,
+    every sample is that token and `seqlen - 1` tokens of the text.
     """
     import torch
 
     draw = random.Random(seed)
+    length = seqlen if bos is None else seqlen - 1
     if isinstance(source, Text):
-        complete = tokenize(source.text)
-        if len(complete) <= seqlen:
+        complete = _without(bos, tokenize(source.text))
+        if len(complete) <= length:
             raise RequestError(
-                f"{source.origin} has {len(complete)} tokens; samples of {seqlen} tokens need at "
-                f"least {seqlen + 1}. Give a longer text, or a smaller --seqlen"
+                f"{source.origin} has {len(complete)} tokens; samples of {length} tokens need at "
+                f"least {length + 1}. Give a longer text, or a smaller --seqlen"
             )
         drawn: Iterable[Sequence[int]] = repeat(complete, nsamples)
     else:
         # Drawn one by one: each before the start of its sample.
-        drawn = (_draw_document(source, tokenize, seqlen, draw) for _ in range(nsamples))
+        def tokens_of(text: str) -> Sequence[int]:
+            return _without(bos, tokenize(text))
+
+        drawn = (_draw_document(source, tokens_of, length, draw) for _ in range(nsamples))
     samples = []
     for tokens in drawn:
-        start = draw.randint(0, len(tokens) - seqlen - 1)
-        samples.append(list(tokens[start : start + seqlen]))
-    return torch.tensor(samples)
+        start = draw.randint(0, len(tokens) - length - 1)
+        samples.append(list(tokens[start : start + length]))
+    return _beginning_with(bos, torch.tensor(samples))
+
+
+def _without(bos: int | None, tokens: Sequence[int]) -> Sequence[int]:
+    """Return the tokens of a text without the `bos` that the tokenizer has put before them."""
+    return tokens[1:] if bos is not None and list(tokens[:1]) == [bos] else tokens
+
+
+def _beginning_with(bos: int | None, windows_NT: Tensor) -> Tensor:
+    """Return the windows with a token before each; as they are without one."""
+    if bos is None:
+        return windows_NT
+    import torch
+
+    return torch.cat([torch.full_like(windows_NT[:, :1], bos), windows_NT], dim=1)
 
 
 def _draw_document(
@@ -95,21 +140,31 @@ def _draw_document(
 
 
 def evaluation_windows(
-    source: Text | Documents, tokenize: Tokenize, *, seqlen: int, windows: int | None
+    source: Text | Documents,
+    tokenize: Tokenize,
+    *,
+    seqlen: int,
+    windows: int | None,
+    bos: int | None = None,
 ) -> Tensor:
-    """Cut a text into windows that do not overlap, int64 [windows, T]; the tail is dropped."""
+    """Cut a text into windows that do not overlap, int64 [windows, T]; the tail is dropped.
+
+    With a `bos`, every window is that token and `seqlen - 1` tokens of the text.
+    """
     import torch
 
     text = source.text if isinstance(source, Text) else "\n\n".join(source.rows)
-    tokens = tokenize(text)
-    count = len(tokens) // seqlen
+    tokens = _without(bos, tokenize(text))
+    length = seqlen if bos is None else seqlen - 1
+    count = len(tokens) // length
     if count == 0:
         raise RequestError(
-            f"{source.origin} has {len(tokens)} tokens, fewer than one window of {seqlen}. Give a "
+            f"{source.origin} has {len(tokens)} tokens, fewer than one window of {length}. Give a "
             f"longer text, or a smaller --seqlen"
         )
     count = min(count, windows or count)
-    return torch.tensor(list(tokens[: count * seqlen])).view(count, seqlen)
+    cut = torch.tensor(list(tokens[: count * length])).view(count, length)
+    return _beginning_with(bos, cut)
 
 
 def open_source(name: str, split: Split, column: str = "text") -> Text | Documents:

@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import evaluation_windows, open_source
+from lowmem_gblm.commands.calibration import (
+    bos_of_windows,
+    evaluation_windows,
+    open_source,
+    resolve_bos,
+)
 from lowmem_gblm.commands.estimate import budget_of, limited, work_of
 from lowmem_gblm.commands.request import EvalRequest, resolve_seqlen
 from lowmem_gblm.errors import JobError, NonFiniteError
@@ -62,11 +67,13 @@ def _evaluated(
     checkpoint, streamed = opened.checkpoint, opened.streamed
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
     memory.settle_allocator(opened.boundary_bytes(seqlen))
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=request.trust_remote_code)
     samples_NT = evaluation_windows(
         open_source(request.evaluation_text, "evaluation", request.text_column),
-        load_tokenizer(checkpoint.folder, trust_remote_code=request.trust_remote_code),
+        tokenizer,
         seqlen=seqlen,
         windows=request.windows,
+        bos=bos_of_windows(request.bos, opened.model_type, tokenizer.bos),
     )
     check_tokens(opened, samples_NT)
     count = len(samples_NT)
@@ -104,6 +111,7 @@ def _evaluated(
         "text": request.evaluation_text,
         "seqlen": seqlen,
         "windows": count,
+        "bos": resolve_bos(request.bos, opened.model_type),
         "perplexity": math.exp(mean),
         "seconds": {**progress.seconds, "total": progress.total_seconds()},
         "memory": {

@@ -21,7 +21,20 @@ DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneRequest(Resources):
+class TextOptions(Resources):
+    """The options of commands that cut windows from a text."""
+
+    text_column: str = option(
+        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+    )
+    bos: str = option(
+        "auto", "begin every window with <bos>; auto: for the Gemma family, which needs it",
+        choices=("auto", "always", "never"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest(TextOptions):
     """A job for `prune`; without an `output` it is in place, or only to be planned."""
 
     model: str
@@ -43,9 +56,6 @@ class PruneRequest(Resources):
         None, "c4, wikitext2, demo, or a .txt .jsonl .json.gz .parquet file [c4]",
         metavar="TEXT",
     )  # fmt: skip
-    text_column: str = option(
-        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
-    )
     nsamples: int = option(128, "calibration samples", parse=int, metavar="N")
     seqlen: int | None = option(
         None, "tokens per sample [2048, or the model's positions if fewer]", parse=int,
@@ -149,7 +159,7 @@ def sort_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRequest(Resources):
+class EvalRequest(TextOptions):
     """A job for `eval`."""
 
     model: str
@@ -157,9 +167,6 @@ class EvalRequest(Resources):
         None, "wikitext2, c4, demo, or a .txt .jsonl .json.gz .parquet file [wikitext2]",
         metavar="TEXT",
     )  # fmt: skip
-    text_column: str = option(
-        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
-    )
     seqlen: int | None = option(
         None, "tokens per window [2048, or the model's positions if fewer]", parse=int,
         metavar="T",

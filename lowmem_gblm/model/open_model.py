@@ -27,6 +27,11 @@ class OpenModel:
         """Return the folder of the checkpoint."""
         return self.checkpoint.folder
 
+    @property
+    def model_type(self) -> str:
+        """Return the name that transformers has for the architecture of the text model."""
+        return str(self.streamed.config.model_type)
+
     def boundary_bytes(self, seqlen: int) -> int:
         """Return the bytes of the hidden states of one sample."""
         return seqlen * int(self.streamed.config.hidden_size) * self.streamed.dtype.itemsize

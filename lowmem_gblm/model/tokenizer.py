@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja
 _MAX_TOKENIZER_BYTES = 1 << 28
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize:
-    """Return the tokenizer of a model folder, as a function from text to token ids.
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a model: a function from text to token ids, and the id of `<bos>`."""
 
-    Both raise a `CheckpointError` if the tokenizer does not work.
+    _tokenize: Tokenize
+    bos: int | None
+
+    def __call__(self, text: str) -> Sequence[int]:
+        """Return token ids, with the special tokens that the tokenizer adds by itself."""
+        return self._tokenize(text)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Return the tokenizer of a model folder.
+
+    This and its calls raise a `CheckpointError` if the tokenizer does not work.
     """
     from transformers import AutoTokenizer
 
@@ -48,7 +61,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
             _check_code(folder, trusted=trust_remote_code)
             raise
         tokenize("a")
-    return tokenize
+    return Tokenizer(tokenize, tokenizer.bos_token_id)
 
 
 def _check_code(folder: Path, *, trusted: bool) -> None:

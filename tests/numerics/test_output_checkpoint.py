@@ -145,6 +145,19 @@ def test_streamed_perplexity_is_that_of_the_whole_model(pruned, text_file, folde
     assert measured["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_gemma_is_measured_on_windows_that_begin_with_bos(text_file, tmp_path):
+    folder = save_tiny("gemma2", tmp_path / "gemma")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"])
+    windows = [torch.cat([ids[:1], text]) for text in ids[1:][: 5 * 47].view(5, 47)]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = reference.perplexity(model, torch.cat(windows), 48)
+    asked = {"text": str(text_file), "seqlen": 48, "windows": 5}
+    measured = lowmem_gblm.evaluate(folder, **asked)
+    assert measured["perplexity"] == pytest.approx(expected, rel=1e-6)
+    without = lowmem_gblm.evaluate(folder, bos="never", **asked)
+    assert without["perplexity"] == pytest.approx(reference.perplexity(model, ids, 48, 5), rel=1e-6)
+
+
 def test_kept_weights_and_unpruned_tensors_have_the_bits_of_the_source(pruned):
     for name, before, after in pruned.tensors():
         same = same_bits(before, after)

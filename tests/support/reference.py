@@ -30,6 +30,12 @@ INPUT_STATISTIC = {"wanda": "norm", "gblm": "norm", "sparsegpt": "gram"}
 Record = Callable[[str, Tensor], None]
 
 
+def text_windows_after_bos(token_ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """Draws windows [N, T] as `text_windows`, each begun by the first token, which is `<bos>`."""
+    windows = text_windows(token_ids[1:], nsamples, seqlen - 1, seed)
+    return torch.stack([torch.cat([token_ids[:1], window]) for window in windows])
+
+
 def text_windows(token_ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """Draws calibration windows [N, T] from one tokenized text [n]."""
     draw = random.Random(seed)

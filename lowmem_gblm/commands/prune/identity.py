@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import NAMED
+from lowmem_gblm.commands.calibration import NAMED, resolve_bos
 from lowmem_gblm.commands.method_options import recorded_options
 from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.commands.prune.scope import PruneScope
@@ -65,6 +65,7 @@ def asked_and_understood(scope: PruneScope) -> dict[str, Any]:
         "sparsity": float(request.target.sparsity),
         "pattern": str(request.target),
         "calibration": request.calibration_text,
+        "bos": resolve_bos(request.bos, scope.model.model_type),
         "seqlen": scope.work.seqlen,
         "include": list(request.include),
         "exclude": list(request.exclude),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import calibration_samples, open_source
+from lowmem_gblm.commands.calibration import bos_of_windows, calibration_samples, open_source
 from lowmem_gblm.commands.estimate import work_of
 from lowmem_gblm.commands.request import PruneRequest, resolve_seqlen
 from lowmem_gblm.methods import Method, find_method
@@ -81,12 +81,14 @@ def draw_samples(scope: PruneScope) -> Tensor:
     if not scope.work.schedule.needs_samples:
         return torch.empty(0, scope.work.seqlen, dtype=torch.int64)
     request, folder = scope.request, scope.model.checkpoint.folder
+    tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     drawn = calibration_samples(
         open_source(request.calibration_text, "calibration", request.text_column),
-        load_tokenizer(folder, trust_remote_code=request.trust_remote_code),
+        tokenizer,
         nsamples=request.nsamples,
         seqlen=scope.work.seqlen,
         seed=request.seed,
+        bos=bos_of_windows(request.bos, scope.model.model_type, tokenizer.bos),
     )
     check_tokens(scope.model, drawn)
     return drawn

@@ -14,6 +14,7 @@ import torch
 from lowmem_gblm.commands.calibration import (
     Documents,
     Text,
+    bos_of_windows,
     calibration_samples,
     evaluation_windows,
     open_source,
@@ -94,6 +95,45 @@ def test_a_text_shorter_than_one_evaluation_window_is_refused():
     message = "story has 59 tokens, fewer than one window of 60. Give a longer text, or a smaller"
     with pytest.raises(RequestError, match=message):
         evaluation_windows(Text(sample_text(58), "story"), tokenize, seqlen=60, windows=None)
+
+
+def test_every_window_begins_with_bos_where_it_is_asked_for():
+    """The text's own tokens follow each other without a gap, and its own <s> is not there twice."""
+    source, bos = Text(sample_text(200), "t"), tokenize("")[0]
+    cut = evaluation_windows(source, tokenize, seqlen=60, windows=None, bos=bos)
+    assert cut[:, 0].tolist() == [bos] * 3
+    assert cut[:, 1:].flatten().tolist() == tokenize(sample_text(200))[1 : 1 + 3 * 59]
+
+
+@pytest.mark.parametrize("source", [Text(sample_text(900), "t"), Documents(DOCUMENTS, "d")])
+def test_every_sample_begins_with_bos_and_lies_where_the_draws_say(source):
+    bos = tokenize("")[0]
+    drawn = calibration_samples(source, tokenize, nsamples=5, seqlen=60, seed=3, bos=bos)
+    if isinstance(source, Text):
+        expected = reference.text_windows(torch.tensor(tokenize(source.text)[1:]), 5, 59, 3)
+    else:
+        tokens = [tokenize(document)[1:] for document in DOCUMENTS]
+        expected = reference.document_windows(tokens, 5, 59, 3)
+    assert drawn[:, 1:].equal(expected)
+    assert (drawn == bos).nonzero()[:, 1].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "model_type", "bos", "expected"),
+    [
+        ("auto", "gemma3_text", 2, 2),
+        ("auto", "llama", 1, None),
+        ("always", "llama", 1, 1),
+        ("never", "gemma2", 2, None),
+    ],
+)
+def test_bos_is_for_gemma_and_for_who_asks(asked, model_type, bos, expected):
+    assert bos_of_windows(asked, model_type, bos) == expected
+
+
+def test_bos_of_a_tokenizer_that_has_none_is_refused():
+    with pytest.raises(RequestError, match="the tokenizer has no <bos> token: give --bos never"):
+        bos_of_windows("always", "llama", None)
 
 
 def test_a_txt_file_is_one_text_as_it_stands(tmp_path):
