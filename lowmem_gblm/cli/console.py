@@ -112,6 +112,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         rows["durable"] += "repeats the blocks after the last such one"
     if plan["seconds"] is not None:
         parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in plan["seconds"].items())
+        stage, rate = plan["disk_rate"]
+        rows["disk rate"] = f"{gibibytes(rate)}/s keep {stage} from waiting"
         rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"
     return [*(f"{name:12} {value}" for name, value in rows.items()), *plan["reasons"]]
 

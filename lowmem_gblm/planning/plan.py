@@ -42,6 +42,8 @@ class Plan:
         written_bytes: Bytes written to the output and to the work folder.
         flops: Multiplications and additions with weights of decoder blocks.
         seconds: Seconds of every pass; None if the machine was not measured.
+        disk_rate: The sweep that asks the most of the disk, and the bytes a second with which it
+            would not wait; None likewise.
     """
 
     stages: tuple[str, ...]
@@ -59,6 +61,7 @@ class Plan:
     written_bytes: int
     flops: int
     seconds: dict[str, float] | None
+    disk_rate: tuple[str, float] | None
 
     @property
     def total_seconds(self) -> float | None:

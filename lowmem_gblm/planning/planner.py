@@ -9,7 +9,7 @@ from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.planning.memory_use import Footprint, footprints, peaks
 from lowmem_gblm.planning.messages import reasons, refusal
 from lowmem_gblm.planning.plan import Budget, Plan, Requirements
-from lowmem_gblm.planning.run_time import MachineSpeed, run_time
+from lowmem_gblm.planning.run_time import MachineSpeed, disk_rate, run_time
 from lowmem_gblm.planning.sizes import STORES, Choices, Workload, slices_within, stores
 from lowmem_gblm.planning.steps import step_table
 from lowmem_gblm.planning.totals import DiskUse, disk_use, read_bytes, step_flops, written_bytes
@@ -187,4 +187,5 @@ def _made(
         written_bytes=written_bytes(work, choices),
         flops=sum(step_flops(step, work) for step in step_table(work, choices)),
         seconds=None if speed is None else run_time(work, choices, speed),
+        disk_rate=None if speed is None else disk_rate(work, choices, speed),
     )

@@ -38,12 +38,20 @@ def run_time(work: Workload, choices: Choices, speed: MachineSpeed) -> dict[str,
     Reading and writing run beside the computation, and the longer of the two counts; where no block
     is read ahead, their sum.
     """
-    clock, table = _Clock(work, choices, speed), step_table(work, choices)
-    seconds: dict[str, float] = {
-        stage: clock.stage_s([step for step in table if step.stage == stage])
-        for stage in work.schedule.stages
-    }
+    clock = _Clock(work, choices, speed)
+    seconds = {stage: clock.stage_s(stage) for stage in work.schedule.stages}
     return seconds | {"finish": clock.finish_s()}
+
+
+def disk_rate(work: Workload, choices: Choices, speed: MachineSpeed) -> tuple[str, float]:
+    """Return the sweep that asks the most of the disk, and its bytes read and written a second.
+
+    With a disk of that rate no sweep would wait, whatever the system holds in memory.
+    """
+    clock = _Clock(work, choices, speed)
+    sweeps = [stage for stage in work.schedule.stages if stage in ("dense", "reverse", "prune")]
+    rates = {stage: sum(clock.moved_bytes(stage)) / clock.computing_s(stage) for stage in sweeps}
+    return max(rates.items(), key=lambda rate: rate[1])
 
 
 class _Clock:
@@ -51,16 +59,25 @@ class _Clock:
 
     def __init__(self, work: Workload, choices: Choices, speed: MachineSpeed) -> None:
         self._sizes, self._work, self._choices, self._speed = work.sizes, work, choices, speed
+        self._table = step_table(work, choices)
+        self._held = {key for step in self._table for key in step.held}
         self._tokens = work.nsamples * work.seqlen
         # The prunable weights of a block, on average.
         self._block_weights = sum(work.sizes.prunable) / work.sizes.depth
 
-    def stage_s(self, steps: Sequence[Step]) -> float:
-        computing_s = sum(map(self._computing_of_step_s, steps))
+    def stage_s(self, stage: str) -> float:
+        return self._beside_s(self.computing_s(stage), *self.moved_bytes(stage))
+
+    def computing_s(self, stage: str) -> float:
+        return sum(map(self._computing_of_step_s, self._steps(stage)))
+
+    def moved_bytes(self, stage: str) -> tuple[float, float]:
+        """Return the bytes that are read from the disk, and those that are written to it."""
+        steps = self._steps(stage)
         stored = [self._stored(step.reads) * max(1, step.forwards) for step in steps]
         reads = sum(step_reads(step, self._work) for step in steps) + sum(stored)
         writes = sum(self._stored(step.writes) + pruned_bytes(step, self._work) for step in steps)
-        return self._beside_s(computing_s, reads, writes)
+        return reads, writes
 
     def finish_s(self) -> float:
         """Return the seconds of copying what no block holds; in place, of hashing everything."""
@@ -82,8 +99,13 @@ class _Clock:
             seconds += self._weight_gradients_s()
         return seconds + self._decisions_s() * step.prunes
 
+    def _steps(self, stage: str) -> list[Step]:
+        return [step for step in self._table if step.stage == stage]
+
     def _stored(self, keys: Sequence[Key]) -> int:
-        return sum(key_bytes(key, self._work, self._choices) for key in keys)
+        """Return the bytes of what is on the disk of these keys, and not held in host memory."""
+        on_disk = [key for key in keys if key not in self._held]
+        return sum(key_bytes(key, self._work, self._choices) for key in on_disk)
 
     def _beside_s(self, computing_s: float, read_bytes: float, write_bytes: float) -> float:
         """Return the seconds of computing with reading and writing beside it."""

@@ -14,7 +14,7 @@ from lowmem_gblm.errors import BudgetError
 from lowmem_gblm.methods import find_method
 from lowmem_gblm.planning.plan import Budget
 from lowmem_gblm.planning.planner import largest_interval, plan
-from lowmem_gblm.planning.run_time import MachineSpeed, run_time
+from lowmem_gblm.planning.run_time import MachineSpeed, disk_rate, run_time
 from lowmem_gblm.planning.schedule import Schedule, schedule
 from lowmem_gblm.planning.sizes import (
     STORES,
@@ -281,6 +281,27 @@ def test_reading_and_writing_cost_time_only_where_the_computation_does_not_hide_
     assert both == pytest.approx(computing + moving)
     assert seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e9) < both
     assert seconds(read_ahead=True, flops_s=1e12, disk_bytes_s=1e9) >= max(computing, moving)
+
+
+@pytest.mark.parametrize("method", ["gblm", "wanda", "magnitude"])
+def test_with_a_disk_of_the_rate_that_is_named_no_sweep_waits(method: str) -> None:
+    def seconds(disk_bytes_s: float) -> dict[str, float]:
+        disk = {"read_bytes_s": disk_bytes_s, "write_bytes_s": disk_bytes_s}
+        return run_time(job, choices, replace(speed, **disk))
+
+    job, choices = work(method), Choices()
+    speed = MachineSpeed(flops_s=1e12, memory_bytes_s=1e11, read_bytes_s=1, write_bytes_s=1)
+    stage, rate = disk_rate(job, choices, speed)
+    sweeps = {"dense", "reverse", "prune"}.intersection(job.schedule.stages)
+    assert all(seconds(rate)[one] == pytest.approx(seconds(1e30)[one]) for one in sweeps)
+    assert seconds(0.9 * rate)[stage] > 1.1 * seconds(1e30)[stage]
+
+
+def test_what_is_held_in_host_memory_asks_nothing_of_the_disk() -> None:
+    job = replace(work("gblm"), on_gpu=True)
+    speed = MachineSpeed(flops_s=1e30, memory_bytes_s=1e30, read_bytes_s=1e9, write_bytes_s=1e9)
+    every, third = (run_time(job, Choices(durable_interval=n), speed) for n in (1, 3))
+    assert third["prune"] < every["prune"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
