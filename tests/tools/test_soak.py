@@ -30,18 +30,16 @@ def soak() -> ModuleType:
 
 
 def test_a_few_seconds_of_it_find_nothing(tmp_path: Path) -> None:
-    for minutes in (0.25, 0.5, 1, 2, 4):
-        command = [str(TOOL), "--minutes", str(minutes), *SMALL, "--folder", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        report = re.fullmatch(REPORT, done.stdout)
-        assert report
-        assert not list(tmp_path.iterdir())
-        kills, finished = map(int, report.groups())
-        # A busy machine needs more time for some of each.
-        if kills and finished:
-            return
-    pytest.fail(f"in {minutes} minutes: {done.stdout}")
+    """It goes on until there was some of each, however busy the machine is."""
+    command = [str(TOOL), "--minutes", "0", *SMALL, "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = re.fullmatch(REPORT, done.stdout)
+    assert report
+    kills, finished = map(int, report.groups())
+    assert kills
+    assert finished
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_byte_that_differs_is_reported(soak: ModuleType, tmp_path: Path) -> None:
