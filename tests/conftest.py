@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def shared() -> Path:
 def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Data sets built from local files must not end in the home directory."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_speed() -> Iterator[None]:
+    """Plans are those of one machine: to measure this one takes two seconds a plan.
+
+    `unit/runtime/test_benchmark.py` measures it; so do commands in processes of their own.
+    """
+    names = ("probe_bytes", "flops_rate", "memory_rate", "read_rate", "write_rate")
+    rates = {name: lambda *given, **options: 1e9 for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowmem_gblm.commands.estimate.benchmark", SimpleNamespace(**rates))
+        yield
 
 
 @pytest.fixture(scope="session")
