@@ -31,6 +31,16 @@ ERRORS = {
     "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), BudgetError),
     "foreign": (RuntimeError("something else"), RuntimeError),
 }
+# Errors differ in what they become, stops in what is done: each error at two stops, each stop with
+# one error; the other pairs are slow.
+PAIRS = [
+    pytest.param(
+        kind, *stop, id="-".join((kind, *stop)),
+        marks=() if kind == "plain" or stop in STOPS[1:4:2] else pytest.mark.slow,
+    )
+    for kind in ERRORS
+    for stop in STOPS
+]  # fmt: skip
 PLACES = [
     (StreamedModel, "embed"),
     (StreamedModel, "forward_block"),
@@ -67,8 +77,7 @@ def expected(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     return made
 
 
-@pytest.mark.parametrize(("method", "activations", "stage"), STOPS)
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(("kind", "method", "activations", "stage"), PAIRS)
 def test_no_error_of_a_device_costs_a_job(
     kind: str,
     method: str,

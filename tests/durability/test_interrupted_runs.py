@@ -30,7 +30,7 @@ from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from support.crashes import SIGNALS, content, ctrl_c, out_of_memory
 from support.tiny_models import save_tiny
 
-MOMENTS = 20
+MOMENTS = 12
 MOST_MOMENTS = 200
 KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To resume:"
 NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To begin again:"
@@ -353,7 +353,7 @@ def test_the_printed_command_can_be_pasted_into_a_shell(
 ) -> None:
     undisturbed, output = (
         # Long enough for the signal to arrive on a busy machine.
-        [*arguments(model, tmp_path / name, text_file), "--nsamples", "128"]
+        [*arguments(model, tmp_path / name, text_file), "--nsamples", "64"]
         for name in ("undisturbed", "out")
     )
     command = [sys.executable, "-m", "lowmem_gblm", *output]
