@@ -8,7 +8,7 @@ import sys
 
 from support.pretend.jobs import PRETENDS, TESTS
 
-CHOSEN = "gblm-pruned and (non_finite or (memory and (dense or reverse)))"
+CHOSEN = "gblm-pruned and (non_finite or memory) and (dense or reverse)"
 
 
 def test_no_error_costs_a_job_on_the_device() -> None:
@@ -23,4 +23,4 @@ def test_no_error_costs_a_job_on_the_device() -> None:
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout, done.stdout
+    assert "4 passed" in done.stdout, done.stdout

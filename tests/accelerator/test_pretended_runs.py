@@ -18,40 +18,61 @@ METHODS = ("magnitude", "wanda", "gradient", "gblm", "sparsegpt")
 BLOCKS = {"llama": 4, "mixtral": 2, "gpt2": 2}
 FEW, MORE = 2, 4
 SEQLEN = 16
+# Methods whose waits are compared, for a few samples and for more; experts are chosen by numbers,
+# for which the model itself waits.
+COMPARED = ("gblm", "sparsegpt")
+CHOOSE_BY_NUMBERS = ("mixtral",)
+FILES = ("model", "calibration")
 
 Jobs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def jobs(architecture: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [
-        {"method": method, "activations": activations}
-        for method in METHODS
-        for activations in ("pruned", "dense")
-    ]
-    kinds = ("int8", "nf4") if architecture == "llama" else ("int8",)
-    found += [{"method": "gblm", "compute_weights": kind} for kind in kinds]
+    """Llama with every method and both `activations`; the others with every method."""
     if architecture == "llama":
+        found: list[dict[str, Any]] = [
+            {"method": method, "activations": activations}
+            for method in METHODS
+            for activations in ("pruned", "dense")
+        ]
         found += [
+            {"method": "gblm", "compute_weights": "nf4"},
             {"method": "sparsegpt", "compute_weights": "nf4"},
             {"method": "gblm", "dtype": "bfloat16", "pattern": "2:4"},
             {"method": "gblm", "gradient_norm": "l2"},
         ]
-    found += [{"method": method, "nsamples": MORE} for method in ("gblm", "sparsegpt")]
+    else:
+        found = [{"method": method, "activations": "pruned"} for method in METHODS]
+    found += [{"method": "gblm", "compute_weights": "int8"}]
+    if architecture not in CHOOSE_BY_NUMBERS:
+        found += [{"method": method, "nsamples": MORE} for method in COMPARED]
     return [{"nsamples": FEW, "seqlen": SEQLEN} | one for one in found]
 
 
-@pytest.fixture(scope="module", params=list(BLOCKS))
+@pytest.fixture(scope="module")
+def all_runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Every job with what was found, of one process: to import torch takes seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    asked = []
+    for architecture, blocks in BLOCKS.items():
+        model = str(save_tiny(architecture, folder / architecture, blocks=blocks, width=32))
+        files = {"model": model, "calibration": str(text_file)}
+        asked += [one | files for one in jobs(architecture)]
+    return list(zip(asked, in_process("run", asked), strict=True))
+
+
+@pytest.fixture(params=list(BLOCKS))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def runs(architecture: str, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """Every job with what was found, of one process for each architecture."""
-    folder = tmp_path_factory.mktemp("runs")
-    model = str(save_tiny(architecture, folder / "model", blocks=BLOCKS[architecture], width=32))
-    asked = [one | {"calibration": str(text_file)} for one in jobs(architecture)]
-    return list(zip(asked, in_process("run", {"model": model, "jobs": asked}), strict=True))
+@pytest.fixture
+def runs(architecture: str, all_runs: Jobs) -> Jobs:
+    return [
+        ({name: value for name, value in job.items() if name not in FILES}, found)
+        for job, found in all_runs
+        if Path(job["model"]).name == architecture
+    ]
 
 
 def test_the_bytes_are_those_of_a_cpu(runs: Jobs) -> None:
@@ -66,16 +87,10 @@ def test_nothing_is_used_before_it_is_there_or_after_it_is_gone(runs: Jobs) -> N
 
 def test_the_host_waits_at_most_once_for_a_sample_in_a_block(runs: Jobs, architecture: str) -> None:
     def waits(**wanted: Any) -> dict[str, int]:
-        (found,) = [
-            found
-            for job, found in runs
-            if {key: value for key, value in job.items() if key != "calibration"}
-            == {"seqlen": SEQLEN, **wanted}
-        ]
+        (found,) = [found for job, found in runs if job == {"seqlen": SEQLEN, **wanted}]
         return {stage: sum(lines.values()) for stage, lines in found["waits"].items()}
 
-    # Experts are chosen by numbers, for which the model itself waits.
-    for method in ("gblm", "sparsegpt") if architecture != "mixtral" else ():
+    for method in COMPARED if architecture not in CHOOSE_BY_NUMBERS else ():
         few = waits(method=method, activations="pruned", nsamples=FEW)
         more = waits(method=method, nsamples=MORE)
         samples = (MORE - FEW) * BLOCKS[architecture]

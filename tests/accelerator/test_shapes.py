@@ -16,9 +16,10 @@ from support.pretend.models import GIB, MODELS
 # A card of 24 GB, as its driver counts it.
 CARD = int(23.5 * GIB)
 JOBS = [
-    ("70B", CARD, {"method": "gblm"}),
+    ("7B", CARD, {"method": "gblm"}),
     ("70B", CARD, {"method": "sparsegpt"}),
-    ("405B", CARD, {"method": "gblm"}),
+    pytest.param("70B", CARD, {"method": "gblm"}, marks=pytest.mark.slow),
+    pytest.param("405B", CARD, {"method": "gblm"}, marks=pytest.mark.slow),
 ]
 TOO_MUCH = 1.15
 

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[2]
 PRETENDS = "LOWMEM_GBLM_TESTS_PRETEND"
 
 
-def in_process(module: str, asked: dict[str, Any], *, timeout_s: float = 600) -> Any:
+def in_process(module: str, asked: Any, *, timeout_s: float = 600) -> Any:
     """Run a module of this package on a JSON value; return the JSON value that it prints."""
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(

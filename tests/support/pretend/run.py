@@ -1,6 +1,6 @@
 """Runs of the package on the pretended device and on the CPU, in a process of their own.
 
-Reads one JSON object from stdin: `model`, a folder, and `jobs`, each with keywords of `prune`.
+Reads a JSON list from stdin: jobs, each with keywords of `prune`.
 Prints an entry for every job: hashes of the shards on both devices, faults, waits, peaks.
 """
 
@@ -22,7 +22,7 @@ from support.pretend import device as pretend
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    jobs = json.load(sys.stdin)
     pretend.install()
     import lowmem_gblm
     from lowmem_gblm.runtime.progress import Progress
@@ -31,13 +31,13 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, job in enumerate(asked["jobs"]):
+        for number, job in enumerate(jobs):
             entry: dict[str, Any] = {}
             for device in ("cpu", pretend.NAME):
                 pretend.WORLD.forget()
                 output = Path(folder) / f"{number}-{device}"
                 try:
-                    record = lowmem_gblm.prune(asked["model"], output, **job | {"device": device})
+                    record = lowmem_gblm.prune(output=output, **job | {"device": device})
                     entry[device] = hash_of(output)
                 except Exception as error:
                     import traceback
