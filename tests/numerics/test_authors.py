@@ -37,6 +37,21 @@ CASES = {
 }
 
 
+# Every method, norm and amount is among them; the others are slow.
+CHOSEN = {
+    "wanda/0.3",
+    "wanda/2:4",
+    "gradient/l1/0.5",
+    "gradient/l2/0.5",
+    "gblm/l1/0.5",
+    "gblm/l1/2:4",
+    "gblm/l2/0.6",
+    "magnitude/2:4",
+    "sparsegpt/0.5",
+    "sparsegpt/2:4",
+}
+
+
 @dataclass(frozen=True)
 class Authors:
     """Their results, and the model and texts they are about."""
@@ -95,7 +110,13 @@ def differences(authors: Authors, case: str, output: Path) -> dict[str, tuple[in
     return counts
 
 
-@pytest.mark.parametrize(("case", "least"), CASES.items())
+@pytest.mark.parametrize(
+    ("case", "least"),
+    [
+        pytest.param(*one, marks=() if one[0] in CHOSEN else pytest.mark.slow)
+        for one in CASES.items()
+    ],
+)
 def test_decisions_and_perplexity_are_the_authors(
     authors: Authors, case: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from support.tiny_models import ARCHITECTURES, save_tiny
 
 NSAMPLES, SEQLEN = 4, 48
 SHARDED = {"llama", "mixtral"}
+Statistics = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def case(
 
 def stream_statistics(
     case: Case, folder: Path, norm: str, choices: Choices | None = None
-) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+) -> Statistics:
     """Return losses, and by name on disk gradient magnitudes and input norms of the dense model.
 
     They are what a run with `--activations dense` hands to its pruner.
@@ -115,11 +116,15 @@ def test_streamed_statistics_are_those_of_full_autograd_to_the_bit(
         assert torch.equal(norms[name], expected_norms[name]), name
 
 
+@pytest.fixture(scope="module")
+def plain(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return stream_statistics(case, tmp_path_factory.mktemp("plain") / "out", "l1")
+
+
 @pytest.mark.parametrize(("interval", "limit"), [(2, None), (3, 1 << 14), (1, 1)])
 def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
-    case: Case, interval: int, limit: int | None, tmp_path: Path
+    case: Case, interval: int, limit: int | None, plain: Statistics, tmp_path: Path
 ) -> None:
-    plain = stream_statistics(case, tmp_path / "plain", "l1")
     choices = Choices(boundary_interval=interval, accumulator_bytes=limit)
     other = stream_statistics(case, tmp_path / "other", "l1", choices)
     assert plain[0] == other[0]
