@@ -133,17 +133,23 @@ def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("activations", ["pruned", "dense"])
 @pytest.mark.parametrize(
-    ("method", "norm", "sparsity", "n_of_m"),
+    ("method", "norm", "sparsity", "n_of_m", "activations"),
     [
-        ("gblm", "l1", "0.5", None),
-        ("gblm", "l2", None, (2, 4)),
-        ("wanda", "l1", "0.6", None),
-        ("gradient", "l2", "0.3", None),
-        ("magnitude", "l1", "0.5", None),
-        ("sparsegpt", "l1", "0.5", None),
-        ("sparsegpt", "l1", None, (2, 4)),
+        ("gblm", "l1", "0.5", None, "pruned"),
+        ("gblm", "l1", "0.5", None, "dense"),
+        ("gblm", "l2", None, (2, 4), "dense"),
+        ("wanda", "l1", "0.6", None, "pruned"),
+        ("gradient", "l2", "0.3", None, "pruned"),
+        ("magnitude", "l1", "0.5", None, "pruned"),
+        ("sparsegpt", "l1", "0.5", None, "dense"),
+        ("sparsegpt", "l1", None, (2, 4), "pruned"),
+        pytest.param("gblm", "l2", None, (2, 4), "pruned", marks=pytest.mark.slow),
+        pytest.param("wanda", "l1", "0.6", None, "dense", marks=pytest.mark.slow),
+        pytest.param("gradient", "l2", "0.3", None, "dense", marks=pytest.mark.slow),
+        pytest.param("magnitude", "l1", "0.5", None, "dense", marks=pytest.mark.slow),
+        pytest.param("sparsegpt", "l1", "0.5", None, "pruned", marks=pytest.mark.slow),
+        pytest.param("sparsegpt", "l1", None, (2, 4), "dense", marks=pytest.mark.slow),
     ],
 )
 def test_streamed_pruning_writes_what_pruning_in_memory_gives(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,19 +44,26 @@ def written(output: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
 
 
-@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.fixture(scope="module", params=product(["llama", "mixtral"], ["pruned", "dense"]), ids=str)
+def job(
+    request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What is asked for, and what a run writes that chooses for itself."""
+    architecture, activations = request.param
+    folder = tmp_path_factory.mktemp("plain")
+    asked = {"activations": activations, "calibration": str(text_file), **SIZE}
+    asked["model"] = save_tiny(architecture, folder / "model")
+    lowmem_gblm.prune(output=folder / "out", **asked)
+    return asked, written(folder / "out")
+
+
 @pytest.mark.parametrize("choices", EXACT.values(), ids=EXACT)
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_exact_choices_change_no_bit(
-    architecture: str, choices: Choices, activations: str, choose, text_file: Path, tmp_path: Path
-) -> None:
-    model = save_tiny(architecture, tmp_path / "model")
-    options = {"activations": activations, "calibration": str(text_file), **SIZE}
-    lowmem_gblm.prune(model, tmp_path / "plain", **options)
+def test_exact_choices_change_no_bit(job, choices: Choices, choose, tmp_path: Path) -> None:
+    asked, plain = job
     choose(choices)
-    record = lowmem_gblm.prune(model, tmp_path / "other", **options)
+    record = lowmem_gblm.prune(output=tmp_path / "other", **asked)
     assert record["choices"]["boundary_interval"] == choices.boundary_interval
-    plain, other = written(tmp_path / "plain"), written(tmp_path / "other")
+    other = written(tmp_path / "other")
     assert plain.keys() == other.keys()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
