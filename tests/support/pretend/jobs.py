@@ -15,7 +15,10 @@ PRETENDS = "LOWMEM_GBLM_TESTS_PRETEND"
 
 
 def in_process(module: str, asked: Any, *, timeout_s: float = 600) -> Any:
-    """Run a module of this package on a JSON value; return the JSON value that it prints."""
+    """Run a module of this package on a JSON value; return the JSON value that it prints.
+
+    A fork would not do: after a backward pass, autograd takes no further device.
+    """
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", f"support.pretend.{module}"],
