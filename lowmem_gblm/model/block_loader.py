@@ -101,34 +101,33 @@ class BlockLoader:
         self._kind = compute_weights
         ahead = choices.copy_ahead and is_accelerator(streamed.device)
         self._side = CopyStream(streamed.device) if ahead else None
-        self._buffers = _Buffers(
-            1 + choices.read_ahead,
-            max(self._room(names) for names in streamed.block_tensors),
-            streamed.device,
-        )
+        self._buffer_count = 1 + choices.read_ahead
+        self._buffer_bytes = max(self._room(names) for names in streamed.block_tensors)
 
     def stream(self, order: Sequence[int]) -> Generator[Block, None, None]:
         """Make the blocks of `order` resident; a block is freed when the next one is asked for."""
         if not order:
             return
+        # Between streams they are not held: embeddings and head have the memory then.
+        buffers = _Buffers(self._buffer_count, self._buffer_bytes, self._streamed.device)
         with worker("read-ahead") as reader:
             try:
-                pending = [reader.submit(self._read, index) for index in order[:1]]
+                pending = [reader.submit(self._read, index, buffers) for index in order[:1]]
                 for index, following in zip(order, [*order[1:], None], strict=True):
                     with self._progress.waiting():
                         arrived = pending.pop().result()
                     if following is not None:
-                        pending.append(reader.submit(self._read, following))
+                        pending.append(reader.submit(self._read, following, buffers))
                     users: list[Future[Any]] = []
                     yield self._resident(index, arrived, users)
                     self._streamed.free_block(index)
                     # The consumer may still hold the Block; its tensors are released all the same.
                     arrived.raw.clear()
-                    self._buffers.give_back(arrived.buffer, users)
+                    buffers.give_back(arrived.buffer, users)
                     give_back_freed()
             except BaseException:
                 # Wherever the exception came from: the reader must not wait for a buffer for ever.
-                self._buffers.stop()
+                buffers.stop()
                 raise
 
     def _resident(self, index: int, arrived: _Arrived, pending: list[Future[Any]]) -> Block:
@@ -148,9 +147,9 @@ class BlockLoader:
         self._streamed.packed[index] = packed
         return replace(block, packed=packed)
 
-    def _read(self, index: int) -> _Arrived:
+    def _read(self, index: int, buffers: _Buffers) -> _Arrived:
         """Return the tensors of a block; called in the reading thread."""
-        buffer = self._buffers.take()
+        buffer = buffers.take()
         raw: dict[str, Tensor] = {}
         position = 0
         for name in self._streamed.block_tensors[index]:

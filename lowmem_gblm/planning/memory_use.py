@@ -94,6 +94,8 @@ def _outside(at: Footprint, work: Workload, choices: Choices) -> None:
     at.host["embeddings and head"] = sizes.rest_bytes
     if work.on_gpu:
         at.gpu["embeddings and head"] = converted
+        # torch keeps pinned memory for the next sweep.
+        at.host["blocks as read"] = _as_read(work, choices) * (at.name == "head")
     elif not work.shares_memory:
         at.host["embeddings and head"] += converted
     needed = 8 * work.seqlen * sizes.hidden_size * max(work.itemsize, FLOAT32_BYTES)
@@ -150,8 +152,7 @@ def _finish(at: Footprint, work: Workload, choices: Choices) -> None:
 def _blocks(at: Footprint, work: Workload, choices: Choices) -> None:
     sizes = work.sizes
     block, weights = max(sizes.block_bytes), max(sizes.prunable)
-    read = _pinned(block) if work.on_gpu else block
-    at.host["blocks as read"] = read * (1 + (choices.read_ahead and sizes.depth > 1))
+    at.host["blocks as read"] = _as_read(work, choices)
     if work.resident_bits is not None:
         # The remaining tensors of the block stay unpacked, and one matrix is unpacked at a time.
         packed = int(weights * _PACKED_BYTES[work.resident_bits]) + max(0, block - 2 * weights)
@@ -164,6 +165,13 @@ def _blocks(at: Footprint, work: Workload, choices: Choices) -> None:
         at.gpu["resident block"] = block * copies + converted
     elif not work.shares_memory:
         at.host["resident block"] = weights * work.itemsize
+
+
+def _as_read(work: Workload, choices: Choices) -> int:
+    """Return the bytes of the buffers into which blocks are read: one more to read ahead."""
+    block = max(work.sizes.block_bytes)
+    count = 1 + (choices.read_ahead and work.sizes.depth > 1)
+    return count * (_pinned(block) if work.on_gpu else block)
 
 
 def _pinned(size_bytes: int) -> int:
