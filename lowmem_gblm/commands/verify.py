@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_gblm.commands.promised_groups import contradictions, cut, promised_groups
+from lowmem_gblm.commands.pruned_record import read_record
 from lowmem_gblm.errors import CheckpointError, VerificationError
 from lowmem_gblm.storage.checkpoint import checksums
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
@@ -18,7 +19,6 @@ from lowmem_gblm.storage.hub import locate
 
 NAMED = 10
 _CONFIG = "config.json"
-_KEYS = ("tensors", "sparsity", "sparsity_measured", "pattern", "group", "updates_weights")
 
 _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
 
@@ -33,13 +33,7 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     zeros than asked beyond those that the source had, every side file as it was.
     """
     folder = locate(output)
-    if not (folder / RECORD).exists():
-        raise CheckpointError(
-            f"{folder} has no {RECORD}: it was not made by lowmem-gblm prune, and there is nothing "
-            f"to verify it against"
-        )
-    record = read_json(folder / RECORD)
-    _check_record(record)
+    record = read_record(folder)
     hashes = record.get("shards", {})
     changed = list(checksums.hash_violations(folder, hashes))
     checkpoint = _readable(folder, changed)
@@ -174,29 +168,6 @@ def _index_violations(
     if record.get("in_place") is True:
         strays &= record.get("shards", {}).keys()
     yield from (f"{stray} is not named in {INDEX}" for stray in sorted(strays))
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Raise `CheckpointError` if pruning.json is not what this tool writes."""
-    missing = [key for key in _KEYS if key not in record]
-    if missing:
-        raise CheckpointError(f"{RECORD} lacks {', '.join(missing)}")
-    try:
-        for one in record["tensors"].values():
-            valid = (
-                type(one["zeros"]) is int
-                and one["layout"] in ("in,out", "out,in")
-                and all(type(length) is int and length > 0 for length in one["shape"])
-            )
-            if not valid:
-                raise ValueError(f"not a description of a tensor: {one}")
-        if not record["tensors"]:
-            raise ValueError("no tensors")
-        list(contradictions(record))
-        if "shards" in record:
-            checksums.check_hashes(record["shards"])
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{RECORD} is not valid: {error!r}") from None
 
 
 def _record_violations(record: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
