@@ -32,6 +32,8 @@ from lowmem_gblm.runtime import machine, memory
 from lowmem_gblm.runtime.accelerator import peak_bytes
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
+from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
 from lowmem_gblm.storage.in_place_marker import check_complete
 from lowmem_gblm.storage.locking import OwnedFolder, model_lock, owner_of
@@ -65,6 +67,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Return the result, while the model is locked."""
     checkpoint, streamed = opened.checkpoint, opened.streamed
+    job = _pruned_by(checkpoint.folder)
     seqlen = resolve_seqlen(request.seqlen, opened.positions)
     memory.settle_allocator(opened.boundary_bytes(seqlen))
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=request.trust_remote_code)
@@ -108,6 +111,7 @@ def _evaluated(
         )
     return {
         "model": request.model,
+        "job": job,
         "text": request.evaluation_text,
         "seqlen": seqlen,
         "windows": count,
@@ -119,6 +123,12 @@ def _evaluated(
             "gpu_peak_bytes": peak_bytes(streamed.device),
         },
     }
+
+
+def _pruned_by(folder: Path) -> str | None:
+    """Return the job that has pruned a model, by which `report` knows the output; None if dense."""
+    record = folder / RECORD
+    return read_json(record).get("job") if record.is_file() else None
 
 
 def _losses(
