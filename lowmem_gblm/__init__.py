@@ -6,6 +6,7 @@ The Python API has the shape of the command line:
     >>> record = lowmem_gblm.prune("demo", "pruned", nsamples=16)
     >>> lowmem_gblm.evaluate("pruned", text="demo")["perplexity"]
     >>> lowmem_gblm.verify("pruned", against="demo")
+    >>> lowmem_gblm.report("pruned", html="masks.html")["headlines"]
     >>> lowmem_gblm.plan("demo", method="wanda")["flops"]
 
 Options are those of `lowmem-gblm prune --help`, as keywords with underscores. Every error that is
@@ -15,6 +16,7 @@ raised on purpose is a `LowmemGblmError`; its subclasses are in `lowmem_gblm.err
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
@@ -44,6 +46,7 @@ __all__ = [
     "evaluate",
     "plan",
     "prune",
+    "report",
     "verify",
 ]
 
@@ -152,3 +155,26 @@ def verify(
     from lowmem_gblm.commands.verify import verify as run
 
     return run(fspath(output), None if against is None else fspath(against))
+
+
+def report(
+    output: str | PathLike[str],
+    against: Iterable[str | PathLike[str]] = (),
+    html: str | PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measure the structure of the masks of `output`, and of others of the same model beside it.
+
+    Args:
+        output: Folder made by `prune`.
+        against: Other such folders.
+        html: File for a page that shows the numbers; an earlier report there is replaced.
+
+    Raises:
+        LowmemGblmError: A folder is no output, or one of another model, or the page cannot be
+            written there.
+    """
+    from lowmem_gblm.commands.report.pipeline import report as run
+
+    return run(
+        fspath(output), [fspath(one) for one in against], None if html is None else Path(html)
+    )

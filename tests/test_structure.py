@@ -43,7 +43,7 @@ BANNED = re.compile(
     r"|waits? (in|between)|met|claims?|whole|nights?|nobody|somebody|persons?|so much)\b",
     re.IGNORECASE,
 )
-ARITHMETIC = ("methods", "planning", "commands.request")
+ARITHMETIC = ("methods", "planning", "commands.request", "commands.report.structure")
 ERRORS = {name for name, one in vars(errors).items() if isinstance(one, type)}
 
 

@@ -171,6 +171,14 @@ def _verify(arguments: argparse.Namespace) -> _Outcome:
     return _Outcome(result, [line, *(f"note: {note}" for note in result["notes"])])
 
 
+def _report(arguments: argparse.Namespace) -> _Outcome:
+    from lowmem_gblm.commands.report.pipeline import report
+
+    result = report(arguments.output, arguments.against, arguments.html)
+    written = [f"the report is {arguments.html}"] if arguments.html else []
+    return _Outcome(result, [*result["headlines"], *written])
+
+
 def _compare(arguments: argparse.Namespace) -> _Outcome:
     request = request_from(PruneRequest, arguments, method_options={})
     return _compared(arguments, request, Path(arguments.output))
@@ -273,6 +281,13 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
     command.add_argument("--against", metavar="MODEL", help="the model it was made from")
+
+    command = _command(commands, "report", _report, "the structure of masks, on a page")
+    command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
+    command.add_argument(
+        "--against", metavar="OTHER", nargs="+", default=[], help="other outputs of the same model"
+    )
+    command.add_argument("--html", metavar="FILE", type=Path, help="the page to write [none]")
 
     command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
     command.set_defaults(
