@@ -208,6 +208,8 @@ def test_recorded_bytes_are_those_of_the_files(pruned):
     written = sum(path.stat().st_size for path in pruned.output.glob("*.safetensors"))
     assert pruned.record["bytes"]["written"] == written
     assert pruned.record["bytes"]["read"] > 3 * 0.9 * written
+    assert pruned.record["bytes_planned"]["read"] == pruned.record["bytes"]["read"]
+    assert pruned.record["bytes_planned"]["written"] == pytest.approx(written, rel=0.05)
 
 
 def test_flops_are_twelve_per_active_weight_and_token_but_for_the_last_block(pruned):

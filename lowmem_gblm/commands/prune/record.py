@@ -48,6 +48,7 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
             "gpu_planned_bytes": predicted.gpu_bytes,
         },
         "bytes": {"read": run.checkpoint.bytes_read, "written": run.output.bytes_written},
+        "bytes_planned": {"read": setup.plan.read_bytes, "written": setup.plan.output_bytes},
         "choices": asdict(setup.plan.choices),
         "flops": setup.plan.flops,
         "versions": versions(),
