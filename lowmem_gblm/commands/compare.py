@@ -13,7 +13,7 @@ from lowmem_gblm.commands.request import EvalRequest, PruneRequest
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import option_owners
 from lowmem_gblm.runtime.progress import Listener
-from lowmem_gblm.storage.checkpoint.writer import check_absent
+from lowmem_gblm.storage.pending_folder import check_absent
 
 Announce = Callable[[str], None]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.storage.checkpoint.writer import check_absent
 from lowmem_gblm.storage.in_place import check_confirmed
 from lowmem_gblm.storage.job_state import forget_finished
+from lowmem_gblm.storage.pending_folder import check_absent
 
 
 @dataclass(frozen=True, kw_only=True)

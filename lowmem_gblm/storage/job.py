@@ -17,10 +17,10 @@ from typing import Any
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.storage import job_state
 from lowmem_gblm.storage.atomic import flush_folder, publish_json
-from lowmem_gblm.storage.checkpoint.writer import partial_folder
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import is_about
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
+from lowmem_gblm.storage.pending_folder import partial_folder
 
 
 class Job:

@@ -9,10 +9,10 @@ from typing import Any
 from lowmem_gblm.errors import CheckpointError, JobError
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
-from lowmem_gblm.storage.checkpoint.writer import check_absent, partial_folder
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import check_complete, is_about, remove_marker
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
+from lowmem_gblm.storage.pending_folder import check_absent, partial_folder
 
 DESCRIPTION = "job.json"
 JOURNAL = "journal"

@@ -6,7 +6,6 @@ raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain
@@ -15,13 +14,12 @@ from typing import Any
 
 import torch
 
-from lowmem_gblm.errors import JobError
 from lowmem_gblm.runtime.background import SerialWorker
-from lowmem_gblm.storage.atomic import publish_file, publish_folder, publish_json
+from lowmem_gblm.storage.atomic import publish_file, publish_json
 from lowmem_gblm.storage.checkpoint.file_access import RECORD, ordinary_file, side_files
 from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, TensorEntry
 from lowmem_gblm.storage.checkpoint.reader import INDEX, Checkpoint, raw_bytes
-from lowmem_gblm.storage.locking import OwnedFolder
+from lowmem_gblm.storage.pending_folder import PendingFolder
 from lowmem_gblm.storage.raw_io import Bytes, checked, file_pieces, summary
 
 
@@ -45,26 +43,19 @@ class CheckpointWriter:
         owner: str,
         keep: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        self.final = final
-        check_absent(final)
         self.shards = dict(keep or {})
-        self.partial = partial_folder(final)
         self.bytes_written = 0
         self._source = source
         self._blocks = blocks
         in_blocks = {name for names in blocks for name in names}
         self._rest = [name for name in source.tensors if name not in in_blocks]
-        self._folder = OwnedFolder(self.partial, owner)
-        self._clean()
+        self._folder = PendingFolder(final, owner, self.shards)
         self._writer = SerialWorker("write-block")
 
     def close(self, *, keep: bool) -> None:
         """Stop writing; an unpublished output is kept for another attempt, or removed."""
         self._writer.close()
-        if self.partial.exists() and not keep:
-            self._folder.remove()
-        else:
-            self._folder.close()
+        self._folder.close(keep=keep)
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
         """Return the entries of `shards` for these written blocks, for the journal."""
@@ -92,27 +83,15 @@ class CheckpointWriter:
         self._write_shard(len(self._blocks), entries, checked(pieces, check))
         for path in side_files(self._source.folder):
             ordinary_file(self._source.folder, path)
-            copy = self.partial / path.relative_to(self._source.folder)
+            copy = self._folder.path / path.relative_to(self._source.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             publish_file(copy, checked(file_pieces(path), check))
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write `record` as pruning.json, then the index; rename the folder."""
-        publish_json(self.partial / RECORD, record, "the record")
-        publish_json(self.partial / INDEX, self._index(), "the index")
-        publish_folder(self.partial, self.final)
-        self._folder.release(self.final)
-
-    def _clean(self) -> None:
-        self._folder.empty(but=self.shards)
-        for shard, finished in self.shards.items():
-            path = self.partial / shard
-            if not path.is_file() or path.stat().st_size != finished["bytes"]:
-                self._folder.close()
-                raise JobError(
-                    f"{path} was written by an interrupted run and is missing or damaged: look at "
-                    f"the disk; to start over, remove {self.partial} and the work folder"
-                )
+        publish_json(self._folder.path / RECORD, record, "the record")
+        publish_json(self._folder.path / INDEX, self._index(), "the index")
+        self._folder.publish()
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}.safetensors"
@@ -133,7 +112,7 @@ class CheckpointWriter:
         self._write_shard(index, entries, tensor_data(entries, tensors))
 
     def _write_shard(self, index: int, entries: list[TensorEntry], data: Iterable[Bytes]) -> None:
-        path = self.partial / self._shard(index)
+        path = self._folder.path / self._shard(index)
         self.shards[path.name] = publish_shard(path, entries, data, "the shard")
         self.bytes_written += self.shards[path.name]["bytes"]
 
@@ -149,17 +128,6 @@ def shard_summary(source: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
     """Return the summary of a shard that holds these tensors as the source has them."""
     header = _header([source.tensors[name] for name in names])
     return summary(chain([header], *map(source.pieces, names)))
-
-
-def partial_folder(final: Path) -> Path:
-    """Return the folder that an output is written to until it is complete."""
-    return final.with_name(f"{final.name}.partial")
-
-
-def check_absent(final: Path) -> None:
-    """Raise `JobError` if the output exists: nothing is ever overwritten."""
-    if os.path.lexists(final):
-        raise JobError(f"{final} exists already: choose another OUTPUT, or move it away")
 
 
 def _header(entries: Iterable[TensorEntry]) -> bytes:
