@@ -87,7 +87,7 @@ class DeviceError(LowmemGblmError):
 
 
 class JobError(LowmemGblmError):
-    """The output exists already, or is being written by another job."""
+    """The output exists, or is another job's; or saved statistics do not serve."""
 
     exit_code = 5
 

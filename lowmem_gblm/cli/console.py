@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lowmem_gblm.cli.streams import write
@@ -85,11 +85,13 @@ def prune_lines(record: dict[str, Any], output: str) -> list[str]:
     """Return the lines that `prune` prints when it is done."""
     used = record["memory"]
     gpu = f", {gibibytes(used['gpu_peak_bytes'])} GPU" if used["gpu_peak_bytes"] else ""
+    saved = record["statistics"]["saved_in"]
     return [
         *(f"note: {note}" for note in record["notes"]),
         f"pruned {len(record['tensors'])} tensors with {record['method']} to "
         f"{record['sparsity_measured']:.2%} zeros in {record['seconds']['total']:.1f} s, "
         f"peak {gibibytes(used['host_peak_bytes'])} host memory{gpu}",
+        *([] if saved is None else [f"the statistics are {saved}"]),
         f"the checkpoint is {output}",
     ]
 
@@ -101,8 +103,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         "host memory": _at_least(plan, "host_bytes"),
         "GPU memory": _at_least(plan, "gpu_bytes") if plan["predicted"]["gpu_bytes"] else "none",
         "disk space": _at_least(plan, "disk_bytes"),
-        "of that": f"{gibibytes(plan['output_bytes'])} output, "
-        f"{gibibytes(plan['spill_bytes'])} work folder at its fullest",
+        "of that": ", ".join(_folders(plan)),
         "read": gibibytes(plan["read_bytes"]),
         "written": gibibytes(plan["written_bytes"]),
         "arithmetic": f"{plan['flops'] / 1e12:.3g} TFLOP",
@@ -116,6 +117,13 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         rows["disk rate"] = f"{gibibytes(rate)}/s keep {stage} from waiting"
         rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"
     return [*(f"{name:12} {value}" for name, value in rows.items()), *plan["reasons"]]
+
+
+def _folders(plan: dict[str, Any]) -> Iterator[str]:
+    yield f"{gibibytes(plan['output_bytes'])} output"
+    yield f"{gibibytes(plan['spill_bytes'])} work folder at its fullest"
+    if plan["statistics_bytes"]:
+        yield f"{gibibytes(plan['statistics_bytes'])} saved statistics"
 
 
 def _at_least(plan: dict[str, Any], name: str) -> str:

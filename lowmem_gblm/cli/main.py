@@ -32,6 +32,7 @@ _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _TAKES_MODEL = ("prune", "plan", "eval", "compare")
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
+_STATISTICS = ("save_statistics", "statistics_dtype", "statistics")
 _PROGRAM = "lowmem-gblm"
 _ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
 _NOTHING_LEFT = "Nothing half-done is left. To begin again"
@@ -238,7 +239,8 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
         description="Prune large language models with gradients, one decoder block in memory at "
         "a time.",
         epilog="Exit codes: 0 done, 2 bad request or failing disk, 3 checkpoint unusable, 4 does "
-        "not fit the budget or on the disk, 5 output exists or is in use, 6 non-finite numbers, "
+        "not fit the budget or on the disk, 5 output exists or is in use, or statistics do not "
+        "serve, 6 non-finite numbers, "
         "7 verification failed, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
@@ -276,7 +278,9 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     )
     command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
     command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
-    add_options(command, PruneRequest, without=("method", *_IN_PLACE), methods=methods)
+    add_options(
+        command, PruneRequest, without=("method", *_IN_PLACE, *_STATISTICS), methods=methods
+    )
 
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.locking import size_on_disk
+from lowmem_gblm.storage.pending_folder import partial_folder
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 from lowmem_gblm.sweeps.statistics.gradient import TILE, TILE_ON_GPU
 
@@ -116,10 +117,7 @@ def _sizes(opened: OpenModel, weights: Sequence[list[PrunableWeight]]) -> ModelS
 
 def budget_of(resources: Resources, device: torch.device, folders: Collection[Path]) -> Budget:
     """Return what a run that writes to `folders` may take: as asked, else what is free."""
-    disks: list[Path] = []
-    for folder in folders:
-        if not any(machine.same_disk(folder, other) for other in disks):
-            disks.append(folder)
+    disks = [disk[0] for disk in _by_disk(folders)]
     gpu = resources.gpu_memory
     if gpu is None and is_accelerator(device) and is_here(device):
         gpu = free_bytes(device)
@@ -142,21 +140,59 @@ def limited(budget: Budget, planned: Plan, device: torch.device, stop: StopFlag)
         yield
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a folder of a run needs of its disk; `written` is its place until it is complete."""
+
+    what: str
+    needed: int
+    folder: Path
+    written: Path
+    option: str
+
+
+def _shares(plan: Plan, paths: Paths) -> list[list[_Share]]:
+    """Return what a run needs of every disk."""
+    stored, saved = paths.work_folder, paths.statistics
+    what_is_stored = "what is stored between passes"
+    shares = [
+        _Share("the output", plan.output_bytes, paths.output, paths.partial, "OUTPUT"),
+        _Share(what_is_stored, plan.spill_bytes, stored, stored, "--work-dir"),
+    ]
+    if saved is not None:
+        what, size = "what is saved for later runs", plan.statistics_bytes
+        shares.append(_Share(what, size, saved, partial_folder(saved), "--save-statistics"))
+    by_folder = {share.folder: share for share in shares}
+    return [[by_folder[folder] for folder in disk] for disk in _by_disk(by_folder)]
+
+
+def _by_disk(folders: Iterable[Path]) -> list[list[Path]]:
+    """Return the folders, those on one disk together."""
+    disks: list[list[Path]] = []
+    for folder in folders:
+        for disk in disks:
+            if machine.same_disk(disk[0], folder):
+                disk.append(folder)
+                break
+        else:
+            disks.append([folder])
+    return disks
+
+
 def check_disks(plan: Plan, paths: Paths) -> None:
-    """Raise `BudgetError` if output and work folder are on two disks and one is too small."""
-    output, work_folder = paths.output, paths.work_folder
-    if machine.same_disk(output, work_folder):
-        return
-    # The files of an earlier attempt take space that is no longer free, and are in the plan.
-    for what, needed, folder, written, option in (
-        ("the output", plan.output_bytes, output, paths.partial, "OUTPUT"),
-        ("what is stored between passes", plan.spill_bytes, work_folder, work_folder, "--work-dir"),
-    ):
-        free = machine.free_disk_bytes(folder) + size_on_disk(written)
+    """Raise `BudgetError` if a run writes to several disks and one is too small."""
+    disks = _shares(plan, paths)
+    for disk in disks if len(disks) > 1 else []:
+        # The files of an earlier attempt take space that is no longer free, and are in the plan.
+        free = machine.free_disk_bytes(disk[0].folder)
+        free += sum(size_on_disk(share.written) for share in disk)
+        needed = sum(share.needed for share in disk)
         if needed > free:
+            what = " and ".join(share.what for share in disk)
             raise BudgetError(
-                f"{what} needs {gibibytes(needed)} of disk space in {folder.parent}, "
-                f"{gibibytes(free)} are free: make room, or choose another {option}"
+                f"{what} need{'s' * (len(disk) == 1)} {gibibytes(needed)} of disk space in "
+                f"{disk[0].folder.parent}, {gibibytes(free)} are free: make room, or choose "
+                f"another {' or '.join(share.option for share in disk)}"
             )
 
 
@@ -165,13 +201,12 @@ def still_needed(plan: Plan, paths: Paths, failed: Path) -> str:
 
     `failed` is the file that could not be written, which tells the disk if there are two.
     """
-    work_folder, partial = paths.work_folder, paths.partial
-    if machine.same_disk(paths.output, work_folder):
-        needed, written = plan.predicted.disk_bytes, [work_folder, partial]
-    elif failed.is_relative_to(work_folder):
-        needed, written = plan.spill_bytes, [work_folder]
-    else:
-        needed, written = plan.output_bytes, [partial]
+    disks = _shares(plan, paths)
+    own = (disk for disk in disks if any(failed.is_relative_to(one.written) for one in disk))
+    disk = next(own, disks[0])
+    written = [share.written for share in disk]
+    alone = len(disks) == 1
+    needed = plan.predicted.disk_bytes if alone else sum(share.needed for share in disk)
     missing = needed - sum(map(size_on_disk, written))
     if missing <= 0:
         return ""

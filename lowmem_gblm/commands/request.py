@@ -15,9 +15,11 @@ from lowmem_gblm.methods.masks import Pattern, parse_pattern
 from lowmem_gblm.options import check_choices, flag_of, option
 from lowmem_gblm.planning.globs import as_globs
 from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.planning.sizes import STORES
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
+_FOLDERS = ("output", "work_dir", "save_statistics", "statistics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,17 @@ class PruneRequest(TextOptions):
         "what a block's input norms come from: the model pruned so far, or the dense one",
         choices=("pruned", "dense"),
     )
+    save_statistics: Path | None = option(
+        None, "save what weights are ranked by for later runs, in a new folder", identity=False,
+        parse=Path, metavar="DIR",
+    )  # fmt: skip
+    statistics_dtype: str = option(
+        "float32", "of gradient magnitudes that are saved", choices=tuple(STORES)
+    )
+    statistics: Path | None = option(
+        None, "rank weights by what an earlier run has saved, as far as that serves",
+        identity=False, parse=Path, metavar="DIR",
+    )  # fmt: skip
     accept_other_rounding: bool = option(
         False, "resume an interrupted job on another device than it was begun on",
         identity=False, parse=bool,
@@ -94,11 +107,15 @@ class PruneRequest(TextOptions):
         _ = self.options
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_globs(name, getattr(self, name)))
+        for name in _FOLDERS:
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))
         if self.nsamples < 1:
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:
             raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
         self._check_place()
+        self._check_statistics()
         self._check_names()
         _ = self.target
 
@@ -114,6 +131,20 @@ class PruneRequest(TextOptions):
             )
         elif self.model == DEMO:
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
+
+    def _check_statistics(self) -> None:
+        if self.save_statistics is None:
+            if self.statistics_dtype != "float32":
+                raise RequestError("--statistics-dtype needs --save-statistics")
+        elif self.statistics is not None:
+            raise RequestError(
+                "--statistics takes what --save-statistics has saved already: give one of the two"
+            )
+        elif self.in_place:
+            raise RequestError(
+                "--save-statistics is for other runs with the dense model, and --in-place leaves "
+                "none: give one of the two"
+            )
 
     def _check_names(self) -> None:
         """Raise `RequestError` for a name or an option that is not UTF-8, as JSON has to be."""
@@ -191,7 +222,7 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
     asked = {one.name: getattr(request, one.name) for one in fields(request)}
     if Path(request.model).exists():
         asked["model"] = str(Path(request.model).absolute())
-    for name in ("output", "work_dir"):
+    for name in _FOLDERS:
         if asked[name] is not None:
             asked[name] = str(asked[name].absolute())
     # With its meaning: a model called "demo" has the embedded text, its full name has not.
@@ -211,9 +242,6 @@ def request_from_json(asked: Mapping[str, Any]) -> PruneRequest:
             f"the job was begun by another version of lowmem-gblm, whose options are not those of "
             f"this one ({shown(', '.join(differing))}): resume it with that version"
         )
-    for name in ("output", "work_dir"):
-        if values[name] is not None:
-            values[name] = Path(values[name])
     return PruneRequest(**values)
 
 

@@ -126,11 +126,13 @@ def _reverse(at: Footprint, work: Workload, choices: Choices) -> None:
     _carried(at, work, choices)
     if work.schedule.prune_in == "reverse":
         _activations(at, work)
+        _saved_statistics(at, work)
 
 
 def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
     _blocks(at, work, choices)
     _activations(at, work)
+    _saved_statistics(at, work)
     running = _forward(work) if work.schedule.prune_forwards else 0
     deciding = _deciding(work, choices)
     computing = _computing(at, work)
@@ -190,6 +192,14 @@ def _activations(at: Footprint, work: Workload) -> None:
     held = work.activations.entries + work.activations.largest_entries
     if held:
         _computing(at, work)["statistics of activations"] = held * FLOAT32_BYTES
+
+
+def _saved_statistics(at: Footprint, work: Workload) -> None:
+    """Add a statistic on its way to its file, or from it: as stored, and in float32."""
+    if work.statistic_bytes:
+        at.host["one saved statistic"] = 2 * work.statistic_bytes
+        if work.on_gpu and work.takes:
+            at.gpu["one saved statistic"] = 2 * work.statistic_bytes
 
 
 def _deciding(work: Workload, choices: Choices) -> int:

@@ -64,9 +64,9 @@ def refusal(
     """Return what is missing, its parts, and what would fit instead."""
     host = max(leanest, key=lambda at: at.host_bytes)
     gpu = max(leanest, key=lambda at: at.gpu_bytes)
-    output = work.sizes.total_bytes * work.writes
-    stored = max(0, minimum.disk_bytes - output)
-    disk = {"output": output, "stored between passes": stored}
+    output, saved = work.sizes.total_bytes * work.writes, sum(work.saves)
+    stored = max(0, minimum.disk_bytes - output - saved)
+    disk = {"output": output, "stored between passes": stored, "saved statistics": saved}
     needs = (
         (f"host memory in {host.name}", minimum.host_bytes, budget.host_bytes, host.host),
         (f"GPU memory in {gpu.name}", minimum.gpu_bytes, budget.gpu_bytes, gpu.gpu),

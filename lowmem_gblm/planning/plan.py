@@ -11,7 +11,7 @@ from lowmem_gblm.planning.sizes import Choices
 class Budget:
     """Bytes that may be used; None for no limit.
 
-    They are those of the complete process, its GPU context included, and of output and work folder.
+    They are those of the complete process, its GPU context included, and of all folders it writes.
     """
 
     host_bytes: int | None = None
@@ -38,8 +38,9 @@ class Plan:
         host_spill_bytes: Host memory that holds what would otherwise be stored in the work folder.
         boundary_bytes, magnitude_bytes: Most that is stored between passes, of either kind.
         spill_bytes: Most that is stored in the work folder at once.
-        read_bytes: Tensor data read from the checkpoint.
-        written_bytes: Bytes written to the output and to the work folder.
+        statistics_bytes: Bytes of the statistics that are saved for later runs.
+        read_bytes: Tensor data read from the checkpoint, and from the statistics of an earlier run.
+        written_bytes: Bytes written to the output, to the work folder and to saved statistics.
         flops: Multiplications and additions with weights of decoder blocks.
         seconds: Seconds of every pass; None if the machine was not measured.
         disk_rate: The sweep that asks the most of the disk, and the bytes a second with which it
@@ -57,6 +58,7 @@ class Plan:
     magnitude_bytes: int
     spill_bytes: int
     output_bytes: int
+    statistics_bytes: int
     read_bytes: int
     written_bytes: int
     flops: int

@@ -183,6 +183,7 @@ def _made(
         magnitude_bytes=stored.magnitudes,
         spill_bytes=stored.on_disk(0) if work.rewrites else max(0, stored.stored - room),
         output_bytes=work.sizes.total_bytes * work.writes,
+        statistics_bytes=sum(work.saves),
         read_bytes=read_bytes(work, choices),
         written_bytes=written_bytes(work, choices),
         flops=sum(step_flops(step, work) for step in step_table(work, choices)),

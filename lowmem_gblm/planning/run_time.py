@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload
 from lowmem_gblm.planning.steps import Key, Step, step_table
-from lowmem_gblm.planning.totals import key_bytes, pruned_bytes, step_reads
+from lowmem_gblm.planning.totals import key_bytes, pruned_bytes, saved_bytes, step_reads
 
 # How often elementwise operations read or write a number: of the features in a forward pass, of
 # the logits, of the weights to decide about them.
@@ -76,7 +76,7 @@ class _Clock:
         steps = self._steps(stage)
         stored = [self._stored(step.reads) * max(1, step.forwards) for step in steps]
         reads = sum(step_reads(step, self._work) for step in steps) + sum(stored)
-        writes = sum(self._stored(step.writes) + pruned_bytes(step, self._work) for step in steps)
+        writes = sum(self._stored(step.writes) + self._written(step) for step in steps)
         return reads, writes
 
     def finish_s(self) -> float:
@@ -106,6 +106,9 @@ class _Clock:
         """Return the bytes of what is on the disk of these keys, and not held in host memory."""
         on_disk = [key for key in keys if key not in self._held]
         return sum(key_bytes(key, self._work, self._choices) for key in on_disk)
+
+    def _written(self, step: Step) -> int:
+        return pruned_bytes(step, self._work) + saved_bytes(step, self._work)
 
     def _beside_s(self, computing_s: float, read_bytes: float, write_bytes: float) -> float:
         """Return the seconds of computing with reading and writing beside it."""

@@ -106,6 +106,9 @@ class Workload:
         context_bytes: Memory of a GPU that its driver and its kernels take.
         samples_option: The option that `nsamples` is asked with.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
+        saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
+            an earlier run has saved; empty where there are none.
+        statistic_bytes: Bytes of the largest of these, in float32.
     """
 
     sizes: ModelSizes
@@ -126,6 +129,9 @@ class Workload:
     samples_option: str = "--nsamples"
     writes: bool = True
     rewrites: bool = False
+    saves: tuple[int, ...] = ()
+    takes: tuple[int, ...] = ()
+    statistic_bytes: int = 0
 
     @property
     def boundary_bytes(self) -> int:

@@ -14,6 +14,9 @@ interrupted run is its tail.
     prune    block i: reads boundary i of the pruned stream and the gradient magnitudes, writes
              boundary i + 1 and the pruned block
 
+A step that prunes a block also saves its statistics for later runs, or takes what an earlier run
+has saved, if that is asked for.
+
 `Step.drops` follows from who reads what (`_with_drops`).
 """
 
@@ -98,6 +101,8 @@ class Step:
         forwards, backwards: How often every sample runs through the block, in either direction.
         weight_gradients: Whether gradients of the weights are computed.
         prunes: Whether the pruned tensors are written when the step is done.
+        saves, takes: Whether statistics of the block are saved for later runs, or are those that an
+            earlier run has saved.
         sums: Whether ranks add up what they have measured in the step.
     """
 
@@ -114,6 +119,8 @@ class Step:
     backwards: int = 0
     weight_gradients: bool = False
     prunes: bool = False
+    saves: bool = False
+    takes: bool = False
     sums: bool = False
 
     def ticks(self, depth: int, nsamples: int) -> int:
@@ -143,6 +150,7 @@ class Layout:
         streams: Streams of hidden states that the prune sweep carries.
         parts: Parts of a block that are pruned one after the other; each is measured by itself.
         durable_interval: Of the steps of "reverse" and "prune" every such one is durable.
+        saves, takes: Whether statistics are saved for later runs, or taken from an earlier one.
         rank, ranks: This process, and the processes that share the samples and write in turn.
     """
 
@@ -154,6 +162,8 @@ class Layout:
     streams: tuple[Stream, ...] = ("pruned",)
     parts: tuple[str, ...] = ("",)
     durable_interval: int = 1
+    saves: bool = False
+    takes: bool = False
     rank: int = 0
     ranks: int = 1
 
@@ -172,6 +182,8 @@ def step_table(work: Workload, choices: Choices) -> tuple[Step, ...]:
         stores_parts=limit is not None or choices.gradient_precision != "float32",
         unpruned=frozenset(block for block, weights in enumerate(sizes.prunable) if not weights),
         durable_interval=choices.durable_interval,
+        saves=bool(work.saves),
+        takes=bool(work.takes),
     )
     return steps(work.schedule, layout)
 
@@ -257,6 +269,7 @@ def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
             backwards=layout.gradient_parts,
             weight_gradients=True,
             prunes=prunes and layout.writes_block(block),
+            saves=layout.saves and prunes and pruned and layout.writes_block(block),
             sums=pruned,
         )
 
@@ -264,7 +277,7 @@ def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
 def _prune(schedule: Schedule, layout: Layout) -> Iterator[Step]:
     streams = layout.streams if schedule.prune_forwards else ()
     for block in range(layout.depth):
-        stored = schedule.stores_gradients and block not in layout.unpruned
+        pruned = block not in layout.unpruned
         for number, part in enumerate(layout.parts):
             last = number == len(layout.parts) - 1
             leaves = last and block + 1 < layout.depth
@@ -276,13 +289,15 @@ def _prune(schedule: Schedule, layout: Layout) -> Iterator[Step]:
                 part=part,
                 reads=(
                     *(boundary(stream, block) for stream in streams),
-                    *((magnitudes(block),) if stored else ()),
+                    *((magnitudes(block),) if schedule.stores_gradients and pruned else ()),
                 ),
                 writes=tuple(boundary(one, block + 1) for one in streams if leaves),
                 loads=1,
                 forwards=len(streams) * passes,
                 prunes=layout.writes_block(block),
-                sums=bool(streams) and block not in layout.unpruned,
+                saves=layout.saves and pruned and layout.writes_block(block),
+                takes=layout.takes and pruned,
+                sums=bool(streams) and pruned,
             )
 
 

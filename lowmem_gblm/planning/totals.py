@@ -11,7 +11,8 @@ from lowmem_gblm.planning.steps import Key, Step, step_table
 class Moment:
     """Bytes on the disk at the fullest moment of a step.
 
-    In place, `output` is the new tensors of the block that is being overwritten.
+    Saved statistics are part of `output`; in place, it is the new tensors of the block that is
+    being overwritten.
     """
 
     boundaries: int = 0
@@ -56,7 +57,7 @@ def disk_use(work: Workload, choices: Choices) -> DiskUse:
         for key in on_its_way:
             stored[key.is_per_sample] += key_bytes(key, work, choices)
         block = pruned_bytes(step, work)
-        output += block * work.writes
+        output += block * work.writes + saved_bytes(step, work)
         # In place, the new tensors of a block are overwritten beside the next step.
         on_disk = output + overwriting + block * work.rewrites
         moments.append(Moment(stored[True], stored[False], on_disk))
@@ -99,6 +100,11 @@ def pruned_bytes(step: Step, work: Workload) -> int:
     return work.sizes.block_bytes[step.block or 0] * step.prunes
 
 
+def saved_bytes(step: Step, work: Workload) -> int:
+    """Return the bytes of the statistics that a step saves for later runs."""
+    return work.saves[step.block or 0] if step.saves else 0
+
+
 def step_flops(step: Step, work: Workload) -> int:
     """Return the multiplications and additions of a step with weights of its block."""
     if step.block is None:
@@ -108,22 +114,26 @@ def step_flops(step: Step, work: Workload) -> int:
 
 
 def step_reads(step: Step, work: Workload) -> int:
-    """Return the bytes that a step reads from the checkpoint."""
+    """Return the bytes that a step reads from the checkpoint, and of saved statistics.
+
+    Statistics are read once more, for their hashes.
+    """
     if step.stage in ("embed", "head"):
         return work.sizes.rest_bytes
     blocks = work.sizes.block_bytes
-    return (sum(blocks) if step.block is None else blocks[step.block]) * bool(step.loads)
+    taken = 2 * work.takes[step.block or 0] if step.takes else 0
+    return (sum(blocks) if step.block is None else blocks[step.block]) * bool(step.loads) + taken
 
 
 def read_bytes(work: Workload, choices: Choices) -> int:
-    """Return the bytes read from the checkpoint; in place, all are read once more for hashes."""
+    """Return what `step_reads` adds up to; in place, the model is read once more for hashes."""
     copied = work.sizes.outside_bytes * work.writes
     checked = work.sizes.total_bytes * work.rewrites
     return sum(step_reads(step, work) for step in step_table(work, choices)) + copied + checked
 
 
 def written_bytes(work: Workload, choices: Choices) -> int:
-    """Return what a run writes to the output and to the work folder."""
+    """Return what a run writes to the output, to the work folder and to saved statistics."""
     table = step_table(work, choices)
     stored = sum(
         key_bytes(key, work, choices)
@@ -132,4 +142,5 @@ def written_bytes(work: Workload, choices: Choices) -> int:
         if key not in step.held
     )
     blocks = sum(pruned_bytes(step, work) for step in table)
+    stored += sum(work.saves)
     return stored + (blocks + work.sizes.outside_bytes) * work.writes + 2 * blocks * work.rewrites

@@ -132,7 +132,7 @@ class InPlaceWriter:
         entries = [self._source.tensors[name] for name in self._pruned[index]]
         path = self._job.folder / _file_name(index)
         holds = f"the new weights of block {index}"
-        data = tensor_data(entries, tensors)
+        data = tensor_data(entries, (tensors[entry.name] for entry in entries))
         self._published[path.name] = publish_shard(path, entries, data, holds)
 
     def _check_overwritten(self, keep: Mapping[str, dict[str, Any]]) -> None:

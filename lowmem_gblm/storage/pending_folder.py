@@ -17,10 +17,17 @@ class PendingFolder:
         owner: The job, as `storage.job.check_partial` reads it from the mark.
         keep: Files that an earlier attempt has finished, each with its `bytes`; all other files it
             left are removed.
+        option: The option that gives `final`, for the message if that exists.
     """
 
-    def __init__(self, final: Path, owner: str, keep: Mapping[str, dict[str, Any]]) -> None:
-        check_absent(final)
+    def __init__(
+        self,
+        final: Path,
+        owner: str,
+        keep: Mapping[str, dict[str, Any]],
+        option: str = "OUTPUT",
+    ) -> None:
+        check_absent(final, option)
         self.path = partial_folder(final)
         self._final = final
         self._own = OwnedFolder(self.path, owner)

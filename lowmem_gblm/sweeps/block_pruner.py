@@ -15,7 +15,7 @@ from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.runtime.accelerator import synchronize
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.sweeps.statistics import needed_statistics
-from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+from lowmem_gblm.sweeps.statistics.base import Measured
 from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
@@ -53,7 +53,7 @@ class BlockPruner:
     def prune(
         self,
         block: Block,
-        measured: Sequence[ActivationStatistic],
+        measured: Sequence[Measured],
         gradients: Iterable[Tensor | None],
     ) -> None:
         """Prune a block in place: `block.raw`, and its parameters alike.
@@ -102,12 +102,12 @@ class BlockPruner:
     def _statistics(
         self,
         weight: PrunableWeight,
-        measured: Sequence[ActivationStatistic],
+        measured: Sequence[Measured],
         gradient_OI: Tensor | None,
         derived: dict[object, Any],
     ) -> Statistics:
         """Return the statistics of a tensor: zeros for an expert that saw no token."""
-        found = {one.name: _part(one, weight) for one in measured}
+        found = {one.name: one.part(weight) for one in measured}
         needed = needed_statistics(self.method.needs_with(self.options))
         if needed.gradient is not None:
             found[needed.gradient.name] = gradient_OI
@@ -137,21 +137,6 @@ class BlockPruner:
                     self.pattern, weight.out_features, weight.in_features
                 ),
             }
-
-
-def _part(statistic: ActivationStatistic, weight: PrunableWeight) -> Tensor | None:
-    """Return the part of a result that belongs to a tensor; None for an expert without a token."""
-    result = statistic.result(weight.slot)
-    if result is None:
-        return None
-    parts = {"out": weight.outputs, "in": weight.inputs}
-    cut = result[tuple(slice(None) if isinstance(a, int) else parts[a] for a in statistic.axes)]
-    expected = statistic.shape(weight.out_features, weight.in_features)
-    assert tuple(cut.shape) == expected, (
-        f"the statistic {statistic.name!r} is {list(cut.shape)} for {weight}, its `axes` say "
-        f"{list(expected)}"
-    )
-    return cut
 
 
 def _apply(decision: Decision, target_OI: Tensor) -> None:

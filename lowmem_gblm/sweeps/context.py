@@ -30,6 +30,7 @@ from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.gradient_store import GradientStore
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.saved_statistics import StatisticsSaver, TakenStatistics
 from lowmem_gblm.sweeps.statistics import NeededStatistics
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
 
@@ -112,6 +113,8 @@ class PruneContext(SweepContext):
     Attributes:
         loss_scale: The factor of the loss on its way back.
         durable: Whether steps are written down; not where host memory stands in for the disk.
+        statistics, taken: What is measured, and what an earlier run has saved.
+        saver: Saves statistics for later runs; None if none are saved.
     """
 
     schedule: Schedule
@@ -125,6 +128,8 @@ class PruneContext(SweepContext):
     gradients: GradientStore
     output: BlockWriter
     pruner: BlockPruner
+    taken: TakenStatistics
+    saver: StatisticsSaver | None
     _since: float = field(default_factory=time.monotonic)
     _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
     _written: list[int] = field(default_factory=list)
@@ -133,15 +138,24 @@ class PruneContext(SweepContext):
         """Return fresh accumulators of the statistics of activations, for one block."""
         return [kind(nsamples) for kind in self.statistics.activations]
 
-    def gradients_of(self, block: Block) -> Iterable[Tensor | None]:
-        """Return the gradient magnitudes of the matrices of a block; empty if none are needed."""
-        return () if self.statistics.gradient is None else self.gradients.of_block(block)
-
-    def write(self, block: Block) -> None:
-        """Write a pruned block, beside what comes next."""
+    def prune(self, step: Step, block: Block, measured: Sequence[ActivationStatistic]) -> None:
+        """Prune a block by its statistics, and write it, beside what comes next."""
+        if step.saves and self.saver is not None:
+            with self.progress.waiting():
+                gradients = self._gradients_of(step, block)
+                self.saver.save(block, measured, gradients, self.progress.check)
+        known = [*measured, *(self.taken.activations if step.takes else ())]
+        self.pruner.prune(block, known, self._gradients_of(step, block))
+        self.gradients.release()
         with self.progress.waiting():
             block.pending.append(self.output.write_block(block.index, block.raw))
         self._written.append(block.index)
+
+    def _gradients_of(self, step: Step, block: Block) -> Iterable[Tensor | None]:
+        """Return the gradient magnitudes of the matrices of a block; empty if none are needed."""
+        if self.statistics.gradient is not None:
+            return self.gradients.of_block(block)
+        return self.taken.gradients_of(block) if step.takes else ()
 
     def finish(self, step: Step) -> None:
         """Make a step durable: its tensors, then its journal entry; then drop what is read no more.
@@ -170,17 +184,22 @@ class PruneContext(SweepContext):
             self.output.write_rest(self.progress.check)
             self.progress.step()
 
-    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Give the result its name, whatever interrupts; return `record` (pruning.json)."""
-        self._committer.begin(self._publish, record).result()
+    def publish(self, record: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+        """Give the results their names, whatever interrupts; return `record` (pruning.json).
+
+        `manifest` is what saved statistics are of; they come first, as the output ends the job.
+        """
+        self._committer.begin(self._publish, record, manifest).result()
         return record
 
     def close(self) -> None:
         """Let the step under way become durable."""
         self._committer.close()
 
-    def _publish(self, record: dict[str, Any]) -> None:
-        """Publish the result and forget the job, in the committing thread."""
+    def _publish(self, record: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Publish the results and forget the job, in the committing thread."""
+        if self.saver is not None:
+            self.saver.writer.publish(manifest)
         self.output.publish(record)
         self.job.forget()
 
@@ -200,7 +219,8 @@ class PruneContext(SweepContext):
             # What is held in memory is no file.
             stored = self.store.publish(sorted(names & {*self.store.written()}))
             shards = self.output.finished(blocks)
-            self.job.add(entry | {"stored": stored, "shards": shards})
+            saved = {} if self.saver is None else self.saver.writer.finished(blocks)
+            self.job.add(entry | {"stored": stored, "shards": shards, "statistics": saved})
             self.output.committed(blocks)
         for name in entry["dropped"]:
             self.store.drop(name)

@@ -10,7 +10,7 @@ from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.planning.steps import magnitudes
 from lowmem_gblm.sweeps.offload import Offload
-from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, unpack
+from lowmem_gblm.sweeps.statistics.packing import pack, packed, unpack
 
 
 class GradientStore:
@@ -67,5 +67,6 @@ class GradientStore:
             self._offload.write_behind(magnitudes(block.index), item, part)
 
     def _items(self, weight: PrunableWeight) -> list[str]:
-        """Return the names of the parts that `pack` makes of a matrix."""
-        return [str(weight), f"{weight} scales"][: PARTS[self._precision]]
+        """Return the names of the tensors that hold the magnitudes of a matrix."""
+        shape = weight.out_features, weight.in_features
+        return list(packed(str(weight), self._precision, shape))

@@ -22,8 +22,7 @@ def prune_sweep(run: PruneContext) -> None:
     """Prune every block, first block first, and write it."""
     for step, block in run.blocks("prune"):
         measured = measure(run, step, block) if step.forwards else []
-        run.pruner.prune(block, measured, run.gradients_of(block))
-        run.write(block)
+        run.prune(step, block, measured)
         if step.forwards > 1:
             advance(run, step, block, "pruned")
 

@@ -38,9 +38,7 @@ def reverse_sweep(run: PruneContext) -> None:
             continue
         measured = _BlockBackward(run, block, trials, dict(run.samples.exponents)).measure()
         if prunes:
-            run.pruner.prune(block, measured, run.gradients_of(block))
-            run.gradients.release()
-            run.write(block)
+            run.prune(step, block, measured)
 
 
 @dataclass

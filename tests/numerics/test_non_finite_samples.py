@@ -90,6 +90,25 @@ def shard(folder: Path, block: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_sample_that_gradients_were_saved_without_is_left_out_where_they_are_taken(
+    run: Run, poison: Poison, tmp_path: Path
+) -> None:
+    poison("dense-1")
+    saved = tmp_path / "saved"
+    run(tmp_path / "saving", save_statistics=saved)
+    expected = run(tmp_path / "expected", sparsity=0.6)
+    taking = {"statistics": saved, "sparsity": 0.6}
+    record = run(tmp_path / "taken", **taking)
+    assert record["dropped_samples"] == expected["dropped_samples"] != []
+    left_out = f"1 of {COUNT} calibration samples turned non-finite and are not in {saved}"
+    assert left_out in record["notes"]
+    stopped_at(run, tmp_path / "resumed", "prune", 1, **taking)
+    resumed = run(tmp_path / "resumed", **taking)
+    assert resumed["dropped_samples"] == expected["dropped_samples"]
+    for name in ("taken", "resumed"):
+        assert content(tmp_path / name) == content(tmp_path / "expected"), name
+
+
 @pytest.mark.parametrize("activations", ["pruned", "dense"])
 @pytest.mark.parametrize(("name", "method", "stage", "block"), BEFORE_STATISTICS)
 def test_before_any_statistics_it_is_as_if_the_sample_had_not_been_drawn(

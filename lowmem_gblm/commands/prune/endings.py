@@ -76,6 +76,6 @@ def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:
             f"{paths.output} is partly pruned by now: if this cannot be mended, the model has to "
             f"be fetched anew"
         )
-    other = paths.output / MARKER_FILE if paths.in_place else paths.partial
-    discarded = [] if done == "weights overwritten" else [paths.work_folder, other]
+    marker = [paths.output / MARKER_FILE] if paths.in_place else []
+    discarded = [] if done == "weights overwritten" else [*paths.unfinished, *marker]
     return to_resume_or_discard(paths.work_folder, discarded)

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,7 +24,9 @@ from lowmem_gblm.storage.in_place import overwritten_blocks
 _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
 _PACKAGES = (*_COMPUTING, "safetensors", "accelerate", "tokenizers")
 # What `_fingerprints` returns.
-FINGERPRINTS = ("source_headers", "source_bytes", "source_config", "calibration_tokens")
+FINGERPRINTS = (
+    "source_headers", "source_bytes", "source_config", "calibration_tokens", "statistics_taken",
+)  # fmt: skip
 
 _TENSORS_SEEN = 500
 _TENSORS_SEEN_OF_BLOCK = 8
@@ -71,6 +73,8 @@ def asked_and_understood(scope: PruneScope) -> dict[str, Any]:
         "exclude": list(request.exclude),
         "device": device_name(streamed.device),
         "dtype": str(streamed.dtype).removeprefix("torch."),
+        # Wherever the folder lies.
+        "save_statistics": request.save_statistics and request.save_statistics.name,
     }
     return {**asked, **recorded_options(request.options), **understood}
 
@@ -94,12 +98,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str]:
-    """Return the SHA-256 of the model and of the samples.
+def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str | None]:
+    """Return the SHA-256 of the model, of the samples and of the statistics that are taken.
 
     Names, dtypes, shapes and places of all tensors count, and the first bytes of some hundreds of
     tensors, which differ between two models of one architecture. Tensors that are overwritten are
-    not looked at. Python code of the model counts if it runs.
+    not looked at. Python code of the model counts if it runs. Where no sample is drawn, the samples
+    are those of the statistics.
     """
     request, checkpoint = scope.request, scope.model.checkpoint
     source = hashlib.sha256()
@@ -107,14 +112,24 @@ def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str]:
         line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
         source.update(line.encode())
     gone = {name for block in scope.pruned_names for name in block if request.in_place}
-    names = [name for name in checkpoint.tensors if name not in gone]
+    tokens = hashlib.sha256(samples_NT.contiguous().numpy().tobytes()).hexdigest()
+    saved = scope.saved
+    if saved is not None and not len(samples_NT):
+        tokens = saved.manifest["identity"].get("calibration_tokens")
     config = configuration_hash(checkpoint.folder, trusted=request.trust_remote_code)
     return {
         "source_headers": source.hexdigest(),
-        "source_bytes": _fingerprint(checkpoint, names, _TENSORS_SEEN),
+        "source_bytes": source_bytes(checkpoint, gone),
         "source_config": config,
-        "calibration_tokens": hashlib.sha256(samples_NT.contiguous().numpy().tobytes()).hexdigest(),
+        "calibration_tokens": tokens,
+        "statistics_taken": None if saved is None else saved.fingerprint,
     }
+
+
+def source_bytes(checkpoint: Checkpoint, but: Collection[str] = ()) -> str:
+    """Return the SHA-256 of the first bytes of some hundreds of tensors, except those named."""
+    names = [name for name in checkpoint.tensors if name not in but]
+    return _fingerprint(checkpoint, names, _TENSORS_SEEN)
 
 
 def _blocks_seen(scope: PruneScope, paths: Paths, previous: Mapping[str, Any] | None) -> list[str]:

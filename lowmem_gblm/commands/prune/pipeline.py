@@ -16,12 +16,15 @@ was under way, and `commands.prune.endings` says what is kept after an error.
               model; with `--activations dense` each block is pruned and written here
     prune     first block to last: activations of the model pruned so far, decide, write, advance
     finish    what lies outside the blocks, side files, pruning.json, index, one rename
+
+Statistics that an earlier run has saved are not measured again: of the sweeps above only those run
+that the others need (`commands.prune.reuse`).
 """
 
 from typing import Any
 
 from lowmem_gblm.commands.paths import check_paths
-from lowmem_gblm.commands.prune.record import run_record
+from lowmem_gblm.commands.prune.record import run_record, saved_manifest
 from lowmem_gblm.commands.prune.scope import draw_samples, prune_scope
 from lowmem_gblm.commands.prune.session import start_or_resume
 from lowmem_gblm.commands.prune.setup import prepare
@@ -67,4 +70,4 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
             if "prune" in stages:
                 prune_sweep(run)
             run.write_rest()
-            return run.publish(run_record(setup, run))
+            return run.publish(run_record(setup, run), saved_manifest(setup, run))

@@ -5,11 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understood, versions
+from lowmem_gblm.commands.prune.reuse import reuse_notes
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.prune.setup import PruneSetup
+from lowmem_gblm.planning.sizes import stores
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.accelerator import peak_bytes
 from lowmem_gblm.storage.job import Job
+from lowmem_gblm.storage.statistics_folder import CALIBRATION
 from lowmem_gblm.sweeps.context import PruneContext
 
 _WORTH_A_NOTE = 0.01
@@ -32,12 +35,19 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "notes": [
             *_other_rounding(run.job, run.device_name),
             *setup.plan.reasons,
+            *reuse_notes(scope.saved, scope.taken, scope.statistics),
             *_unused(scope),
             *_dense(scope),
             *run.samples.notes(),
             *run.pruner.notes,
         ],
         "dropped_samples": run.samples.dropped,
+        "statistics": {
+            "measured": scope.statistics.names,
+            "taken": scope.taken.names,
+            "taken_from": str(scope.request.statistics) if scope.taken.classes else None,
+            "saved_in": None if setup.paths.statistics is None else str(setup.paths.statistics),
+        },
         "tensors": tensors,
         "seconds": {**run.progress.seconds, "total": run.progress.total_seconds()},
         "waited_seconds": run.progress.waited_seconds,
@@ -47,8 +57,15 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
             "gpu_peak_bytes": peak_bytes(device),
             "gpu_planned_bytes": predicted.gpu_bytes,
         },
-        "bytes": {"read": run.checkpoint.bytes_read, "written": run.output.bytes_written},
-        "bytes_planned": {"read": setup.plan.read_bytes, "written": setup.plan.output_bytes},
+        "bytes": {
+            "read": run.checkpoint.bytes_read + run.taken.bytes_read,
+            "written": run.output.bytes_written
+            + (0 if run.saver is None else run.saver.writer.bytes_written),
+        },
+        "bytes_planned": {
+            "read": setup.plan.read_bytes,
+            "written": setup.plan.output_bytes + setup.plan.statistics_bytes,
+        },
         "choices": asdict(setup.plan.choices),
         "flops": setup.plan.flops,
         "versions": versions(),
@@ -56,6 +73,29 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "shards": run.output.shards,
         "job": run.job.id,
         "attempts": run.job.attempts,
+    }
+
+
+def saved_manifest(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
+    """Return what the statistics that a run saves are of."""
+    scope, choices = setup.scope, setup.plan.choices
+    gradient, activations = scope.statistics.gradient, scope.request.activations
+    stored = gradient is not None and stores(scope.work, choices)
+    return {
+        "streams": {
+            **{kind.name: activations for kind in scope.statistics.activations},
+            **({} if gradient is None else {gradient.name: "dense"}),
+        },
+        "precision": scope.magnitude_precision,
+        "stored_precision": choices.gradient_precision if stored else "float32",
+        "loss_scale": scope.loss_scale,
+        "calibration": {
+            **{name: getattr(scope.request, name) for name in CALIBRATION},
+            "calibration": scope.request.calibration_text,
+            "seqlen": scope.work.seqlen,
+        },
+        "dropped_samples": run.samples.dropped,
+        "identity": setup.identity,
     }
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lowmem_gblm.commands.paths import paths_of
 from lowmem_gblm.commands.prune.identity import identity, recorded_identity
@@ -30,8 +30,11 @@ def find_job(folder: Path, **changes: Any) -> PruneRequest:
     if request.work_dir is None:
         # Who moves a work folder moves what lies beside it, too.
         beside = place / paths_of(request).output.name
-        moved = {"model": str(beside)} if request.in_place else {"output": beside}
-        request = replace(request, **cast(Any, moved))
+        moved: dict[str, Any] = {"model": str(beside)} if request.in_place else {"output": beside}
+        saved, former = request.save_statistics, Path(found["folder"]).parent
+        if saved is not None and saved.parent == former:
+            moved["save_statistics"] = place / saved.name
+        request = replace(request, **moved)
     model = Path(request.model)
     if model.is_absolute() and not model.exists():
         how = "move it back" if request.in_place else "give the prune command with its new place"

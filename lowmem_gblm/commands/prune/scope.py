@@ -1,14 +1,22 @@
 """What a run prunes, and how: plain values that follow from the request and from headers alone."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lowmem_gblm.commands.calibration import bos_of_windows, calibration_samples, open_source
 from lowmem_gblm.commands.estimate import work_of
+from lowmem_gblm.commands.prune.reuse import (
+    asks_other_text,
+    check_saves,
+    taken_names,
+    with_its_samples,
+)
 from lowmem_gblm.commands.request import PruneRequest, resolve_seqlen
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.methods.masks import NofM
@@ -16,21 +24,32 @@ from lowmem_gblm.model.open_model import OpenModel, check_tokens
 from lowmem_gblm.model.prunable import PrunableWeight, prunable_weights
 from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.planning.schedule import schedule
-from lowmem_gblm.planning.sizes import Workload
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, GradientPrecision, Workload
 from lowmem_gblm.storage.in_place import check_overwritable
+from lowmem_gblm.storage.statistics_folder import StatisticsFolder, TensorLayout
+from lowmem_gblm.sweeps.saved_statistics import saved_layout
 from lowmem_gblm.sweeps.statistics import NeededStatistics, needed_statistics
 from lowmem_gblm.sweeps.statistics.gradient import loss_scale
 
 
 @dataclass(frozen=True)
 class PruneScope:
-    """What is pruned, and how; `weights` are the matrices to prune, of every block."""
+    """What is pruned, and how.
+
+    Attributes:
+        request: As asked, with the calibration samples of the statistics that are taken.
+        weights: The matrices to prune, of every block.
+        statistics, taken: What the method needs: what is measured, and what an earlier run has
+            `saved`.
+    """
 
     request: PruneRequest
     model: OpenModel
     weights: Sequence[list[PrunableWeight]]
     method: Method
     statistics: NeededStatistics
+    taken: NeededStatistics
+    saved: StatisticsFolder | None
     work: Workload
 
     @property
@@ -43,9 +62,26 @@ class PruneScope:
         """Return the factor of the loss on its way back."""
         return loss_scale(self.model.streamed.dtype, self.work.seqlen)
 
+    @property
+    def magnitude_precision(self) -> GradientPrecision:
+        """Return the precision in which gradient magnitudes are saved, or were."""
+        asked = self.request.statistics_dtype
+        found = asked if self.saved is None else self.saved.manifest["precision"]
+        return cast(GradientPrecision, found)
+
+    @property
+    def files(self) -> list[TensorLayout]:
+        """Return what the files of statistics hold of every block: saved ones, or taken ones."""
+        saves = self.request.save_statistics is not None
+        kinds = self.statistics.classes if saves else self.taken.classes
+        return [saved_layout(block, kinds, self.magnitude_precision) for block in self.weights]
+
 
 def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
     """Return what is pruned, and how; no weight is loaded."""
+    saved = None if request.statistics is None else StatisticsFolder(request.statistics)
+    if saved is not None:
+        request = with_its_samples(request, saved)
     weights = prunable_weights(model.checkpoint, model.streamed, request.include, request.exclude)
     every = [weight for block in weights for weight in block]
     if request.in_place and Path(request.model).is_dir() and model.checkpoint.on_disk:
@@ -55,7 +91,10 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
         for weight in every:
             request.target.check_width(weight.name, weight.in_features)
     method = find_method(request.method)
-    statistics = needed_statistics(method.needs_with(request.options))
+    needs = method.needs_with(request.options)
+    check_saves(request, needed_statistics(needs))
+    taken = taken_names(request, needed_statistics(needs), saved)
+    statistics = needed_statistics(name for name in needs if name not in taken)
     stages = schedule(
         "dense" if request.activations == "dense" else "pruned",
         needs_backward=statistics.gradient is not None,
@@ -73,14 +112,34 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
         activations=statistics.activations,
         in_place=request.in_place,
     )
-    return PruneScope(request, model, weights, method, statistics, work)
+    taken_statistics = needed_statistics(taken)
+    scope = PruneScope(request, model, weights, method, statistics, taken_statistics, saved, work)
+    return _with_files(scope)
+
+
+def _with_files(scope: PruneScope) -> PruneScope:
+    """Return the scope, whose work counts the statistics that are saved or taken."""
+    files = scope.files
+    if not any(files):
+        return scope
+    sizes = tuple(
+        sum(math.prod(shape) * dtype.itemsize for dtype, shape in file.values()) for file in files
+    )
+    largest = max(math.prod(shape) for file in files for _, shape in file.values())
+    saves, takes = (sizes, ()) if scope.saved is None else ((), sizes)
+    bytes_of_one = largest * FLOAT32_BYTES
+    work = replace(scope.work, saves=saves, takes=takes, statistic_bytes=bytes_of_one)
+    return replace(scope, work=work)
 
 
 def draw_samples(scope: PruneScope) -> Tensor:
-    """Return calibration samples, int64 [N, T]; [0, T] for a method that needs none."""
-    if not scope.work.schedule.needs_samples:
-        return torch.empty(0, scope.work.seqlen, dtype=torch.int64)
+    """Return calibration samples, int64 [N, T]; [0, T] for a run that needs none.
+
+    A text other than that of saved statistics is drawn from, too: its samples may be others.
+    """
     request, folder = scope.request, scope.model.checkpoint.folder
+    if not scope.work.schedule.needs_samples and not asks_other_text(request, scope.saved):
+        return torch.empty(0, scope.work.seqlen, dtype=torch.int64)
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     drawn = calibration_samples(
         open_source(request.calibration_text, "calibration", request.text_column),

@@ -1,8 +1,8 @@
 """The context of one run: assembled as an earlier attempt left it, put away when the run ends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 from lowmem_gblm.commands.estimate import limited
 from lowmem_gblm.commands.prune.endings import Done, told_error
@@ -20,11 +20,13 @@ from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.in_place import BlockWriter, InPlaceWriter
 from lowmem_gblm.storage.in_place_marker import remove_marker
 from lowmem_gblm.storage.job import Job, check_partial
+from lowmem_gblm.storage.statistics_folder import StatisticsWriter
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.gradient_store import GradientStore
 from lowmem_gblm.sweeps.offload import Offload, open_store
 from lowmem_gblm.sweeps.sample_set import SampleSet
+from lowmem_gblm.sweeps.saved_statistics import StatisticsSaver, TakenStatistics
 
 
 @contextmanager
@@ -42,23 +44,24 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
         except OSError as error:
             raise told_error(error, "nothing", setup) or error from error
         with ExitStack() as signals, ExitStack() as within:
-            output = None
+            output = saved = None
             try:
                 output = _writer(setup, job)
+                saved = _statistics_writer(setup, job)
                 signals.enter_context(stop_on_signals(stop))
                 progress = Progress(_stages(setup), listener, stop)
-                yield _assemble(setup, job, output, progress, stop, within)
+                yield _assemble(setup, job, output, saved, progress, stop, within)
             except BaseException as error:
                 within.close()
                 refused = output is None and isinstance(error, JobError)
                 done = _done(setup, job, refused=refused)
                 told = told_error(error, done, setup)
-                _put_away(setup, job, output, keep=done != "nothing")
+                _put_away(setup, job, (output, saved), keep=done != "nothing")
                 if told is not None:
                     raise told from (None if isinstance(error, type(told)) else error)
                 raise
             within.close()
-            _put_away(setup, job, output, keep=False)
+            _put_away(setup, job, (output, saved), keep=False)
 
 
 def _stages(setup: PruneSetup) -> list[Stage]:
@@ -74,22 +77,25 @@ def _stages(setup: PruneSetup) -> list[Stage]:
 
 def _check_quantization(setup: PruneSetup) -> None:
     """Raise `RequestError` where bitsandbytes is needed and does not work on the device."""
-    device, kind = setup.scope.model.streamed.device, setup.scope.request.resident_kind
+    scope, kind = setup.scope, setup.scope.request.resident_kind
+    device, precisions = scope.model.streamed.device, {setup.plan.choices.gradient_precision}
+    if scope.work.saves or scope.work.takes:
+        precisions.add(scope.magnitude_precision)
     if kind is not None:
         check_usable(device, kind)
-    if setup.plan.choices.gradient_precision == "int8":
+    if "int8" in precisions:
         check_usable(device, "int8")
 
 
 def _done(setup: PruneSetup, job: Job, *, refused: bool) -> Done:
     """Return what of a job is done; a model that was put back, and so `refused`, is complete."""
-    if setup.paths.in_place and _shards(job) and not refused:
+    if setup.paths.in_place and _files(job, "shards") and not refused:
         return "weights overwritten"
     return "finished steps" if job.entries else "nothing"
 
 
 def _writer(setup: PruneSetup, job: Job) -> BlockWriter:
-    scope, keep = setup.scope, _shards(job)
+    scope, keep = setup.scope, _files(job, "shards")
     checkpoint = scope.model.checkpoint
     if setup.paths.in_place:
         return InPlaceWriter(checkpoint, scope.pruned_names, job, keep)
@@ -98,7 +104,21 @@ def _writer(setup: PruneSetup, job: Job) -> BlockWriter:
     return CheckpointWriter(setup.paths.output, checkpoint, blocks, job.owner, keep)
 
 
-def _put_away(setup: PruneSetup, job: Job, output: BlockWriter | None, *, keep: bool) -> None:
+def _statistics_writer(setup: PruneSetup, job: Job) -> StatisticsWriter | None:
+    folder = setup.paths.statistics
+    if folder is None:
+        return None
+    check_partial(folder, job)
+    return StatisticsWriter(folder, job.owner, _files(job, "statistics"))
+
+
+def _put_away(
+    setup: PruneSetup,
+    job: Job,
+    writers: Iterable[BlockWriter | StatisticsWriter | None],
+    *,
+    keep: bool,
+) -> None:
     """Leave a job for another attempt to `keep`, or remove what there is of it."""
     if not keep:
         with suppress(OSError):
@@ -106,8 +126,9 @@ def _put_away(setup: PruneSetup, job: Job, output: BlockWriter | None, *, keep: 
             if setup.paths.in_place:
                 remove_marker(setup.paths.output)
             job.forget()
-    if output is not None:
-        output.close(keep=keep)
+    for writer in writers:
+        if writer is not None:
+            writer.close(keep=keep)
     if keep:
         job.close()
     else:
@@ -118,6 +139,7 @@ def _assemble(
     setup: PruneSetup,
     job: Job,
     output: BlockWriter,
+    saved: StatisticsWriter | None,
     progress: Progress,
     stop: StopFlag,
     within: ExitStack,
@@ -132,6 +154,7 @@ def _assemble(
     offload = within.enter_context(Offload(store, streamed.device, progress, choices.behind_bytes))
     # Gradient magnitudes are held in memory where no step writes any.
     in_memory = all(key.is_per_sample for step in setup.table for key in step.writes)
+    precision = scope.magnitude_precision
     run = PruneContext(
         model=streamed,
         checkpoint=checkpoint,
@@ -157,8 +180,18 @@ def _assemble(
         pruner=BlockPruner(
             scope.method, request.target, request.options, streamed.device, stop=stop
         ),
+        taken=TakenStatistics(
+            statistics=scope.taken, folder=scope.saved, precision=precision, device=streamed.device
+        ),
+        saver=None
+        if saved is None
+        else StatisticsSaver(writer=saved, statistics=scope.statistics, precision=precision),
     )
     within.callback(run.close)
+    if scope.saved is not None and scope.work.schedule.needs_samples:
+        # What a run that measures all has dropped before its prune sweep.
+        earlier = [one for one in scope.saved.manifest["dropped_samples"] if one["pass"] != "prune"]
+        run.samples.restore({"dropped_samples": earlier, "weakened_samples": []})
     _restore(run, job)
     return run
 
@@ -179,6 +212,6 @@ def _restore(run: PruneContext, job: Job) -> None:
         run.progress.restore(entry["stage"], entry["seconds"])
 
 
-def _shards(job: Job) -> dict[str, Any]:
-    """Return the shards that earlier attempts have finished."""
-    return {name: shard for entry in job.entries for name, shard in entry["shards"].items()}
+def _files(job: Job, kind: Literal["shards", "statistics"]) -> dict[str, Any]:
+    """Return the files of a kind that earlier attempts have finished."""
+    return {name: file for entry in job.entries for name, file in entry[kind].items()}

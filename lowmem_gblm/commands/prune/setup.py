@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowmem_gblm.commands.estimate import budget_of, check_disks
 from lowmem_gblm.commands.paths import Paths
-from lowmem_gblm.commands.prune.identity import identity
+from lowmem_gblm.commands.prune.identity import identity, source_bytes
+from lowmem_gblm.commands.prune.reuse import check_serves
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.request import to_json
 from lowmem_gblm.planning.plan import Budget, Plan
@@ -56,6 +57,7 @@ def prepare(
     """Return the setup of a run; a `JobError` names every difference to the job that is there."""
     try:
         found = identity(scope, paths, tokens_NT, previous)
+        _check_taken(scope, found, resumes=previous is not None)
     except OSError as error:
         if error.errno is None:
             raise
@@ -80,11 +82,24 @@ def prepare(
     )
 
 
+def _check_taken(scope: PruneScope, found: Mapping[str, Any], *, resumes: bool) -> None:
+    """Raise `JobError` unless saved statistics are of this model and these samples, and complete.
+
+    A job that is resumed has begun with them, and may have overwritten the model since.
+    """
+    if scope.saved is None:
+        return
+    if not resumes:
+        # The identity of a job in place leaves out what it will overwrite.
+        every = {"source_bytes": source_bytes(scope.model.checkpoint)}
+        check_serves(scope.saved, {**found, **every})
+    scope.saved.check({name: one for block in scope.files for name, one in block.items()})
+
+
 def budget_for(scope: PruneScope, paths: Paths, *, resumes: bool) -> Budget:
     """Return what a run may use; what an earlier attempt has written counts as free."""
     request = scope.request
     found = budget_of(request, scope.model.streamed.device, paths.written)
     if not resumes or request.disk is not None or found.disk_bytes is None:
         return found
-    written = [paths.work_folder] if request.in_place else [paths.work_folder, paths.partial]
-    return replace(found, disk_bytes=found.disk_bytes + sum(map(size_on_disk, written)))
+    return replace(found, disk_bytes=found.disk_bytes + sum(map(size_on_disk, paths.unfinished)))

@@ -75,11 +75,8 @@ class Checkpoint:
 
         `into` is uint8 CPU memory of just the tensor's bytes; if None, new memory is taken.
         """
-        entry = self.tensors[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
-        _read_fully(entry, buffer)
-        self.bytes_read += entry.nbytes
-        return buffer.view(entry.dtype).view(entry.shape)
+        self.bytes_read += self.tensors[name].nbytes
+        return read_tensor(self.tensors[name], into)
 
     def read_finite(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return the tensor as `read` does; raise `NonFiniteError` for a NaN or an infinity.
@@ -116,6 +113,13 @@ class Checkpoint:
             _read_fully(entry, part, start)
             self.bytes_read += len(part)
             yield raw_bytes(part)
+
+
+def read_tensor(entry: TensorEntry, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a tensor as it is on disk; `into` is memory for it, as for `Checkpoint.read`."""
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
+    _read_fully(entry, buffer)
+    return buffer.view(entry.dtype).view(entry.shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -109,7 +109,8 @@ class CheckpointWriter:
 
     def _write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         entries = [self._source.tensors[name] for name in self._blocks[index]]
-        self._write_shard(index, entries, tensor_data(entries, tensors))
+        data = tensor_data(entries, (tensors[entry.name] for entry in entries))
+        self._write_shard(index, entries, data)
 
     def _write_shard(self, index: int, entries: list[TensorEntry], data: Iterable[Bytes]) -> None:
         path = self._folder.path / self._shard(index)
@@ -146,12 +147,9 @@ def _header(entries: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def tensor_data(
-    entries: Iterable[TensorEntry], tensors: Mapping[str, torch.Tensor]
-) -> Iterator[Bytes]:
-    """Yield the data of these entries from CPU tensors of the same names."""
-    for entry in entries:
-        tensor = tensors[entry.name]
+def tensor_data(entries: Iterable[TensorEntry], tensors: Iterable[torch.Tensor]) -> Iterator[Bytes]:
+    """Yield the data of these entries from their tensors, which are asked for one by one."""
+    for entry, tensor in zip(entries, tensors, strict=True):
         assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name
         if entry.nbytes:
-            yield raw_bytes(tensor.contiguous())
+            yield raw_bytes(tensor.cpu().contiguous())

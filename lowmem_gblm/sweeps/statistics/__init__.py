@@ -34,6 +34,11 @@ class NeededStatistics:
         """Return all of them."""
         return (*self.activations, *([] if self.gradient is None else [self.gradient]))
 
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all of them."""
+        return [one.name for one in self.classes]
+
 
 def needed_statistics(names: Iterable[str]) -> NeededStatistics:
     """Return the statistics of these names, of which at most one may be of gradients."""

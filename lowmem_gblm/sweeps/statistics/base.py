@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
+from lowmem_gblm.model.prunable import PrunableWeight
 from lowmem_gblm.sweeps.statistics.finite import are_finite
 
 Axis = Literal["out", "in"] | int
@@ -67,6 +68,17 @@ class Statistic(ABC):
         """Return the statistic of a matrix, float32; None for an expert that saw no token."""
 
 
+class Measured(Protocol):
+    """A statistic of activations that is complete: measured now, or by an earlier run."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the statistic."""
+
+    def part(self, weight: PrunableWeight) -> Tensor | None:
+        """Return what belongs to a matrix on disk, float32; None without a token."""
+
+
 class ActivationStatistic(Statistic):
     """A statistic that the forward pass gives, averaged over `nsamples`."""
 
@@ -79,6 +91,20 @@ class ActivationStatistic(Statistic):
     def finish_sample(self) -> None:
         """Release the last input."""
         self._last = None
+
+    def part(self, weight: PrunableWeight) -> Tensor | None:
+        """Return the part of a result that belongs to a matrix on disk; None without a token."""
+        result = self.result(weight.slot)
+        if result is None:
+            return None
+        parts = {"out": weight.outputs, "in": weight.inputs}
+        cut = result[tuple(slice(None) if isinstance(a, int) else parts[a] for a in self.axes)]
+        expected = self.shape(weight.out_features, weight.in_features)
+        assert tuple(cut.shape) == expected, (
+            f"the statistic {self.name!r} is {list(cut.shape)} for {weight}, its `axes` say "
+            f"{list(expected)}"
+        )
+        return cut
 
 
 class GradientStatistic(Statistic):

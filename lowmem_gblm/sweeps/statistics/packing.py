@@ -6,6 +6,7 @@ magnitude. A block has heavy tails; a linear map, or a map of the magnitude itse
 ones.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,16 +16,13 @@ from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.bnb import BLOCK, from_8_bits, to_8_bits
 from lowmem_gblm.planning.sizes import GradientPrecision
 
-# How many tensors `pack` makes.
-PARTS: dict[GradientPrecision, int] = {"float32": 1, "bfloat16": 1, "int8": 2}
-
 _BLOCK = BLOCK["int8"]
 # Numbers of which a root is held at once: complete blocks.
 _TILE = 1 << 22
 
 
 def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
-    """Pack finite gradient magnitudes, float32, into `PARTS[kind]` tensors on the same device.
+    """Pack finite gradient magnitudes, float32, into tensors on the same device; see `packed`.
 
     The given tensor, of any shape, is not modified; in float32 the result shares its memory.
     """
@@ -38,6 +36,17 @@ def pack(magnitude: Tensor, kind: GradientPrecision) -> tuple[Tensor, ...]:
         # What lies above the largest bfloat16 would become infinite.
         return (magnitude.bfloat16().clamp_(max=torch.finfo(torch.bfloat16).max),)
     return _quantized_roots(magnitude.reshape(-1))
+
+
+def packed(
+    name: str, kind: GradientPrecision, shape: tuple[int, ...]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors that `pack` makes of a tensor, by a name for each."""
+    if kind == "int8":
+        numel = math.prod(shape)
+        scales = (torch.float32, (-(-numel // _BLOCK),))
+        return {name: (torch.uint8, (numel,)), f"{name} scales": scales}
+    return {name: (torch.bfloat16 if kind == "bfloat16" else torch.float32, shape)}
 
 
 def unpack(parts: Sequence[Tensor], kind: GradientPrecision, shape: Sequence[int]) -> Tensor:

@@ -45,6 +45,8 @@ def layouts(draw: st.DrawFn) -> Layout:
         unpruned=frozenset(draw(st.sets(st.integers(0, depth - 1), max_size=2))),
         streams=draw(st.sampled_from([("pruned",), ("dense", "pruned")])),
         parts=draw(st.sampled_from([("",), SUB_STEPS])),
+        saves=draw(st.booleans()),
+        takes=draw(st.booleans()),
         rank=draw(st.integers(0, ranks - 1)),
         ranks=ranks,
         durable_interval=draw(st.integers(1, 4)),
@@ -147,6 +149,20 @@ def test_every_block_is_pruned_once_and_after_its_last_other_use(
     for block in mine:
         uses = [number for number, row in enumerate(rows) if row.block == block]
         assert rows[uses[-1]].prunes
+
+
+@given(schedules, layouts())
+def test_statistics_are_saved_where_a_block_is_pruned_and_taken_where_none_are_measured(
+    made: Schedule, layout: Layout
+) -> None:
+    rows = steps(made, layout)
+    pruned = [row.block for row in rows if row.prunes and row.block not in layout.unpruned]
+    assert [row.block for row in rows if row.saves] == pruned * layout.saves
+    taking = [row for row in rows if row.takes]
+    assert all(row.stage == "prune" and layout.takes for row in taking)
+    assert {row.block for row in taking}.isdisjoint(layout.unpruned)
+    if layout.takes and made.prune_in == "prune":
+        assert {*pruned} <= {row.block for row in taking}
 
 
 @given(layouts())

@@ -13,7 +13,7 @@ from lowmem_gblm.methods import Statistics
 from lowmem_gblm.methods.gblm import GblmOptions, gblm_scores
 from lowmem_gblm.methods.masks import keep_mask, parse_pattern
 from lowmem_gblm.sweeps.statistics import packing
-from lowmem_gblm.sweeps.statistics.packing import PARTS, pack, unpack
+from lowmem_gblm.sweeps.statistics.packing import pack, packed, unpack
 
 HALF = parse_pattern("0.5")
 SMALL_KINDS = ("bfloat16", "int8")
@@ -92,14 +92,16 @@ def packed_bytes(numel: int, kind: str) -> int:
 @given(numel=st.integers(1, 2000))
 def test_it_takes_what_arithmetic_says(numel, kind) -> None:
     parts = pack(torch.ones(numel), kind)
-    assert len(parts) == PARTS[kind]
+    described = [(part.dtype, tuple(part.shape)) for part in parts]
+    assert described == list(packed("a", kind, (numel,)).values())
     assert sum(part.nbytes for part in parts) == packed_bytes(numel, kind)
 
 
 def test_bytes_per_magnitude() -> None:
     magnitudes = torch.ones(1 << 20)
     bytes_each = {
-        kind: sum(part.nbytes for part in pack(magnitudes, kind)) / (1 << 20) for kind in PARTS
+        kind: sum(part.nbytes for part in pack(magnitudes, kind)) / (1 << 20)
+        for kind in ("float32", *SMALL_KINDS)
     }
     assert bytes_each == {"float32": 4, "bfloat16": 2, "int8": 1.015625}
 
