@@ -121,7 +121,8 @@ def _reverse(at: Footprint, work: Workload, choices: Choices) -> None:
     computing["one sample"] = _slack(_graph(work))
     if work.on_gpu:
         at.host["gradient magnitudes on their way"] = 2 * accumulators
-    elif work.schedule.stores_gradients:
+    elif work.schedule.stores_gradients and work.sizes.depth > 1:
+        # Those of the block before, while this one is measured.
         at.host["gradient magnitudes on their way"] = min(choices.behind_bytes, accumulators)
     _carried(at, work, choices)
     if work.schedule.prune_in == "reverse":
