@@ -28,6 +28,7 @@ NAMED = ("c4", "wikitext2", "demo")
 _A_FILE = "a .txt, .jsonl, .json.gz or .parquet file"
 _DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _C4_EVALUATION_DOCUMENTS = 1100
+_WIKITEXT2_CALIBRATION_BYTES = 10_900_000
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
     Calibration and evaluation read different parts of the named data sets.
     """
     if name == "demo":
-        file = resources.files("lowmem_gblm") / "demo" / f"{split}.txt"
-        return Text(file.read_text(encoding="utf-8"), f"the embedded {split} text")
+        text = _embedded(split).read_text(encoding="utf-8")
+        return Text(text, f"the embedded {split} text")
     if name == "c4":
         return _c4(split)
     if name == "wikitext2":
@@ -188,6 +189,18 @@ def open_source(name: str, split: Split, column: str = "text") -> Text | Documen
     if path.stat().st_size == 0:
         raise RequestError(f"{path} is empty")
     return _open_file(path, column)
+
+
+def _embedded(split: Split) -> Path:
+    return Path(str(resources.files("lowmem_gblm") / "demo" / f"{split}.txt"))
+
+
+def calibration_text_bytes(name: str) -> int:
+    """Return how many bytes of calibration text are tokenized in one piece; 0 for documents."""
+    if name == "wikitext2":
+        return _WIKITEXT2_CALIBRATION_BYTES
+    path = _embedded("calibration") if name == "demo" else Path(name)
+    return path.stat().st_size if path.suffix == ".txt" and path.is_file() else 0
 
 
 def _open_file(path: Path, column: str) -> Text | Documents:

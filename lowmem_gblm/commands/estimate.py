@@ -56,6 +56,7 @@ def work_of(
     method: Method | None = None,
     activations: Sequence[type[ActivationStatistic]] = (),
     in_place: bool = False,
+    text_bytes: int = 0,
 ) -> Workload:
     """Return what is to be done, before any weight is loaded; without a method, an evaluation."""
     streamed = opened.streamed
@@ -82,6 +83,7 @@ def work_of(
         samples_option="--windows" if method is None else "--nsamples",
         writes=method is not None and not in_place,
         rewrites=in_place,
+        text_bytes=text_bytes,
     )
 
 

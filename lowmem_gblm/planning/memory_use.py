@@ -15,6 +15,8 @@ _HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
 _KEPT_BYTES = 256 << 20
 # Tokenizer, text, and the code that reads them.
 _TEXT_BYTES = 40 << 20
+# What a tokenizer takes for a byte of text: pieces, offsets, and the lists of what it returns.
+_PER_TEXT_BYTE = 110
 # Copied at once from checkpoint to checkpoint.
 _PIECE_BYTES = 1 << 24
 # float32 tensors of the numbers that are decided at once.
@@ -69,7 +71,11 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
     process = work.process_bytes + _PROCESS_BYTES + _TEXT_BYTES * work.schedule.needs_samples
     if work.schedule.needs_samples and work.boundary_bytes >= _HOLES_FROM_BYTES:
         process += _HOLES_BYTES
-    found = []
+    tokenizing = {
+        "the process itself": process,
+        "text and tokens": _PER_TEXT_BYTE * work.text_bytes,
+    }
+    found = [Footprint("text", host=tokenizing)] if work.text_bytes else []
     for name in (*work.schedule.stages, "finish"):
         footprint = Footprint(name, host={"the process itself": process})
         if work.on_gpu:

@@ -109,6 +109,7 @@ class Workload:
         saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
             an earlier run has saved; empty where there are none.
         statistic_bytes: Bytes of the largest of these, in float32.
+        text_bytes: Bytes of text that are tokenized in one piece before the first stage.
     """
 
     sizes: ModelSizes
@@ -132,6 +133,7 @@ class Workload:
     saves: tuple[int, ...] = ()
     takes: tuple[int, ...] = ()
     statistic_bytes: int = 0
+    text_bytes: int = 0
 
     @property
     def boundary_bytes(self) -> int:

@@ -9,7 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import bos_of_windows, calibration_samples, open_source
+from lowmem_gblm.commands.calibration import (
+    bos_of_windows,
+    calibration_samples,
+    calibration_text_bytes,
+    open_source,
+)
 from lowmem_gblm.commands.estimate import work_of
 from lowmem_gblm.commands.prune.reuse import (
     asks_other_text,
@@ -25,6 +30,7 @@ from lowmem_gblm.model.prunable import PrunableWeight, prunable_weights
 from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.planning.schedule import schedule
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, GradientPrecision, Workload
+from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.in_place import check_overwritable
 from lowmem_gblm.storage.statistics_folder import StatisticsFolder, TensorLayout
 from lowmem_gblm.sweeps.saved_statistics import saved_layout
@@ -111,6 +117,7 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
         method=method,
         activations=statistics.activations,
         in_place=request.in_place,
+        text_bytes=calibration_text_bytes(request.calibration_text) if stages.needs_samples else 0,
     )
     taken_statistics = needed_statistics(taken)
     scope = PruneScope(request, model, weights, method, statistics, taken_statistics, saved, work)
@@ -150,4 +157,5 @@ def draw_samples(scope: PruneScope) -> Tensor:
         bos=bos_of_windows(request.bos, scope.model.model_type, tokenizer.bos),
     )
     check_tokens(scope.model, drawn)
+    give_back_freed()
     return drawn

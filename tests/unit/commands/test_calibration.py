@@ -16,6 +16,7 @@ from lowmem_gblm.commands.calibration import (
     Text,
     bos_of_windows,
     calibration_samples,
+    calibration_text_bytes,
     evaluation_windows,
     open_source,
 )
@@ -272,3 +273,11 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(content, tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"has no (usable )?tokenizer: "):
         load_tokenizer(tmp_path)
+
+
+def test_the_text_that_is_tokenized_in_one_piece_is_known_without_reading_it(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("Überall")
+    assert calibration_text_bytes(str(path)) == len("Überall".encode())
+    assert calibration_text_bytes("demo") == len(open_source("demo", "calibration").text.encode())
+    assert calibration_text_bytes(str(save_documents(tmp_path / "d.jsonl", []))) == 0
