@@ -57,6 +57,8 @@ def work_of(
     activations: Sequence[type[ActivationStatistic]] = (),
     in_place: bool = False,
     text_bytes: int = 0,
+    row_length: int | None = None,
+    samples_option: str = "--nsamples {}",
 ) -> Workload:
     """Return what is to be done, before any weight is loaded; without a method, an evaluation."""
     streamed = opened.streamed
@@ -80,7 +82,8 @@ def work_of(
         tile=TILE_ON_GPU if on_gpu else TILE,
         slab=AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
         context_bytes=context_bytes(streamed.device),
-        samples_option="--windows" if method is None else "--nsamples",
+        row_length=row_length,
+        samples_option=samples_option,
         writes=method is not None and not in_place,
         rewrites=in_place,
         text_bytes=text_bytes,

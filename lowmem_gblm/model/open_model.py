@@ -1,5 +1,6 @@
 """Opening a model: headers, configuration, and the device and dtype of the computation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,10 @@ def open_model(
     return OpenModel(checkpoint, streamed)
 
 
-def check_tokens(opened: OpenModel, samples_NT: Tensor) -> None:
+def check_tokens(opened: OpenModel, samples: Iterable[Tensor]) -> None:
     """Raise `CheckpointError` if a token id is beyond the vocabulary of the model."""
-    largest, known = int(samples_NT.max()), int(opened.streamed.config.vocab_size)
+    largest = max(int(tokens.max()) for tokens in samples)
+    known = int(opened.streamed.config.vocab_size)
     if largest >= known:
         raise CheckpointError(
             f"the tokenizer of {opened.checkpoint.folder} gives the token id {largest}, the model "

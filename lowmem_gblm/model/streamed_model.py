@@ -6,7 +6,7 @@ and loss are the model's own code too. There is no table of architectures.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class StreamedModel:
     """A model without the weights of its decoder blocks.
 
     Attributes:
+        model: The Hugging Face model; the parameters of blocks that are not resident are on `meta`.
         config: The configuration of the text model.
         attention_matrices: Whether attention holds its complete [heads, T, T] probabilities.
         block_tensors: For every block, the names on disk of its tensors.
@@ -49,17 +50,17 @@ class StreamedModel:
     ) -> None:
         self.device = device
         self.dtype = dtype
-        self._model = build_meta_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
-        self._decoder = self._model.get_decoder()
-        self._prefix, self._layers = find_layers(self._model)
+        self.model = build_meta_model(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self._decoder = self.model.get_decoder()
+        self._prefix, self._layers = find_layers(self.model)
         self.depth = len(self._layers)
-        self.config: PretrainedConfig = self._model.config.get_text_config()
-        self.attention_matrices: bool = self._model.config._attn_implementation == "eager"
-        self._calls: dict[int, list[Call]] = {}
-        self._first: dict[int, Tensor] = {}
+        self.config: PretrainedConfig = self.model.config.get_text_config()
+        self.attention_matrices: bool = self.model.config._attn_implementation == "eager"
+        self._calls: dict[torch.Size, list[Call]] = {}
+        self._first: dict[torch.Size, Tensor] = {}
         self.packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
-        self.conversion = NameConversion(self._model)
+        self.conversion = NameConversion(self.model)
         self.block_tensors, self.rest_tensors = self._group(checkpoint)
 
     def block(self, index: int) -> nn.Module:
@@ -79,7 +80,7 @@ class StreamedModel:
             yield
         finally:
             inside = {module for block in self._layers for module in block.modules()}
-            _free(module for module in self._model.modules() if module not in inside)
+            _free(module for module in self.model.modules() if module not in inside)
             give_back_freed()
             release_cache(self.device)
 
@@ -88,12 +89,12 @@ class StreamedModel:
         self.conversion.load(
             {name: checkpoint.read_finite(name) for name in self.rest_tensors}, self.device
         )
-        self._model.tie_weights()
-        self._model.requires_grad_(False)
-        for name, buffer in list(self._model.named_buffers()):
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+        for name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
-            self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
-        for name, value in self._model.named_parameters():
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        for name, value in self.model.named_parameters():
             if value.is_meta and not name.startswith(f"{self._prefix}."):
                 raise CheckpointError(f"{checkpoint.folder} lacks the tensor for {name}")
 
@@ -114,33 +115,33 @@ class StreamedModel:
         self.packed.pop(index, None)
         _free(self.block(index).modules())
 
-    def embed(self, tokens_T: Tensor) -> Tensor:
-        """Return the hidden states [1, T, hidden] that enter block 0, from token ids [T].
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return the hidden states [B, T, hidden] that enter block 0.
 
-        The first sample of a length also records how each block is called; with the next other one
+        The first sample of a shape also records how each block is called; with the next other one
         it must be called with equal arguments.
         """
         recorder = Recorder(self.depth)
         sentence = (
-            f"{type(self._model).__name__} cannot be run around stand-ins for its decoder blocks"
+            f"{type(self.model).__name__} cannot be run around stand-ins for its decoder blocks"
         )
         with torch.no_grad(), _explained(sentence), stubs_in(self._layers, recorder.visit):
-            output = self._decoder(input_ids=tokens_T[None].to(self.device), use_cache=False)
+            output = self._decoder(input_ids=self._ids(tokens_BT), use_cache=False)
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
-        length = len(tokens_T)
-        if length not in self._calls:
-            self._calls[length] = recorder.calls
-            self._first[length] = tokens_T
-        elif length in self._first and not torch.equal(self._first[length], tokens_T):
-            check_same(self._calls[length], recorder.calls)
-            del self._first[length]
+        shape = tokens_BT.shape
+        if shape not in self._calls:
+            self._calls[shape] = recorder.calls
+            self._first[shape] = tokens_BT
+        elif shape in self._first and not torch.equal(self._first[shape], tokens_BT):
+            check_same(self._calls[shape], recorder.calls)
+            del self._first[shape]
         return recorder.entering
 
     def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """Run one resident block on hidden states [1, T, hidden]; return the same shape."""
-        call = self._calls[hidden.shape[1]][index]
+        """Run one resident block on hidden states [B, T, hidden]; return the same shape."""
+        call = self._calls[hidden.shape[:2]][index]
         contexts: list[AbstractContextManager[Any] | None] = [self.packed.get(index), tap]
-        if not type(self._model).__module__.startswith("transformers."):
+        if not type(self.model).__module__.startswith("transformers."):
             sentence = f"the code that comes with the checkpoint cannot run decoder block {index}"
             contexts.insert(0, _explained(sentence))
         with ExitStack() as within:
@@ -150,48 +151,67 @@ class StreamedModel:
         result: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return result
 
-    def loss(self, hidden: Tensor, tokens_T: Tensor) -> Tensor:
-        """Return the mean next-token cross-entropy of hidden states [1, T, hidden], float32."""
-        with torch.no_grad():
-            return self._head(hidden, tokens_T, lambda loss, chunk: None)[0]
-
     def loss_and_gradient(
-        self, hidden: Tensor, tokens_T: Tensor, scale: float = 1.0
+        self, hidden: Tensor, tokens_BT: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient [1, T, hidden] by `hidden` times `scale`."""
+        """Return the mean next-token cross-entropy of one row [1, T], and its gradient.
+
+        The gradient [1, T, hidden] is by `hidden`, times `scale`.
+        """
         hidden = hidden.detach().requires_grad_()
-        pieces: list[Tensor] = []
-
-        def backward(loss: Tensor, chunk: Tensor) -> None:
-            pieces.append(torch.autograd.grad(loss * scale, chunk)[0])
-
-        with torch.enable_grad():
-            loss, normed = self._head(hidden, tokens_T, backward)
-        (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
-        return loss, gradient
-
-    def _head(
-        self, hidden: Tensor, tokens_T: Tensor, visit: Callable[[Tensor, Tensor], None]
-    ) -> tuple[Tensor, Tensor]:
-        """Return loss and normed hidden states [1, T, hidden]; `visit` gets chunks of both."""
-        tokens_T = tokens_T.to(self.device)
-        with stubs_in(self._layers, replaying(hidden, self.depth, self._returns_tuple)):
-            output = self._decoder(input_ids=tokens_T[None], use_cache=False)
-        normed = output.last_hidden_state
-        labels_T = nn.functional.pad(tokens_T[1:], (0, 1), value=_IGNORED)
-        size = max(1, HEAD_LOGITS // self.config.vocab_size)
+        labels_T = nn.functional.pad(self._ids(tokens_BT)[0, 1:], (0, 1), value=_IGNORED)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for start in range(0, len(tokens_T), size):
+        pieces: list[Tensor] = []
+        with torch.enable_grad():
+            output = self._decoded(hidden, tokens_BT)
+            normed = output.last_hidden_state
+            for part, chunk, logits in self._logit_chunks(output, normed, tokens_BT):
+                summed = nn.functional.cross_entropy(
+                    logits, labels_T[part], ignore_index=_IGNORED, reduction="sum"
+                )
+                loss = summed / (len(labels_T) - 1)
+                pieces.append(torch.autograd.grad(loss * scale, chunk)[0])
+                total += loss.detach()
+        (gradient,) = torch.autograd.grad(normed, hidden, torch.cat(pieces, dim=1))
+        return total, gradient
+
+    @torch.no_grad()
+    def token_losses(
+        self, hidden: Tensor, tokens_BT: Tensor, places_K: Tensor, labels_K: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of labels, float32 [K], and whether each is the likeliest token.
+
+        `places_K` are positions in the flattened batch, and only there are logits computed.
+        """
+        places_K, labels_K = places_K.to(self.device), self._ids(labels_K)
+        output = self._decoded(hidden, tokens_BT)
+        normed = output.last_hidden_state.flatten(0, 1)[None, places_K]
+        tokens = self._ids(tokens_BT).flatten()[None, places_K]
+        losses, likeliest = [], []
+        for part, _, logits in self._logit_chunks(output, normed, tokens):
+            labels = labels_K[part]
+            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            likeliest.append(logits.argmax(dim=1) == labels)
+        return torch.cat(losses), torch.cat(likeliest)
+
+    def _ids(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.device, torch.int64)
+
+    def _decoded(self, hidden: Tensor, tokens_BT: Tensor) -> Any:
+        """Return the output of the decoder whose last block returns `hidden`."""
+        with stubs_in(self._layers, replaying(hidden, self.depth, self._returns_tuple)):
+            return self._decoder(input_ids=self._ids(tokens_BT), use_cache=False)
+
+    def _logit_chunks(
+        self, output: Any, normed: Tensor, tokens_BT: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield parts of a row [1, T]: their places, normed hidden states and float32 logits."""
+        size = max(1, HEAD_LOGITS // self.config.vocab_size)
+        for start in range(0, normed.shape[1], size):
             part = slice(start, start + size)
             chunk = normed[:, part].detach().requires_grad_(normed.requires_grad)
-            logits = self._logits(output, chunk, tokens_T[None, part])
-            summed = nn.functional.cross_entropy(
-                logits[0].float(), labels_T[part], ignore_index=_IGNORED, reduction="sum"
-            )
-            loss = summed / (len(tokens_T) - 1)
-            visit(loss, chunk)
-            total += loss.detach()
-        return total, normed
+            logits = self._logits(output, chunk, self._ids(tokens_BT[:, part]))
+            yield part, chunk, logits[0].float()
 
     def _logits(self, output: Any, chunk: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits of the model's own forward with a decoder that returns `chunk`."""
@@ -203,7 +223,7 @@ class StreamedModel:
 
         self._decoder.forward = fixed
         try:
-            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             del self._decoder.forward
         return logits

@@ -243,7 +243,7 @@ def _graph(work: Workload) -> int:
 
 def _attention(work: Workload, alive: int) -> int:
     matrices = alive * work.sizes.heads * work.sizes.attention_matrices
-    return matrices * work.seqlen**2 * FLOAT32_BYTES
+    return matrices * work.attended * FLOAT32_BYTES
 
 
 def _carried(at: Footprint, work: Workload, choices: Choices) -> None:

@@ -38,8 +38,8 @@ def plan(
     if found is not None:
         return _made(work, *found, minimum, speed)
     smaller = _smaller_work(work) if kept is None else ()
-    fits = [option for option, other in smaller if _fitting(other, budget)]
-    raise BudgetError(refusal(work, minimum, leanest, budget, fits))
+    fits = dict.fromkeys(option for option, other in smaller if _fitting(other, budget))
+    raise BudgetError(refusal(work, minimum, leanest, budget, list(fits)))
 
 
 def _fitting(
@@ -88,7 +88,7 @@ def _smaller_work(work: Workload) -> Iterator[tuple[str, Workload]]:
         yield f"--seqlen {seqlen}", replace(work, seqlen=seqlen)
         seqlen //= 2
     while work.schedule.needs_samples and nsamples >= 8:
-        yield f"{work.samples_option} {nsamples}", replace(work, nsamples=nsamples)
+        yield work.samples_option.format(nsamples), replace(work, nsamples=nsamples)
         nsamples //= 2
     if work.on_gpu and work.resident_bits is None:
         yield "--compute-weights nf4", replace(work, resident_bits=4)

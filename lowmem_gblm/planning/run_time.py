@@ -123,8 +123,8 @@ class _Clock:
 
     def _forward_s(self) -> float:
         sizes, work = self._sizes, self._work
-        attention = 4 * work.seqlen * sizes.hidden_size
-        flops = self._tokens * (2 * self._block_weights * sizes.active_fraction + attention)
+        attention = 4 * work.nsamples * work.attended * sizes.hidden_size
+        flops = self._tokens * 2 * self._block_weights * sizes.active_fraction + attention
         features = self._tokens * (2 * sizes.hidden_size + sizes.feature_widths / 2)
         return self._computing_s(flops, features) + work.nsamples * _PER_SAMPLE_S
 

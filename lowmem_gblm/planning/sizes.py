@@ -104,7 +104,8 @@ class Workload:
         logits_chunk, tile, slab: Logits that are computed at once, numbers of a sample's gradient
             that are worked on at once, numbers of a matrix that are decided at once.
         context_bytes: Memory of a GPU that its driver and its kernels take.
-        samples_option: The option that `nsamples` is asked with.
+        row_length: Tokens that see each other, where a sample is a batch of rows; else None.
+        samples_option: What to type for fewer samples; `{}` stands for their number.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
         saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
             an earlier run has saved; empty where there are none.
@@ -127,7 +128,8 @@ class Workload:
     tile: int
     slab: int
     context_bytes: int = 0
-    samples_option: str = "--nsamples"
+    row_length: int | None = None
+    samples_option: str = "--nsamples {}"
     writes: bool = True
     rewrites: bool = False
     saves: tuple[int, ...] = ()
@@ -139,6 +141,11 @@ class Workload:
     def boundary_bytes(self) -> int:
         """Return the bytes of the hidden states of one sample."""
         return self.seqlen * self.sizes.hidden_size * self.itemsize
+
+    @property
+    def attended(self) -> int:
+        """Return the pairs of tokens of one sample that see each other."""
+        return self.seqlen * (self.row_length or self.seqlen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ def embed(run: SweepContext) -> None:
     if run.is_done("embed"):
         # The first two samples tell how the blocks are called, and whether always alike.
         with run.model.filled(run.checkpoint):
-            for tokens_T in run.tokens_NT[:2]:
-                run.model.embed(tokens_T)
+            for tokens_BT in run.tokens[:2]:
+                run.model.embed(tokens_BT)
     for step in run.steps("embed"):
         with run.model.filled(run.checkpoint):
-            for n, tokens_T in enumerate(run.tokens_NT):
+            for n, tokens_BT in enumerate(run.tokens):
                 run.progress.check()
-                run.offload.write_behind(step.writes[0], n, run.model.embed(tokens_T))
+                run.offload.write_behind(step.writes[0], n, run.model.embed(tokens_BT))
                 run.progress.step()
         run.offload.settle()
 

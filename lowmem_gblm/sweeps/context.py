@@ -40,7 +40,7 @@ class SweepContext:
     """The context of an evaluation, and the part of a prune run's that only runs samples.
 
     Attributes:
-        tokens_NT: Token ids of all samples, int64 [N, T].
+        tokens: Token ids of every sample, [B, T]; rows of a sample do not see each other.
         table: The steps of the run, in order.
         done: How many steps of the table an earlier attempt has made durable.
         losses: Loss of every active sample, in nats per token; empty before the head.
@@ -48,7 +48,7 @@ class SweepContext:
 
     model: StreamedModel
     checkpoint: Checkpoint
-    tokens_NT: Tensor
+    tokens: Sequence[Tensor]
     samples: SampleSet
     table: Sequence[Step]
     done: int = 0
@@ -67,7 +67,7 @@ class SweepContext:
         release_cache(self.model.device)
         with self.progress.stage(stage):
             before = [step for step in self.table[: self.done] if step.stage == stage]
-            depth, nsamples = self.model.depth, len(self.tokens_NT)
+            depth, nsamples = self.model.depth, len(self.tokens)
             self.progress.skip(sum(step.ticks(depth, nsamples) for step in before))
             for step in self._left(stage):
                 self.offload.keys_read.clear()

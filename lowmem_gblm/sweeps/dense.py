@@ -1,8 +1,11 @@
-"""The dense sweep, and the head: the dense model forward, then the loss and its gradient."""
+"""The dense sweep, and the head: the dense model forward, then losses and gradients."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.sweeps.batches import Batch, Row, Score
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext, SweepContext
 from lowmem_gblm.sweeps.statistics.finite import all_finite
@@ -37,19 +40,21 @@ def _finite_loss(run: PruneContext, n: int, hidden: Tensor) -> tuple[Tensor, Ten
     """Return the loss of a sample and its gradient; None for one that no scale makes finite."""
     while True:
         factor = run.loss_scale * 2.0 ** -run.samples.exponent(n)
-        loss, gradient = run.model.loss_and_gradient(hidden, run.tokens_NT[n], factor)
+        loss, gradient = run.model.loss_and_gradient(hidden, run.tokens[n], factor)
         if bool(loss.isfinite() & all_finite(gradient)):
             return loss, gradient
         if not bool(loss.isfinite()) or not run.samples.reduce_scale(n):
             return loss, None
 
 
-def losses(run: SweepContext) -> list[float]:
-    """Return the loss of every sample from the last boundary, in nats per token."""
-    found: list[float] = []
+def row_scores(run: SweepContext, batches: Sequence[Batch]) -> dict[Row, Score]:
+    """Return the scores of all rows of the samples, which are `batches`, from the last boundary."""
+    scores: dict[Row, Score] = {}
     for step in run.steps("head"):
         with run.model.filled(run.checkpoint):
-            for n, (hidden,) in run.offload.prefetch(step.reads, range(len(run.tokens_NT))):
-                found.append(float(run.model.loss(hidden, run.tokens_NT[n])))
+            for n, (hidden,) in run.offload.prefetch(step.reads, range(len(batches))):
+                places_K, labels_K = batches[n].wanted()
+                found = run.model.token_losses(hidden, run.tokens[n], places_K, labels_K)
+                scores |= batches[n].scores(*found)
                 run.progress.step()
-    return found
+    return scores

@@ -16,7 +16,7 @@ import pytest
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
-from lowmem_gblm.commands import evaluate as perplexity
+from lowmem_gblm.commands import scoring
 from lowmem_gblm.commands.paths import check_apart, paths_of
 from lowmem_gblm.commands.request import PruneRequest, request_from_json, to_json
 from lowmem_gblm.errors import JobError, RequestError
@@ -273,13 +273,13 @@ def test_what_another_user_left_stays(
 ) -> None:
     left = tmp_path / "lowmem-gblm-killed"
     OwnedFolder(left, "eval").close()
-    monkeypatch.setattr(perplexity.os, "getuid", lambda: left.stat().st_uid + 1)
+    monkeypatch.setattr(scoring.os, "getuid", lambda: left.stat().st_uid + 1)
     evaluate(llama, text_file, tmp_path)
     assert left.is_dir()
 
 
 def test_the_folder_of_an_evaluation_is_locked(tmp_path: Path) -> None:
-    with perplexity._folder(tmp_path / "new") as folder:
+    with scoring._folder(tmp_path / "new") as folder:
         assert folder.parent == tmp_path / "new"
         with open(folder / MARK, "ab") as mark, pytest.raises(BlockingIOError):
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)

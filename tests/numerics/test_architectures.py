@@ -253,7 +253,7 @@ def test_hidden_states_changed_between_blocks_are_refused(
 
     monkeypatch.setattr(decoder, "forward", halving)
     with pytest.raises(UnsupportedModel, match="changed between decoder blocks 0 and 1"):
-        opened.streamed.embed(torch.arange(8))
+        opened.streamed.embed(torch.arange(8)[None])
 
 
 class Keeping:
@@ -346,7 +346,7 @@ def test_a_scaled_loss_keeps_small_gradients_in_float16(llama: Path) -> None:
     opened = open_model(str(llama), Resources())
     streamed = StreamedModel(opened.checkpoint, torch.device("cpu"), torch.float16)
     streamed.fill(opened.checkpoint)
-    tokens = torch.arange(5, 69)
+    tokens = torch.arange(5, 69)[None]
     # As far from 1 as gradients are in a trained model of real width.
     hidden = streamed.embed(tokens) * 4096
     _, plain = streamed.loss_and_gradient(hidden, tokens)

@@ -186,7 +186,7 @@ def test_the_chunked_head_gives_the_loss_and_gradient_of_the_whole_one(
     llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed = opened_and_filled(llama)
-    tokens = torch.arange(5, 53)
+    tokens = torch.arange(5, 53)[None]
     hidden = streamed.embed(tokens)
     whole_loss, whole_gradient = streamed.loss_and_gradient(hidden, tokens)
     monkeypatch.setattr(

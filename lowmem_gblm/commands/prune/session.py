@@ -158,7 +158,7 @@ def _assemble(
     run = PruneContext(
         model=streamed,
         checkpoint=checkpoint,
-        tokens_NT=setup.tokens_NT,
+        tokens=setup.tokens_NT.split(1),
         samples=SampleSet(len(setup.tokens_NT), scaled=scope.loss_scale > 1),
         table=setup.table,
         done=_steps_done(setup.table, job),
