@@ -5,6 +5,7 @@ of a run.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -25,6 +26,13 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise RequestError(f"a size reads like 22GiB or 800MB; got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the names meant by "boolq, arc_easy", or by several such texts, each once."""
+    texts = [names] if isinstance(names, str) else names
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    return tuple(dict.fromkeys(filter(None, parts)))
 
 
 def option(

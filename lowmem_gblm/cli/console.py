@@ -131,17 +131,54 @@ def _at_least(plan: dict[str, Any], name: str) -> str:
     return f"{gibibytes(needed)} (at least {gibibytes(least)})"
 
 
+def evaluation_lines(result: dict[str, Any]) -> list[str]:
+    """Return the lines that `eval` prints: perplexity, a table of tasks, or both."""
+    lines = []
+    if "perplexity" in result:
+        lines.append(
+            f"perplexity {result['perplexity']:.4f} on {result['text']} "
+            f"({result['windows']} windows of {result['seqlen']} tokens)"
+        )
+    if "results" in result:
+        lines += _table(
+            [("task", "shots", "metric", "value", "stderr"), *_task_cells(result)], left=(0, 2)
+        )
+    return lines
+
+
+def _task_cells(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of every metric of every task; a name such as "acc,none" has a filter."""
+    for task, values in result["results"].items():
+        for name, value in values.items():
+            metric, comma, kind = name.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            label = metric if kind == "none" else name
+            stderr = values.get(f"{metric}_stderr,{kind}")
+            shots = str(result["n-shot"].get(task, ""))
+            yield task, shots, label, _four(value), _four(stderr)
+
+
+def _four(value: object) -> str:
+    """Return a number with four digits; the harness has "N/A" where there is none."""
+    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
+
+
 def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return a table with one line per method."""
     head = ("method", "perplexity", "sparsity", "peak memory", "seconds", "output")
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    return _table([head, *(_cells(row) for row in rows)], left=(0, 5))
+
+
+def _table(lines: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
+    """Return lines of aligned cells; `left` are the columns of text."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in cells
+        for line in lines
     ]
 
 

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_gblm import __version__
-from lowmem_gblm.cli.console import Console, comparison_table, plan_lines, prune_lines
+from lowmem_gblm.cli.console import (
+    Console,
+    comparison_table,
+    evaluation_lines,
+    plan_lines,
+    prune_lines,
+)
 from lowmem_gblm.cli.options import add_options, method_options_of, methods_to_offer, request_from
 from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
 from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
@@ -152,11 +158,7 @@ def _eval(arguments: argparse.Namespace) -> _Outcome:
 
     with Console(sys.stderr) as console:
         result = evaluate(request_from(EvalRequest, arguments), console)
-    line = (
-        f"perplexity {result['perplexity']:.4f} on {result['text']} "
-        f"({result['windows']} windows of {result['seqlen']} tokens)"
-    )
-    return _Outcome(result, [line])
+    return _Outcome(result, evaluation_lines(result))
 
 
 def _verify(arguments: argparse.Namespace) -> _Outcome:
@@ -260,7 +262,7 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     command = _command(commands, "plan", _plan, "what a prune run would take, from headers alone")
     add_options(command, PruneRequest, methods=methods)
 
-    command = _command(commands, "eval", _eval, "perplexity, streamed")
+    command = _command(commands, "eval", _eval, "perplexity and language tasks, streamed")
     add_options(command, EvalRequest)
 
     command = _command(commands, "compare", _compare, "several methods on one model, one table")

@@ -12,7 +12,7 @@ from lowmem_gblm.commands.method_options import check_method_options
 from lowmem_gblm.errors import JobError, RequestError, shown
 from lowmem_gblm.methods import find_method
 from lowmem_gblm.methods.masks import Pattern, parse_pattern
-from lowmem_gblm.options import check_choices, flag_of, option
+from lowmem_gblm.options import check_choices, flag_of, option, parse_names
 from lowmem_gblm.planning.globs import as_globs
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.sizes import STORES
@@ -199,17 +199,45 @@ class EvalRequest(TextOptions):
         metavar="TEXT",
     )  # fmt: skip
     seqlen: int | None = option(
-        None, "tokens per window [2048, or the model's positions if fewer]", parse=int,
+        None, "tokens per window [2048, or the model's positions if fewer]; tasks: most that the "
+        "model reads of a question, which loses its beginning [the model's positions]", parse=int,
         metavar="T",
     )  # fmt: skip
     windows: int | None = option(None, "use only the first N windows [all]", parse=int, metavar="N")
+    tasks: tuple[str, ...] = option(
+        (), "tasks of lm-evaluation-harness, as boolq,arc_easy: names, groups or globs; with them, "
+        "perplexity is measured if --text is given", parse=parse_names, metavar="A,B,…",
+    )  # fmt: skip
+    include_path: Path | None = option(
+        None, "folder with task files (.yaml) of your own; they may run code", parse=Path,
+        metavar="DIR",
+    )  # fmt: skip
+    num_fewshot: int | None = option(
+        None, "examples before each question [as the task says, else 0]", parse=int, metavar="N"
+    )
+    limit: int | None = option(None, "only the first N questions of a task [all]", parse=int,
+        metavar="N",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choices(self)
+        object.__setattr__(self, "tasks", parse_names(self.tasks))
+        for name in ("include_path", "num_fewshot", "limit"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise RequestError(f"{flag_of(name)} is about tasks: name some with --tasks")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise RequestError(f"--num-fewshot must be at least 0; got {self.num_fewshot}")
+        if self.limit is not None and self.limit < 1:
+            raise RequestError(f"--limit must be at least 1; got {self.limit}")
         if self.windows is not None and self.windows < 1:
             raise RequestError(f"--windows must be at least 1; got {self.windows}")
         if self.seqlen is not None and self.seqlen < 2:
             raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+
+    @property
+    def measures_text(self) -> bool:
+        """Return whether perplexity is asked for."""
+        return self.text is not None or not self.tasks
 
     @property
     def evaluation_text(self) -> str:

@@ -38,6 +38,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
     This and its calls raise a `CheckpointError` if the tokenizer does not work.
     """
+    tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+    def tokenize(text: str) -> Sequence[int]:
+        with _tokenizer_errors(folder):
+            ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
+            return ids
+
+    return Tokenizer(tokenize, tokenizer.bos_token_id)
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model folder as transformers has it, after a try."""
     from transformers import AutoTokenizer
 
     for path in sorted(folder.iterdir()):
@@ -46,12 +58,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
                 f"{folder} has no usable tokenizer: {shown(path.name)} has {path.stat().st_size} "
                 f"bytes, expected at most {_MAX_TOKENIZER_BYTES}"
             )
-
-    def tokenize(text: str) -> Sequence[int]:
-        with _tokenizer_errors(folder):
-            ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
-            return ids
-
     with _tokenizer_errors(folder), _mute():
         if trust_remote_code:
             _check_code(folder, trusted=True)
@@ -60,8 +66,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
         except Exception:
             _check_code(folder, trusted=trust_remote_code)
             raise
-        tokenize("a")
-    return Tokenizer(tokenize, tokenizer.bos_token_id)
+        tokenizer("a", verbose=False)
+    return tokenizer
 
 
 def _check_code(folder: Path, *, trusted: bool) -> None:
