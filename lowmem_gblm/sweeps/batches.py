@@ -16,9 +16,9 @@ from torch import Tensor
 
 # Tokens that a batch may have if its longest row has fewer.
 TOKENS_AT_ONCE = 2048
-# What a batch is padded to has this many steps between two powers of two, of 8 tokens at least:
-# how blocks are called is remembered for every shape.
-_STEPS, _SHORTEST_STEP = 8, 8
+# Between two powers of two a batch is padded to one of so many lengths, which are 4 tokens apart at
+# least: how blocks are called is remembered for every shape.
+_LENGTHS, _SMALLEST_STEP = 8, 4
 _PADDING = 0
 
 
@@ -106,8 +106,8 @@ def pack(rows: Iterable[Row], tokens_at_once: int) -> list[Batch]:
 
 
 def padded(length: int) -> int:
-    """Return the length that rows of this length are padded to: at most an eighth more, or 7."""
-    step = max(_SHORTEST_STEP, (1 << (length.bit_length() - 1)) // _STEPS)
+    """Return the length that rows of this length are padded to: at most an eighth more, or 3."""
+    step = max(_SMALLEST_STEP, (1 << (length.bit_length() - 1)) // _LENGTHS)
     return -(-length // step) * step
 
 

@@ -41,8 +41,8 @@ def test_a_line_is_its_tokens_and_then_padding(lengths: list[int]) -> None:
 
 
 @given(st.integers(1, 10_000))
-def test_padding_is_at_most_an_eighth_or_seven_tokens(length: int) -> None:
-    assert length <= padded(length) <= max(length * 9 // 8, length + 7)
+def test_padding_is_at_most_an_eighth_or_three_tokens(length: int) -> None:
+    assert length <= padded(length) <= max(length * 9 // 8, length + 3)
 
 
 def test_there_are_few_shapes_however_many_lengths_there_are() -> None:
