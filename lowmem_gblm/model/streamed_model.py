@@ -167,7 +167,7 @@ class StreamedModel:
             normed = output.last_hidden_state
             for part, chunk, logits in self._logit_chunks(output, normed, tokens_BT):
                 summed = nn.functional.cross_entropy(
-                    logits, labels_T[part], ignore_index=_IGNORED, reduction="sum"
+                    logits.float(), labels_T[part], ignore_index=_IGNORED, reduction="sum"
                 )
                 loss = summed / (len(labels_T) - 1)
                 pieces.append(torch.autograd.grad(loss * scale, chunk)[0])
@@ -190,7 +190,7 @@ class StreamedModel:
         losses, likeliest = [], []
         for part, _, logits in self._logit_chunks(output, normed, tokens):
             labels = labels_K[part]
-            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
             likeliest.append(logits.argmax(dim=1) == labels)
         return torch.cat(losses), torch.cat(likeliest)
 
@@ -205,13 +205,12 @@ class StreamedModel:
     def _logit_chunks(
         self, output: Any, normed: Tensor, tokens_BT: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield parts of a row [1, T]: their places, normed hidden states and float32 logits."""
+        """Yield parts of a row [1, T]: their places, normed hidden states and logits."""
         size = max(1, HEAD_LOGITS // self.config.vocab_size)
         for start in range(0, normed.shape[1], size):
             part = slice(start, start + size)
             chunk = normed[:, part].detach().requires_grad_(normed.requires_grad)
-            logits = self._logits(output, chunk, self._ids(tokens_BT[:, part]))
-            yield part, chunk, logits[0].float()
+            yield part, chunk, self._logits(output, chunk, self._ids(tokens_BT[:, part]))[0]
 
     def _logits(self, output: Any, chunk: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits of the model's own forward with a decoder that returns `chunk`."""
