@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understood, versions
-from lowmem_gblm.commands.prune.reuse import reuse_notes
+from lowmem_gblm.commands.prune.reuse import reuse_notes, rounded_to
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.prune.setup import PruneSetup
 from lowmem_gblm.planning.sizes import stores
@@ -46,6 +46,7 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
             "measured": scope.statistics.names,
             "taken": scope.taken.names,
             "taken_from": str(scope.request.statistics) if scope.taken.classes else None,
+            "taken_rounded_to": rounded_to(scope.saved, scope.taken),
             "saved_in": None if setup.paths.statistics is None else str(setup.paths.statistics),
         },
         "tensors": tensors,

@@ -1,5 +1,6 @@
 """What earlier runs have left: a job to resume, or the complete result."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,31 @@ def find_finished(request: PruneRequest) -> dict[str, Any] | None:
     Where another result is there, a `JobError` names every difference.
     """
     paths = paths_of(request)
-    output = paths.output
-    if not (output / RECORD).is_file():
+    if not (paths.output / RECORD).is_file():
         return None
-    forget_finished(output, paths.work_folder)
-    made: dict[str, Any] = read_json(output / RECORD)
+    forget_finished(paths.output, paths.work_folder)
+    made: dict[str, Any] = read_json(paths.output / RECORD)
+    check_made_by(request, made)
+    return made
+
+
+def check_made_by(request: PruneRequest, made: Mapping[str, Any]) -> None:
+    """Raise `JobError`, naming every difference, unless a request gives what a record describes."""
+    paths = paths_of(request)
     scope = prune_scope(request, open_model(request.model, request))
     asked = identity(scope, paths, draw_samples(scope), None)
     # Texts are known by their tokens and models by their bytes, wherever they lie.
     del asked["calibration"], asked["source_pruned"]
+    # Statistics that are saved change nothing, nor do taken ones, unless they were rounded.
+    del asked["save_statistics"], asked["statistics_dtype"]
+    if (made.get("statistics") or {}).get("taken_rounded_to") == []:
+        del asked["statistics_taken"]
     if request.accept_other_rounding:
         del asked["device"]
     found = differences(recorded_identity(made, asked), asked)
     if found:
+        there = "move it away, or " if paths.output.exists() else ""
         raise JobError(
-            f"{output} was made otherwise ({'; '.join(found.values())}): move it away, or choose "
+            f"{paths.output} was made otherwise ({'; '.join(found.values())}): {there}choose "
             f"another place"
         )
-    return made

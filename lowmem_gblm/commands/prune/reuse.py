@@ -50,6 +50,12 @@ def check_saves(request: PruneRequest, needed: NeededStatistics) -> None:
         )
 
 
+def serving_names(request: PruneRequest, needed: NeededStatistics) -> list[str]:
+    """Return the names of the statistics that serve every run with the same model and samples."""
+    dense = request.activations == "dense"
+    return [one.name for one in needed.classes if dense or issubclass(one, GradientStatistic)]
+
+
 def taken_names(
     request: PruneRequest, needed: NeededStatistics, saved: StatisticsFolder | None
 ) -> list[str]:
@@ -59,8 +65,7 @@ def taken_names(
     """
     if saved is None or not needed.classes:
         return []
-    dense = request.activations == "dense"
-    serving = [one.name for one in needed.classes if dense or issubclass(one, GradientStatistic)]
+    serving = serving_names(request, needed)
     streams = saved.manifest["streams"]
     missing = [name for name in serving if streams.get(name) != "dense"]
     if serving and not missing:
@@ -103,6 +108,13 @@ def check_serves(saved: StatisticsFolder, found: Mapping[str, Any]) -> None:
             )
 
 
+def rounded_to(saved: StatisticsFolder | None, taken: NeededStatistics) -> list[str]:
+    """Return what gradient magnitudes that are taken were rounded to; empty if they are exact."""
+    if saved is None or taken.gradient is None:
+        return []
+    return sorted({saved.manifest["precision"], saved.manifest["stored_precision"]} - {"float32"})
+
+
 def reuse_notes(
     saved: StatisticsFolder | None, taken: NeededStatistics, measured: NeededStatistics
 ) -> list[str]:
@@ -112,10 +124,10 @@ def reuse_notes(
     manifest = saved.manifest
     again = f"; {' and '.join(measured.names)} measured again" if measured.classes else ""
     notes = [f"{' and '.join(taken.names)} taken from {saved.folder}{again}"]
-    rounded = {manifest["precision"], manifest["stored_precision"]} - {"float32"}
-    if rounded and taken.gradient is not None:
+    rounded = rounded_to(saved, taken)
+    if rounded:
         notes.append(
-            f"gradient magnitudes in {saved.folder} are rounded to {' and '.join(sorted(rounded))}"
+            f"gradient magnitudes in {saved.folder} are rounded to {' and '.join(rounded)}"
             f": some decisions will be others than in float32"
         )
     if manifest["dropped_samples"]:
