@@ -125,22 +125,35 @@ def compare(
     methods: list[str],
     folder: str | PathLike[str],
     *,
-    text: str | None = None,
-    windows: int | None = None,
+    sparsity: Any = (),
+    pattern: Any = (),
+    seeds: Any = None,
+    keep: str = "all",
     listener: Listener | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Prune `model` with several methods into `folder/METHOD` and measure each result.
+    """Prune `model` in every way of a grid into `folder`, measure each result, and return the rows.
 
-    `text` and `windows` are those of `evaluate`. Options are those of `prune`, shared by all
-    methods; an option of a method is given to the methods that have it.
+    Args:
+        model: Folder, Hub id, or "demo".
+        folder: Gets an output for every run, called `METHOD` if only methods vary.
+        sparsity, pattern, seeds: One value or several; without `seeds`, the `seed` of `prune`.
+        keep: "all" outputs, the "best" of every sparsity and pattern, or "none".
+        listener: Called with a `lowmem_gblm.Tick` after every step.
+        options: Those of `prune`, shared by all methods; those of methods, with one value or
+            several, for the methods that have them; and `text`, `windows`, `tasks`, `include_path`,
+            `num_fewshot` and `limit` of `evaluate`.
     """
-    from lowmem_gblm.commands.compare import compare as run
+    from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
+    from lowmem_gblm.commands.compare.pipeline import compare as run
     from lowmem_gblm.commands.request import PruneRequest, sort_options
 
+    evaluation = {name: options.pop(name) for name in EVALUATION if name in options}
     values, method_options = sort_options(options)
-    request = PruneRequest(model=fspath(model), **values)
-    return run(request, methods, Path(folder), text, windows, method_options, listener)
+    shared = PruneRequest(model=fspath(model), **values)
+    seeds = shared.seed if seeds is None else seeds
+    grid = Grid(methods=methods, sparsity=sparsity, pattern=pattern, seeds=seeds, keep=keep)
+    return run(shared, grid, Path(folder), evaluation, method_options, listener)
 
 
 def verify(

@@ -5,7 +5,7 @@ of a run.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -35,6 +35,18 @@ def parse_names(names: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, parts)))
 
 
+def parse_several(values: Any, parse: Callable[[str], Any] = str) -> tuple[Any, ...]:
+    """Return the values meant by "1, 10, 100", by one value, or by several of them."""
+    parts = values if isinstance(values, (list, tuple)) else [values]
+    return tuple(
+        value
+        for part in parts
+        for value in (
+            [parse(one.strip()) for one in part.split(",")] if isinstance(part, str) else [part]
+        )
+    )
+
+
 def option(
     default: Any,
     help: str,
@@ -44,6 +56,7 @@ def option(
     parse: type | Any = str,
     metavar: str | None = None,
     repeat: bool = False,
+    several: bool = False,
 ) -> Any:
     """Declare a field of a request, or of the options of a method.
 
@@ -51,10 +64,11 @@ def option(
         identity: Whether another value gives another result.
         parse: Turns the typed string into the value; `bool` makes a flag without a value.
         repeat: Whether the option may be given several times.
+        several: Whether the typed string may hold several values, with commas.
     """
     metadata = {
         "help": help, "identity": identity, "choices": choices, "parse": parse,
-        "metavar": metavar, "repeat": repeat,
+        "metavar": metavar, "repeat": repeat, "several": several,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

@@ -140,7 +140,7 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
             f"({result['windows']} windows of {result['seqlen']} tokens)"
         )
     if "results" in result:
-        lines += _table(
+        lines += table_lines(
             [("task", "shots", "metric", "value", "stderr"), *_task_cells(result)], left=(0, 2)
         )
     return lines
@@ -164,13 +164,7 @@ def _four(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else ""
 
 
-def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a table with one line per method."""
-    head = ("method", "perplexity", "sparsity", "peak memory", "seconds", "output")
-    return _table([head, *(_cells(row) for row in rows)], left=(0, 5))
-
-
-def _table(lines: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
+def table_lines(lines: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
     """Return lines of aligned cells; `left` are the columns of text."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -180,15 +174,3 @@ def _table(lines: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
         ).rstrip()
         for line in lines
     ]
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    peak = row["host_peak_bytes"]
-    return (
-        row["method"],
-        f"{row['perplexity']:.3f}",
-        f"{row['sparsity']:.2%}",
-        "" if peak is None else gibibytes(peak),
-        "" if row["seconds"] is None else f"{row['seconds']:.1f}",
-        row["output"] or "",
-    )

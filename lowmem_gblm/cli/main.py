@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_gblm import __version__
-from lowmem_gblm.cli.console import (
-    Console,
-    comparison_table,
-    evaluation_lines,
-    plan_lines,
-    prune_lines,
-)
+from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.console import Console, evaluation_lines, plan_lines, prune_lines
 from lowmem_gblm.cli.options import add_options, method_options_of, methods_to_offer, request_from
 from lowmem_gblm.cli.streams import Parser, fail, fail_of_system, reserve_streams, tell, write
+from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
 from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
-from lowmem_gblm.methods import method_names
 from lowmem_gblm.options import options
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime.signals import raise_on_signals
@@ -38,6 +33,7 @@ _SMALLER = "Try a smaller --seqlen, or --device cpu"
 _TAKES_MODEL = ("prune", "plan", "eval", "compare")
 _MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
+_VARIED = ("method", "sparsity", "pattern", "seed")
 _STATISTICS = ("save_statistics", "statistics_dtype", "statistics")
 _PROGRAM = "lowmem-gblm"
 _ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
@@ -183,26 +179,32 @@ def _report(arguments: argparse.Namespace) -> _Outcome:
 
 
 def _compare(arguments: argparse.Namespace) -> _Outcome:
-    request = request_from(PruneRequest, arguments, method_options={})
-    return _compared(arguments, request, Path(arguments.output))
+    request = request_from(PruneRequest, arguments, sparsity=None, pattern=None, method_options={})
+    evaluation = {name: getattr(arguments, name) for name in EVALUATION}
+    return _compared(arguments, request, Path(arguments.output), evaluation)
 
 
 def _demo(arguments: argparse.Namespace) -> _Outcome:
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
     folder = Path(arguments.output) if arguments.output else _free_folder(Path(_DEMO_FOLDER))
-    return _compared(arguments, request, folder)
+    return _compared(arguments, request, folder, {})
 
 
-def _compared(arguments: argparse.Namespace, request: PruneRequest, folder: Path) -> _Outcome:
-    from lowmem_gblm.commands.compare import compare
+def _compared(
+    arguments: argparse.Namespace, request: PruneRequest, folder: Path, evaluation: dict[str, Any]
+) -> _Outcome:
+    from lowmem_gblm.commands.compare.pipeline import compare
 
-    methods = [name.strip() for name in arguments.methods.split(",")]
-    text, windows, given = arguments.text, arguments.windows, method_options_of(arguments)
+    varied = {one.name for one in options(Grid)} & vars(arguments).keys()
+    grid = Grid(**{name: getattr(arguments, name) for name in varied})
+    given = method_options_of(arguments)
     with Console(sys.stderr) as console:
-        rows = compare(request, methods, folder, text, windows, given, console, console.announce)
-    result = {"model": request.model, "pattern": str(request.target), "rows": rows}
-    return _Outcome(result, comparison_table(rows))
+        rows = compare(request, grid, folder, evaluation, given, console, console.announce)
+        for note in dict.fromkeys(note for row in rows for note in row["notes"]):
+            console.announce(f"note: {note}")
+    lines = TABLES[getattr(arguments, "format", "table")](rows)
+    return _Outcome({"model": request.model, "rows": rows}, lines)
 
 
 def _free_folder(path: Path) -> Path:
@@ -270,19 +272,17 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
         interrupted=lambda typed: f"What is pruned is kept in {typed.output}. To resume"
     )
     command.add_argument(
-        "--methods",
-        default="magnitude,wanda,sparsegpt,gblm",
-        metavar="A,B,…",
-        help=f"of {', '.join(method_names())} [%(default)s]",
-    )
-    command.add_argument(
         "--output", default="comparison", metavar="DIR", help="gets DIR/METHOD [%(default)s]"
     )
-    command.add_argument("--text", metavar="TEXT", help="as for eval [wikitext2]")
-    command.add_argument("--windows", type=int, metavar="N", help="as for eval [all]")
-    add_options(
-        command, PruneRequest, without=("method", *_IN_PLACE, *_STATISTICS), methods=methods
+    command.add_argument(
+        "--format", default="table", choices=tuple(TABLES), help="of what is printed [%(default)s]"
     )
+    add_options(command, Grid)
+    add_options(command, EvalRequest, only=EVALUATION)
+    add_options(
+        command, PruneRequest, without=(*_VARIED, *_IN_PLACE, *_STATISTICS), methods=methods,
+        several=True,
+    )  # fmt: skip
 
     command = _command(commands, "verify", _verify, "prove that an output keeps its promises")
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
@@ -297,7 +297,7 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
 
     command = _command(commands, "demo", _demo, "all methods on the embedded model, offline")
     command.set_defaults(
-        model=DEMO, methods=_DEMO_METHODS, text=None, windows=None,
+        model=DEMO, methods=_DEMO_METHODS,
         interrupted=lambda _: "What is pruned stays. To begin again",
     )  # fmt: skip
     command.add_argument("--output", metavar="DIR", help=f"folder to create [{_DEMO_FOLDER}]")

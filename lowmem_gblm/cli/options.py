@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_gblm.cli.streams import tell
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import find_method, method_names, option_owners, usable_methods
-from lowmem_gblm.options import flag_of, options
+from lowmem_gblm.options import flag_of, options, parse_several
 
 _HELP = ("-h", "--help")
 
@@ -19,23 +19,27 @@ def add_options(
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
     methods: Sequence[str] = (),
+    several: bool = False,
 ) -> None:
     """Add a flag for every option of a class, and for those of the `methods`, to a command.
 
-    Fields named in `without` get none; where `only` names some, no other field gets one.
+    Fields named in `without` get none; where `only` names some, no other field gets one. Options of
+    the methods take `several` values, if asked.
     """
     for one in options(kind):
         if one.name in without or (only is not None and one.name not in only):
             continue
         help = one.metadata["help"]
-        if one.name == "method":
-            help = f"one of {', '.join(method_names())}"
+        if one.name in ("method", "methods"):
+            help = f"{help}, of {', '.join(method_names())}"
         _add(command, one, default=one.default, help=help)
     if methods:
-        _add_method_options(command, methods)
+        _add_method_options(command, methods, several=several)
 
 
-def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+def _add_method_options(
+    command: argparse.ArgumentParser, methods: Sequence[str], *, several: bool
+) -> None:
     """Give a command a flag for every option of these methods; the first of a name counts."""
     owners = option_owners(methods)
     command.set_defaults(method_options=tuple(owners))
@@ -43,7 +47,7 @@ def _add_method_options(command: argparse.ArgumentParser, methods: Sequence[str]
         one = next(one for one in options(find_method(having[0]).options) if one.name == name)
         help = f"{', '.join(having)}: {one.metadata['help']}"
         # An option that is not given is not one that the method may lack.
-        _add(command, one, default=argparse.SUPPRESS, help=help)
+        _add(command, one, default=argparse.SUPPRESS, help=help, several=several)
 
 
 def methods_to_offer(argv: Sequence[str]) -> list[str]:
@@ -66,9 +70,19 @@ def method_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, help: str) -> None:
-    """Give a command the flag of one option."""
+def _add(
+    command: argparse.ArgumentParser,
+    one: Field[Any],
+    *,
+    default: object,
+    help: str,
+    several: bool = False,
+) -> None:
+    """Give a command the flag of one option, which may take `several` values."""
     described = one.metadata
+    if several or described["several"]:
+        _add_several(command, one, default=default, help=help)
+        return
     if described["parse"] is bool:
         command.add_argument(flag_of(one.name), action="store_true", default=default, help=help)
         return
@@ -85,6 +99,23 @@ def _add(command: argparse.ArgumentParser, one: Field[Any], *, default: object, 
     )
 
 
+def _add_several(
+    command: argparse.ArgumentParser, one: Field[Any], *, default: object, help: str
+) -> None:
+    """Give a command the flag of an option that takes several values, with commas."""
+    parse, choices = one.metadata["parse"], one.metadata["choices"]
+    among = f" ({', '.join(choices)})" if choices else ""
+    values = one.default if isinstance(one.default, tuple) else (one.default,)
+    shown = f" [{','.join(map(str, values))}]" if values else ""
+    command.add_argument(
+        flag_of(one.name),
+        default=default,
+        type=_typed(parse, several=True),
+        metavar="A,B,…",
+        help=f"{help}{among}{shown}",
+    )
+
+
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
     """Return the request that was typed; `more` are fields that no flag gives."""
     values = {one.name: getattr(arguments, one.name, one.default) for one in options(kind)}
@@ -93,12 +124,12 @@ def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) ->
     return kind(model=arguments.model, **values | more)
 
 
-def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser whose `RequestError` becomes argparse's own."""
+def _typed(parse: Callable[[str], Any], *, several: bool = False) -> Callable[[str], Any]:
+    """Return a parser of one value, or several, whose `RequestError` becomes argparse's own."""
 
     def typed(text: str) -> Any:
         try:
-            return parse(text)
+            return parse_several(text, parse) if several else parse(text)
         except RequestError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -1,6 +1,7 @@
 """What earlier attempts at a job have left in its folders: asked once, under the model's lock."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import check_complete, is_about, remove_marker
-from lowmem_gblm.storage.locking import MARK, OwnedFolder
+from lowmem_gblm.storage.locking import MARK, OwnedFolder, model_lock
 from lowmem_gblm.storage.pending_folder import check_absent, partial_folder
 
 DESCRIPTION = "job.json"
@@ -80,6 +81,27 @@ def forget_finished(output: Path, folder: Path) -> None:
         remove_marker(output)
         (output / MARK).unlink(missing_ok=True)
         own.remove()
+
+
+def remove_finished(output: Path, job: str) -> None:
+    """Remove the output of a job, or what an earlier attempt to remove it has left.
+
+    Raises `JobError` if something else is there, or if another process uses it.
+    """
+    if not output.is_dir():
+        return
+    with model_lock(output, alone=True):
+        files = [path for path in output.iterdir() if path.name != RECORD]
+        if (output / RECORD).is_file():
+            if read_json(output / RECORD).get("job") != job:
+                raise JobError(f"{output} is not what was pruned there: move it away")
+        elif files:
+            raise JobError(f"{output} has no {RECORD}, so it is not removed: move it away")
+        for path in files:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        # The record goes last: it says whose the other files are.
+        (output / RECORD).unlink(missing_ok=True)
+        output.rmdir()
 
 
 def has_steps(folder: Path) -> bool:

@@ -10,6 +10,7 @@ The folder has its name only when it is complete (`pending_folder`).
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,20 @@ class StatisticsFolder:
         entry = self._entries[name]
         self.bytes_read += entry.nbytes
         return read_tensor(entry)
+
+
+def holds_statistics(folder: Path) -> bool:
+    """Return whether a folder holds complete statistics, as far as its manifest tells."""
+    return (folder / _MANIFEST).is_file()
+
+
+def remove_statistics(folder: Path) -> None:
+    """Remove saved statistics, or what is left of them; files of others stay."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    for path in [*folder.glob("block-*.safetensors"), folder / MARK]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -525,6 +525,6 @@ def test_running_out_of_memory_is_a_sentence(error, run, llama, small, monkeypat
 
 
 def test_an_interrupted_comparison_says_what_stays(run, llama, small, monkeypatch):
-    monkeypatch.setattr("lowmem_gblm.commands.compare.compare", ctrl_c)
+    monkeypatch.setattr("lowmem_gblm.commands.compare.pipeline.compare", ctrl_c)
     answer = run("compare", llama, "--methods", "wanda", *small)
     refused(answer, 130, "What is pruned is kept in comparison. To resume", "lowmem-gblm compare")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lowmem_gblm
-from lowmem_gblm.commands import compare as comparison
+from lowmem_gblm.commands.compare import pipeline as comparison
 from lowmem_gblm.errors import JobError
 from support.crashes import content
 from support.tiny_models import save_tiny

@@ -35,11 +35,11 @@ KILL_MATRIX = [
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file of a finished output but the record, by its hash."""
+    """Every file of a finished output but the records of what it took, by its hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "pruning.json"
+        if path.is_file() and path.name not in ("pruning.json", "evaluation-compare.json")
     }
 
 

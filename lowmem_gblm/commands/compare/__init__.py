@@ -1,0 +1,1 @@
+"""Comparing methods on one model: `pipeline` is the comparison on one page."""
