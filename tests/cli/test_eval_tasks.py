@@ -201,7 +201,7 @@ def test_tasks_are_stopped_and_leave_nothing(
 ) -> None:
     def listener(tick: Tick) -> None:
         if tick.stage == stage:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StopRequested):
         measure(listener=listener)
