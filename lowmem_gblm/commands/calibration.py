@@ -84,10 +84,13 @@ def calibration_samples(
     """
     import torch
 
+    def tokens_of(text: str) -> Sequence[int]:
+        return _without(bos, tokenize(text))
+
     draw = random.Random(seed)
     length = seqlen if bos is None else seqlen - 1
     if isinstance(source, Text):
-        complete = _without(bos, tokenize(source.text))
+        complete = tokens_of(source.text)
         if len(complete) <= length:
             raise RequestError(
                 f"{source.origin} has {len(complete)} tokens; samples of {length} tokens need at "
@@ -96,9 +99,6 @@ def calibration_samples(
         drawn: Iterable[Sequence[int]] = repeat(complete, nsamples)
     else:
         # Drawn one by one: each before the start of its sample.
-        def tokens_of(text: str) -> Sequence[int]:
-            return _without(bos, tokenize(text))
-
         drawn = (_draw_document(source, tokens_of, length, draw) for _ in range(nsamples))
     samples = []
     for tokens in drawn:

@@ -123,11 +123,11 @@ def _plan(
     while True:
         batches = pack(rows, tokens_at_once)
         tokens = max(batch.tokens_BT.numel() for batch in batches)
-        memory.settle_allocator(opened.boundary_bytes(tokens))
         work = work_of(
             opened, weights, EVALUATION, resources, nsamples=len(batches), seqlen=tokens,
             row_length=longest, samples_option=fewer,
         )  # fmt: skip
+        memory.settle_allocator(work.boundary_bytes)
         try:
             return batches, plan(work, budget)
         except BudgetError:

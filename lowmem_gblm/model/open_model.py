@@ -33,10 +33,6 @@ class OpenModel:
         """Return the name that transformers has for the architecture of the text model."""
         return str(self.streamed.config.model_type)
 
-    def boundary_bytes(self, seqlen: int) -> int:
-        """Return the bytes of the hidden states of one sample."""
-        return seqlen * int(self.streamed.config.hidden_size) * self.streamed.dtype.itemsize
-
     @property
     def positions(self) -> int | None:
         """Return the number of positions of the model; None if its configuration does not say."""
