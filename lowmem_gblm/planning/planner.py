@@ -14,6 +14,9 @@ from lowmem_gblm.planning.sizes import STORES, Choices, Workload, slices_within,
 from lowmem_gblm.planning.steps import step_table
 from lowmem_gblm.planning.totals import DiskUse, disk_use, read_bytes, step_flops, written_bytes
 
+# More bytes than any machine has.
+_UNLIMITED = 1 << 62
+
 
 def plan(
     work: Workload,
@@ -47,34 +50,43 @@ def _fitting(
 ) -> tuple[Choices, int] | None:
     """Return the fastest choices that fit, with the most exact way to store, and their `_room`."""
     for choices in _in_memory(work):
-        host, gpu = peaks(footprints(work, choices))
-        if _exceeds(host, budget.host_bytes) or _exceeds(gpu, budget.gpu_bytes):
+        if _left(work, choices, budget) is None:
             continue
-        left = None if budget.host_bytes is None else budget.host_bytes - host
         ways = list(_on_disk(work, choices))
         if kept is not None:
             if choices.durable_interval != kept.durable_interval:
                 continue
             precision, interval = kept.gradient_precision, kept.boundary_interval
             ways = [replace(choices, gradient_precision=precision, boundary_interval=interval)]
-            # The journal counts on what it lists to be on the disk.
-            left = 0
         for way in ways:
+            # What is held between durable steps depends on the boundaries that are kept.
+            left = _left(work, way, budget)
+            if left is None:
+                continue
             stored = disk_use(work, way)
-            room = _room(work, stored, left, budget)
+            # The journal counts on what it lists to be on the disk.
+            room = _room(work, stored, left if kept is None else 0, budget)
             if not _exceeds(stored.on_disk(room), budget.disk_bytes):
                 return way, room
     return None
 
 
-def _room(work: Workload, stored: DiskUse, left: int | None, budget: Budget) -> int:
+def _left(work: Workload, choices: Choices, budget: Budget) -> int | None:
+    """Return the host memory that a run leaves of its budget; None if its memory does not fit."""
+    host, gpu = peaks(footprints(work, choices))
+    if _exceeds(host, budget.host_bytes) or _exceeds(gpu, budget.gpu_bytes):
+        return None
+    return _UNLIMITED if budget.host_bytes is None else budget.host_bytes - host
+
+
+def _room(work: Workload, stored: DiskUse, left: int, budget: Budget) -> int:
     """Return the host memory, of what is `left`, that holds what the disk is too small for.
 
     A run in host memory cannot be resumed, so one that overwrites its model only uses the disk.
     """
     missing = 0 if budget.disk_bytes is None else stored.on_disk(0) - budget.disk_bytes
     room = stored.room_for(missing) if missing > 0 and not work.rewrites else 0
-    return room if left is None else min(room, left)
+    return min(room, left)
 
 
 def _exceeds(needed: int, allowed: int | None) -> bool:

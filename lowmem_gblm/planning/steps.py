@@ -149,7 +149,8 @@ class Layout:
         unpruned: Blocks of which nothing is pruned.
         streams: Streams of hidden states that the prune sweep carries.
         parts: Parts of a block that are pruned one after the other; each is measured by itself.
-        durable_interval: Of the steps of "reverse" and "prune" every such one is durable.
+        durable_interval: Of the steps of "reverse" and "prune" every such one is durable; above 1,
+            those of "dense" which write a boundary that is kept.
         saves, takes: Whether statistics are saved for later runs, or taken from an earlier one.
         rank, ranks: This process, and the processes that share the samples and write in turn.
     """
@@ -194,13 +195,21 @@ def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
     found: list[Step] = []
     for stage in schedule.stages:
         rows = list(_rows(stage, schedule, layout))
-        if stage in ("reverse", "prune"):
-            every = layout.durable_interval
-            # And the last two: what the first drops is gone when the next stage begins to write.
-            ends = [at % every == 0 or at > len(rows) - 2 for at in range(1, len(rows) + 1)]
-            rows = [replace(row, durable=end) for row, end in zip(rows, ends, strict=True)]
-        found += rows
+        every = _durable_every(stage, layout)
+        # And the last two: what the first drops is gone when the next stage begins to write.
+        ends = [at % every == 0 or at > len(rows) - 2 for at in range(1, len(rows) + 1)]
+        found += [replace(row, durable=end) for row, end in zip(rows, ends, strict=True)]
     return _between_durable_steps(_with_drops(found))
+
+
+def _durable_every(stage: Stage, layout: Layout) -> int:
+    """Return the interval at which the steps of a stage are durable.
+
+    In the dense sweep it is that of the boundaries which are kept, and thus on the disk anyway.
+    """
+    if stage in ("reverse", "prune"):
+        return layout.durable_interval
+    return layout.boundary_interval if stage == "dense" and layout.durable_interval > 1 else 1
 
 
 def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,10 @@ def test_killed_between_two_durable_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where a GPU computes: hidden states stay in host memory, every second block is durable."""
+    """As where a GPU computes: hidden states stay in host memory, every second block is durable.
+
+    And every second boundary is kept, as where the disk is small.
+    """
     model = save_tiny("llama", tmp_path / "model", blocks=4, width=16)
     options = {"method": method, "activations": activations, "calibration": str(text_file)}
 
@@ -94,11 +98,14 @@ def test_killed_between_two_durable_steps(
     run(tmp_path / "expected")
     expected = content(tmp_path / "expected")
     monkeypatch.setattr(planner, "durable_interval", lambda work: 2)
+    monkeypatch.setattr(
+        planner, "_on_disk", lambda work, choices: [replace(choices, boundary_interval=2)]
+    )
     (tmp_path / "run").mkdir()
     photographer = Photographer(tmp_path / "run", tmp_path / "album")
     with photographer.watching(monkeypatch):
         record = run(tmp_path / "run" / "out")
-    assert record["choices"]["durable_interval"] == 2
+    assert record["choices"]["durable_interval"] == record["choices"]["boundary_interval"] == 2
     assert content(tmp_path / "run" / "out") == expected
     check_resumed(photographer.photographs[::every], run, expected)
 

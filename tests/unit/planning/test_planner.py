@@ -24,7 +24,7 @@ from lowmem_gblm.planning.sizes import (
     Workload,
     slices_within,
 )
-from lowmem_gblm.planning.totals import DiskUse, disk_use
+from lowmem_gblm.planning.totals import DiskUse, disk_use, written_bytes
 from lowmem_gblm.sweeps.statistics import needed_statistics
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -302,6 +302,14 @@ def test_what_is_held_in_host_memory_asks_nothing_of_the_disk() -> None:
     speed = MachineSpeed(flops_s=1e30, memory_bytes_s=1e30, read_bytes_s=1e9, write_bytes_s=1e9)
     every, third = (run_time(job, Choices(durable_interval=n), speed) for n in (1, 3))
     assert third["prune"] < every["prune"]
+
+
+def test_within_less_disk_boundaries_in_between_are_held_and_half_is_written() -> None:
+    job = replace(work("gblm"), on_gpu=True)
+    every_step_durable = written_bytes(job, Choices())
+    found = plan(job, Budget(disk_bytes=300 * 10**9, host_bytes=24 * GIB))
+    assert found.choices.boundary_interval == 2
+    assert found.written_bytes < 0.51 * every_step_durable
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

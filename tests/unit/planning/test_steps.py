@@ -177,6 +177,15 @@ def test_a_boundary_is_kept_or_computed_again(layout: Layout) -> None:
     assert all(row.forwards == 1 and not row.prunes for row in computed)
 
 
+def test_boundaries_that_are_not_kept_are_held_in_the_dense_sweep() -> None:
+    made = schedule("pruned", needs_backward=True, needs_forward=True)
+    rows = steps(made, Layout(depth=7, durable_interval=2, boundary_interval=3))
+    dense = [row for row in rows if row.stage == "dense"]
+    assert [" ".join(map(str, row.held)) for row in dense] == [
+        "dense-1", "dense-2", "", "dense-4", "dense-5", "", "",
+    ]  # fmt: skip
+
+
 def test_the_table_of_three_blocks_can_be_read() -> None:
     rows = steps(schedule("pruned", needs_backward=True, needs_forward=True), Layout(depth=2))
     told = [
