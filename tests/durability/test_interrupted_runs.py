@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import lowmem_gblm
+from lowmem_gblm.cli import actions
 from lowmem_gblm.cli import main as cli
 from lowmem_gblm.cli.console import Console
 from lowmem_gblm.model.streamed_model import StreamedModel
@@ -88,13 +89,13 @@ class Child:
             log = self._log.open("w", buffering=1)
             os.dup2(log.fileno(), 2)
             sys.stderr = log
-            run = cli._prune
+            run = actions.prune
 
             def announced(arguments: object) -> int:
                 os.write(to_begin, b".")
                 return run(arguments)
 
-            cli._prune = announced
+            actions.prune = announced
             sys.argv = ["lowmem-gblm", *argv]
             code = cli.main()
         finally:

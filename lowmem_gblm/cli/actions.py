@@ -1,0 +1,136 @@
+"""The actions: what was typed to a request, one call, and the outcome as JSON and as lines."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.console import Console, evaluation_lines, plan_lines, prune_lines
+from lowmem_gblm.cli.interruptions import made
+from lowmem_gblm.cli.options import method_options_of, request_from
+from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
+from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
+from lowmem_gblm.options import options
+from lowmem_gblm.planning.resources import Resources
+
+DEMO_FOLDER = "lowmem-gblm-demo"
+DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
+_DEMO_SEQLEN = 256
+# What another attempt at a job may change.
+MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
+
+
+class Outcome(NamedTuple):
+    """The outcome of a command, as JSON and as lines; a record in `folder` says the same."""
+
+    result: dict[str, Any]
+    lines: Sequence[str]
+    folder: Path | None = None
+
+
+def prune(arguments: argparse.Namespace) -> Outcome:
+    """Prune a model into a new folder, or in place."""
+    output = None if arguments.output is None else Path(arguments.output)
+    request = request_from(PruneRequest, arguments, output=output)
+    return _pruned(request, made(arguments))
+
+
+def resume(arguments: argparse.Namespace) -> Outcome:
+    """Resume the job of a work folder, with what another attempt may change."""
+    from lowmem_gblm.commands.paths import paths_of
+    from lowmem_gblm.commands.prune.resume import find_job
+
+    defaults = {one.name: one.default for one in options(PruneRequest)}
+    given = {name: getattr(arguments, name) for name in MAY_CHANGE}
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    request = find_job(Path(arguments.work_folder), **changed)
+    arguments.output = paths_of(request).output
+    return _pruned(request, made(arguments))
+
+
+def _pruned(request: PruneRequest, folder: str) -> Outcome:
+    from lowmem_gblm.commands.prune.pipeline import prune as run
+
+    with Console(sys.stderr) as console:
+        record = run(request, console)
+    return Outcome(record, prune_lines(record, folder), Path(folder))
+
+
+def plan(arguments: argparse.Namespace) -> Outcome:
+    """Plan a prune run."""
+    from lowmem_gblm.commands.plan import plan_request
+
+    planned = plan_request(request_from(PruneRequest, arguments)).as_json()
+    return Outcome(planned, plan_lines(planned))
+
+
+def evaluate(arguments: argparse.Namespace) -> Outcome:
+    """Measure perplexity and language tasks."""
+    from lowmem_gblm.commands.evaluate import evaluate as run
+
+    with Console(sys.stderr) as console:
+        result = run(request_from(EvalRequest, arguments), console)
+    return Outcome(result, evaluation_lines(result))
+
+
+def verify(arguments: argparse.Namespace) -> Outcome:
+    """Prove that an output keeps its promises."""
+    from lowmem_gblm.commands.verify import verify as run
+
+    result = run(arguments.output, arguments.against)
+    checked = f"against {arguments.against}" if arguments.against else "by itself"
+    line = (
+        f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
+        f"tensors, {result['pruned_tensors']} of them pruned to "
+        f"{result['sparsity_measured']:.2%} zeros"
+    )
+    return Outcome(result, [line, *(f"note: {note}" for note in result["notes"])])
+
+
+def report(arguments: argparse.Namespace) -> Outcome:
+    """Measure the structure of masks, and write the page that was asked for."""
+    from lowmem_gblm.commands.report.pipeline import report as run
+
+    result = run(arguments.output, arguments.against, arguments.html)
+    written = [f"the report is {arguments.html}"] if arguments.html else []
+    return Outcome(result, [*result["headlines"], *written])
+
+
+def compare(arguments: argparse.Namespace) -> Outcome:
+    """Prune with several methods and measure every result."""
+    request = request_from(PruneRequest, arguments, sparsity=None, pattern=None, method_options={})
+    evaluation = {name: getattr(arguments, name) for name in EVALUATION}
+    return _compared(arguments, request, Path(arguments.output), evaluation)
+
+
+def demo(arguments: argparse.Namespace) -> Outcome:
+    """Compare all methods on the embedded model."""
+    resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
+    request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    folder = Path(arguments.output) if arguments.output else _free_folder(Path(DEMO_FOLDER))
+    return _compared(arguments, request, folder, {})
+
+
+def _compared(
+    arguments: argparse.Namespace, request: PruneRequest, folder: Path, evaluation: dict[str, Any]
+) -> Outcome:
+    from lowmem_gblm.commands.compare.pipeline import compare as run
+
+    varied = {one.name for one in options(Grid)} & vars(arguments).keys()
+    grid = Grid(**{name: getattr(arguments, name) for name in varied})
+    given = method_options_of(arguments)
+    with Console(sys.stderr) as console:
+        rows = run(request, grid, folder, evaluation, given, console, console.announce)
+        for note in dict.fromkeys(note for row in rows for note in row["notes"]):
+            console.announce(f"note: {note}")
+    lines = TABLES[getattr(arguments, "format", "table")](rows)
+    return Outcome({"model": request.model, "rows": rows}, lines)
+
+
+def _free_folder(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3, … that does not exist."""
+    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(one for one in chain([path], others) if not one.exists())

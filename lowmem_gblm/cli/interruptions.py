@@ -1,0 +1,45 @@
+"""The hints for a user whose command was interrupted: what is kept, and what the command is for."""
+
+import argparse
+from pathlib import Path
+
+RECORD = "pruning.json"
+
+
+def nothing_left(arguments: argparse.Namespace) -> str:
+    """Say that the command can only be begun again."""
+    return "Nothing half-done is left. To begin again"
+
+
+def prune_kept(arguments: argparse.Namespace) -> str | None:
+    """Say what an interrupted `prune` has kept; None if it was done."""
+    output = Path(made(arguments))
+    if (output / RECORD).is_file():
+        return None
+    output = output.resolve() if arguments.in_place else output
+    work_folder = (arguments.work_dir or output.parent) / f"{output.name}.work"
+    if any((work_folder / "journal").glob("*.json")):
+        return f"What is done is kept in {work_folder}. To resume"
+    return "Nothing was done yet that could be kept. To begin again"
+
+
+def made(arguments: argparse.Namespace) -> str:
+    """Return the folder that `prune` writes: OUTPUT, or in place MODEL."""
+    return str(arguments.output or arguments.model)
+
+
+def resume_kept(arguments: argparse.Namespace) -> str | None:
+    """Say what an interrupted `resume` has kept; None if it was done."""
+    if arguments.output and (arguments.output / RECORD).is_file():
+        return None
+    return f"What is done is kept in {arguments.work_folder}. To resume"
+
+
+def compare_kept(arguments: argparse.Namespace) -> str:
+    """Say where an interrupted `compare` has its finished rows."""
+    return f"What is pruned is kept in {arguments.output}. To resume"
+
+
+def demo_kept(arguments: argparse.Namespace) -> str:
+    """Say that an interrupted `demo` leaves its outputs."""
+    return "What is pruned stays. To begin again"

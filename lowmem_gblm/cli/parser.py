@@ -1,0 +1,157 @@
+"""The commands and their arguments; a command is a function that adds it to the others."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_gblm import __version__
+from lowmem_gblm.cli import actions, interruptions
+from lowmem_gblm.cli.actions import DEMO_FOLDER, DEMO_METHODS, MAY_CHANGE, Outcome
+from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.options import add_options, methods_to_offer
+from lowmem_gblm.cli.streams import Parser
+from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
+from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
+from lowmem_gblm.planning.resources import Resources
+
+_IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
+_VARIED = ("method", "sparsity", "pattern", "seed")
+_STATISTICS = ("save_statistics", "statistics_dtype", "statistics")
+_EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad request or failing disk, 3 checkpoint unusable, 4 does not fit the "
+    "budget or on the disk, 5 output exists or is in use, or statistics do not serve, 6 non-finite "
+    "numbers, 7 verification failed, 130 interrupted."
+)
+Commands = Any
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse argv; Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
+    parser = _parser(methods_to_offer(sys.argv[1:] if argv is None else argv))
+    arguments, left = parser.parse_known_args(argv)
+    missing = arguments.run is actions.prune and arguments.output is None
+    if missing and left and not left[0].startswith("-"):
+        arguments.output = left.pop(0)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
+
+
+def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lowmem-gblm",
+        description="Prune large language models with gradients, one decoder block in memory at "
+        "a time.",
+        epilog=_EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"lowmem-gblm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_prune(commands, methods)
+    _add_resume(commands)
+    _add_plan(commands, methods)
+    _add_eval(commands)
+    _add_compare(commands, methods)
+    _add_verify(commands)
+    _add_report(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], Outcome],
+    help: str,
+    *,
+    interrupted: Callable[[argparse.Namespace], str | None] = interruptions.nothing_left,
+) -> argparse.ArgumentParser:
+    """Add a command; `interrupted` says what is kept of one that was interrupted."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(run=run, interrupted=interrupted)
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return command
+
+
+def _takes_model(command: argparse.ArgumentParser) -> None:
+    help = "a model folder, a Hub id, or demo (the embedded model)"
+    command.add_argument("model", metavar="MODEL", help=help)
+
+
+def _takes_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
+
+
+def _add_prune(commands: Commands, methods: Sequence[str]) -> None:
+    help, kept = "prune a model into a new checkpoint", interruptions.prune_kept
+    command = _command(commands, "prune", actions.prune, help, interrupted=kept)
+    _takes_model(command)
+    command.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
+    )
+    add_options(command, PruneRequest, methods=methods)
+
+
+def _add_resume(commands: Commands) -> None:
+    help, kept = "resume an interrupted prune", interruptions.resume_kept
+    command = _command(commands, "resume", actions.resume, help, interrupted=kept)
+    command.add_argument("work_folder", metavar="WORKDIR", help="the OUTPUT.work folder it left")
+    command.set_defaults(output=None)
+    add_options(command, PruneRequest, only=MAY_CHANGE)
+
+
+def _add_plan(commands: Commands, methods: Sequence[str]) -> None:
+    help = "what a prune run would take, from headers alone"
+    command = _command(commands, "plan", actions.plan, help)
+    _takes_model(command)
+    add_options(command, PruneRequest, methods=methods)
+
+
+def _add_eval(commands: Commands) -> None:
+    help = "perplexity and language tasks, streamed"
+    command = _command(commands, "eval", actions.evaluate, help)
+    _takes_model(command)
+    add_options(command, EvalRequest)
+
+
+def _add_compare(commands: Commands, methods: Sequence[str]) -> None:
+    help, kept = "several methods on one model, one table", interruptions.compare_kept
+    command = _command(commands, "compare", actions.compare, help, interrupted=kept)
+    _takes_model(command)
+    command.add_argument(
+        "--output", default="comparison", metavar="DIR", help="gets DIR/METHOD [%(default)s]"
+    )
+    command.add_argument(
+        "--format", default="table", choices=tuple(TABLES), help="of what is printed [%(default)s]"
+    )
+    add_options(command, Grid)
+    add_options(command, EvalRequest, only=EVALUATION)
+    add_options(
+        command, PruneRequest, without=(*_VARIED, *_IN_PLACE, *_STATISTICS), methods=methods,
+        several=True,
+    )  # fmt: skip
+
+
+def _add_verify(commands: Commands) -> None:
+    help = "prove that an output keeps its promises"
+    command = _command(commands, "verify", actions.verify, help)
+    _takes_output(command)
+    command.add_argument("--against", metavar="MODEL", help="the model it was made from")
+
+
+def _add_report(commands: Commands) -> None:
+    command = _command(commands, "report", actions.report, "the structure of masks, on a page")
+    _takes_output(command)
+    command.add_argument(
+        "--against", metavar="OTHER", nargs="+", default=[], help="other outputs of the same model"
+    )
+    command.add_argument("--html", metavar="FILE", type=Path, help="the page to write [none]")
+
+
+def _add_demo(commands: Commands) -> None:
+    help, kept = "all methods on the embedded model, offline", interruptions.demo_kept
+    command = _command(commands, "demo", actions.demo, help, interrupted=kept)
+    command.set_defaults(model=DEMO, methods=DEMO_METHODS)
+    command.add_argument("--output", metavar="DIR", help=f"folder to create [{DEMO_FOLDER}]")
+    add_options(command, Resources)
