@@ -54,6 +54,14 @@ class RequestError(LowmemGblmError):
     exit_code = 2
 
 
+class UsageError(RequestError):
+    """A command line cannot be parsed; `usage` is that of its command."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
 class CheckpointError(LowmemGblmError):
     """The model folder is missing, damaged, or in a format that is refused."""
 

@@ -1,7 +1,6 @@
 """The actions: what was typed to a request, one call, and the outcome as JSON and as lines."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -31,14 +30,14 @@ class Outcome(NamedTuple):
     folder: Path | None = None
 
 
-def prune(arguments: argparse.Namespace) -> Outcome:
+def prune(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Prune a model into a new folder, or in place."""
     output = None if arguments.output is None else Path(arguments.output)
     request = request_from(PruneRequest, arguments, output=output)
-    return _pruned(request, made(arguments))
+    return _pruned(request, made(arguments), console)
 
 
-def resume(arguments: argparse.Namespace) -> Outcome:
+def resume(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Resume the job of a work folder, with what another attempt may change."""
     from lowmem_gblm.commands.paths import paths_of
     from lowmem_gblm.commands.prune.resume import find_job
@@ -48,18 +47,17 @@ def resume(arguments: argparse.Namespace) -> Outcome:
     changed = {name: value for name, value in given.items() if value != defaults[name]}
     request = find_job(Path(arguments.work_folder), **changed)
     arguments.output = paths_of(request).output
-    return _pruned(request, made(arguments))
+    return _pruned(request, made(arguments), console)
 
 
-def _pruned(request: PruneRequest, folder: str) -> Outcome:
+def _pruned(request: PruneRequest, folder: str, console: Console) -> Outcome:
     from lowmem_gblm.commands.prune.pipeline import prune as run
 
-    with Console(sys.stderr) as console:
-        record = run(request, console)
+    record = run(request, console)
     return Outcome(record, prune_lines(record, folder), Path(folder))
 
 
-def plan(arguments: argparse.Namespace) -> Outcome:
+def plan(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Plan a prune run."""
     from lowmem_gblm.commands.plan import plan_request
 
@@ -67,16 +65,15 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     return Outcome(planned, plan_lines(planned))
 
 
-def evaluate(arguments: argparse.Namespace) -> Outcome:
+def evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Measure perplexity and language tasks."""
     from lowmem_gblm.commands.evaluate import evaluate as run
 
-    with Console(sys.stderr) as console:
-        result = run(request_from(EvalRequest, arguments), console)
+    result = run(request_from(EvalRequest, arguments), console)
     return Outcome(result, evaluation_lines(result))
 
 
-def verify(arguments: argparse.Namespace) -> Outcome:
+def verify(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Prove that an output keeps its promises."""
     from lowmem_gblm.commands.verify import verify as run
 
@@ -90,7 +87,7 @@ def verify(arguments: argparse.Namespace) -> Outcome:
     return Outcome(result, [line, *(f"note: {note}" for note in result["notes"])])
 
 
-def report(arguments: argparse.Namespace) -> Outcome:
+def report(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Measure the structure of masks, and write the page that was asked for."""
     from lowmem_gblm.commands.report.pipeline import report as run
 
@@ -99,33 +96,36 @@ def report(arguments: argparse.Namespace) -> Outcome:
     return Outcome(result, [*result["headlines"], *written])
 
 
-def compare(arguments: argparse.Namespace) -> Outcome:
+def compare(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Prune with several methods and measure every result."""
     request = request_from(PruneRequest, arguments, sparsity=None, pattern=None, method_options={})
     evaluation = {name: getattr(arguments, name) for name in EVALUATION}
-    return _compared(arguments, request, Path(arguments.output), evaluation)
+    return _compared(arguments, request, Path(arguments.output), evaluation, console)
 
 
-def demo(arguments: argparse.Namespace) -> Outcome:
+def demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Compare all methods on the embedded model."""
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
     folder = Path(arguments.output) if arguments.output else _free_folder(Path(DEMO_FOLDER))
-    return _compared(arguments, request, folder, {})
+    return _compared(arguments, request, folder, {}, console)
 
 
 def _compared(
-    arguments: argparse.Namespace, request: PruneRequest, folder: Path, evaluation: dict[str, Any]
+    arguments: argparse.Namespace,
+    request: PruneRequest,
+    folder: Path,
+    evaluation: dict[str, Any],
+    console: Console,
 ) -> Outcome:
     from lowmem_gblm.commands.compare.pipeline import compare as run
 
     varied = {one.name for one in options(Grid)} & vars(arguments).keys()
     grid = Grid(**{name: getattr(arguments, name) for name in varied})
     given = method_options_of(arguments)
-    with Console(sys.stderr) as console:
-        rows = run(request, grid, folder, evaluation, given, console, console.announce)
-        for note in dict.fromkeys(note for row in rows for note in row["notes"]):
-            console.announce(f"note: {note}")
+    rows = run(request, grid, folder, evaluation, given, console, console.announce)
+    for note in dict.fromkeys(note for row in rows for note in row["notes"]):
+        console.announce(f"note: {note}")
     lines = TABLES[getattr(arguments, "format", "table")](rows)
     return Outcome({"model": request.model, "rows": rows}, lines)
 

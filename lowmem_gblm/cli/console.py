@@ -24,8 +24,9 @@ class Console:
     as to a terminal that was closed, ends the display and not the run.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, *, verbose: bool = False) -> None:
         self._stream = stream
+        self._verbose = verbose
         self._silent = stream is None or stream.closed
         self._terminal = stream is not None and not self._silent and stream.isatty()
         self._last = time.monotonic()
@@ -39,9 +40,13 @@ class Console:
     def __call__(self, tick: Tick) -> None:
         """Show a step."""
         now = time.monotonic()
-        finished = tick.step == tick.steps
+        since = min(now - self._last, tick.stage_s)
+        if self._verbose:
+            self._last = now
+            self.announce(f"{progress_line(tick)}   {since:.3f} s")
+            return
         pause = _TERMINAL_EVERY_S if self._terminal else _PLAIN_EVERY_S
-        if now - self._last < pause and not finished:
+        if since < pause and tick.step < tick.steps:
             return
         self._last = now
         line = progress_line(tick)

@@ -3,50 +3,70 @@
 Results go to stdout (with `--json`, exactly one JSON object), progress and errors to stderr.
 """
 
+import argparse
 import json
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lowmem_gblm.cli.actions import Outcome
+from lowmem_gblm.cli.console import Console
+from lowmem_gblm.cli.failures import Failure, failure_of, show_traceback
 from lowmem_gblm.cli.interruptions import RECORD, made
 from lowmem_gblm.cli.parser import parsed
-from lowmem_gblm.cli.streams import fail, fail_of_system, reserve_streams, tell, write
-from lowmem_gblm.errors import INTERRUPTED, BudgetError, LowmemGblmError
+from lowmem_gblm.cli.streams import PROGRAM, reserve_streams, tell, write
+from lowmem_gblm.errors import INTERRUPTED, UsageError
 from lowmem_gblm.runtime.signals import raise_on_signals
 
-_SMALLER = "Try a smaller --seqlen, or --device cpu"
-_PROGRAM = "lowmem-gblm"
 _ENDED = "lowmem-gblm: ended at once. To resume, or to begin again:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (see `lowmem_gblm.errors`)."""
     reserve_streams()
-    arguments = parsed(argv)
-    _quiet_libraries()
-    typed = shlex.join([*_program(), *sys.argv[1:]] if argv is None else [_PROGRAM, *argv])
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parsed(words)
+    except UsageError as error:
+        with suppress(OSError):
+            write(sys.stderr, error.usage)
+        return failure_of(error).end(as_json="--json" in words)
+    _quiet_libraries(arguments)
+    typed = shlex.join([*(_program() if argv is None else [PROGRAM]), *words])
+    as_json = arguments.json
     try:
         with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=argv is None):
-            _print(arguments.run(arguments), as_json=arguments.json)
+            stream = None if arguments.quiet else sys.stderr
+            with Console(stream, verbose=arguments.verbose) as console:
+                outcome = arguments.run(arguments, console)
+            _print(outcome, as_json=as_json)
+            # Stdout has its one object.
+            as_json = False
             return 0
     except KeyboardInterrupt:
-        hint = arguments.interrupted(arguments)
-        if hint is None:
-            return fail(f"interrupted, but {made(arguments)} is complete already.", INTERRUPTED)
-        return fail(f"interrupted. {hint}:\n{typed}", INTERRUPTED)
-    except LowmemGblmError as error:
-        return fail(str(error), error.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError by its name: torch may not have been imported at all.
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        failure = _interrupted(arguments, typed)
+    except Exception as error:
+        failure = failure_of(error)
+        if not failure.foreseen:
+            if as_json:
+                failure.print_json()
             raise
-        return fail(f"out of memory: {error}. {_SMALLER}", BudgetError.exit_code)
-    except OSError as error:
-        return fail_of_system(error)
+        if arguments.verbose:
+            show_traceback(error)
+    return failure.end(as_json=as_json)
+
+
+def _interrupted(arguments: argparse.Namespace, typed: str) -> Failure:
+    """Return the failure of an interrupted command, which says how to resume it."""
+    hint = arguments.interrupted(arguments)
+    said = (
+        f", but {made(arguments)} is complete already." if hint is None else f". {hint}:\n{typed}"
+    )
+    return Failure(INTERRUPTED, KeyboardInterrupt.__name__, f"interrupted{said}")
 
 
 def _program() -> list[str]:
@@ -54,15 +74,16 @@ def _program() -> list[str]:
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return [sys.executable, "-m", "lowmem_gblm"]
-    if called.name == _PROGRAM and shutil.which(_PROGRAM) is None:
+    if called.name == PROGRAM and shutil.which(PROGRAM) is None:
         return [str(called)]
-    return [_PROGRAM]
+    return [PROGRAM]
 
 
-def _quiet_libraries() -> None:
-    """Turn off messages of libraries for the user, before their first import."""
+def _quiet_libraries(arguments: argparse.Namespace) -> None:
+    """Turn off messages of libraries, before their first import; `-q` their progress, too."""
+    if arguments.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 

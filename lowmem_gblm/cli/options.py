@@ -6,6 +6,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from lowmem_gblm.cli.streams import tell
+from lowmem_gblm.cli.usage import METHOD_OPTIONS, Parser, place_of
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import find_method, method_names, option_owners, usable_methods
 from lowmem_gblm.options import flag_of, options, parse_several
@@ -14,7 +15,7 @@ _HELP = ("-h", "--help")
 
 
 def add_options(
-    command: argparse.ArgumentParser,
+    command: Parser,
     kind: type[Any],
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
@@ -23,23 +24,22 @@ def add_options(
 ) -> None:
     """Add a flag for every option of a class, and for those of the `methods`, to a command.
 
+    Their order is that of `usage.GROUPS`.
     Fields named in `without` get none; where `only` names some, no other field gets one. Options of
     the methods take `several` values, if asked.
     """
-    for one in options(kind):
+    for one in sorted(options(kind), key=lambda one: place_of(one.name)):
         if one.name in without or (only is not None and one.name not in only):
             continue
         help = one.metadata["help"]
         if one.name in ("method", "methods"):
             help = f"{help}, of {', '.join(method_names())}"
-        _add(command, one, default=one.default, help=help)
+        _add(command.group_of(one.name), one, default=one.default, help=help)
     if methods:
         _add_method_options(command, methods, several=several)
 
 
-def _add_method_options(
-    command: argparse.ArgumentParser, methods: Sequence[str], *, several: bool
-) -> None:
+def _add_method_options(command: Parser, methods: Sequence[str], *, several: bool) -> None:
     """Give a command a flag for every option of these methods; the first of a name counts."""
     owners = option_owners(methods)
     command.set_defaults(method_options=tuple(owners))
@@ -47,7 +47,8 @@ def _add_method_options(
         one = next(one for one in options(find_method(having[0]).options) if one.name == name)
         help = f"{', '.join(having)}: {one.metadata['help']}"
         # An option that is not given is not one that the method may lack.
-        _add(command, one, default=argparse.SUPPRESS, help=help, several=several)
+        group = command.group(METHOD_OPTIONS)
+        _add(group, one, default=argparse.SUPPRESS, help=help, several=several)
 
 
 def methods_to_offer(argv: Sequence[str]) -> list[str]:
@@ -71,24 +72,24 @@ def method_options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add(
-    command: argparse.ArgumentParser,
+    group: argparse._ActionsContainer,
     one: Field[Any],
     *,
     default: object,
     help: str,
     several: bool = False,
 ) -> None:
-    """Give a command the flag of one option, which may take `several` values."""
+    """Add the flag of one option, which may take `several` values."""
     described = one.metadata
     if several or described["several"]:
-        _add_several(command, one, default=default, help=help)
+        _add_several(group, one, default=default, help=help)
         return
     if described["parse"] is bool:
-        command.add_argument(flag_of(one.name), action="store_true", default=default, help=help)
+        group.add_argument(flag_of(one.name), action="store_true", default=default, help=help)
         return
     repeated = described["repeat"] and default is not argparse.SUPPRESS
     shown = "" if one.default in (None, ()) else f" [{one.default}]"
-    command.add_argument(
+    group.add_argument(
         flag_of(one.name),
         default=[] if repeated else default,
         type=_typed(described["parse"]),
@@ -100,14 +101,14 @@ def _add(
 
 
 def _add_several(
-    command: argparse.ArgumentParser, one: Field[Any], *, default: object, help: str
+    group: argparse._ActionsContainer, one: Field[Any], *, default: object, help: str
 ) -> None:
-    """Give a command the flag of an option that takes several values, with commas."""
+    """Add the flag of an option that takes several values, with commas."""
     parse, choices = one.metadata["parse"], one.metadata["choices"]
     among = f" ({', '.join(choices)})" if choices else ""
     values = one.default if isinstance(one.default, tuple) else (one.default,)
     shown = f" [{','.join(map(str, values))}]" if values else ""
-    command.add_argument(
+    group.add_argument(
         flag_of(one.name),
         default=default,
         type=_typed(parse, several=True),

@@ -1,7 +1,6 @@
 """The commands and their arguments; a command is a function that adds it to the others."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from lowmem_gblm import __version__
 from lowmem_gblm.cli import actions, interruptions
 from lowmem_gblm.cli.actions import DEMO_FOLDER, DEMO_METHODS, MAY_CHANGE, Outcome
 from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.console import Console
 from lowmem_gblm.cli.options import add_options, methods_to_offer
-from lowmem_gblm.cli.streams import Parser
+from lowmem_gblm.cli.usage import Parser
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
 from lowmem_gblm.planning.resources import Resources
@@ -27,19 +27,12 @@ _EXIT_CODES = (
 Commands = Any
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse argv; Python 3.11 takes an OUTPUT that can be left out only beside MODEL."""
-    parser = _parser(methods_to_offer(sys.argv[1:] if argv is None else argv))
-    arguments, left = parser.parse_known_args(argv)
-    missing = arguments.run is actions.prune and arguments.output is None
-    if missing and left and not left[0].startswith("-"):
-        arguments.output = left.pop(0)
-    if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    return arguments
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Return what was typed after the name of the program; a wrong word is a `UsageError`."""
+    return _parser(methods_to_offer(words)).parse_args(words)
 
 
-def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(methods: Sequence[str]) -> Parser:
     parser = Parser(
         prog="lowmem-gblm",
         description="Prune large language models with gradients, one decoder block in memory at "
@@ -62,24 +55,35 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
 def _command(
     commands: Commands,
     name: str,
-    run: Callable[[argparse.Namespace], Outcome],
+    run: Callable[[argparse.Namespace, Console], Outcome],
     help: str,
     *,
     interrupted: Callable[[argparse.Namespace], str | None] = interruptions.nothing_left,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Add a command; `interrupted` says what is kept of one that was interrupted."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    command: Parser = commands.add_parser(name, help=help, description=help)
     command.set_defaults(run=run, interrupted=interrupted)
-    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    output = command.group_of("json")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, of a failure too"
+    )
+    loudness = output.add_mutually_exclusive_group()
+    loudness.add_argument(
+        "-q", "--quiet", action="store_true", help="nothing on stderr, unless the command fails"
+    )
+    loudness.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="a line for every step, the reasons of the plan, the traceback of an error",
+    )  # fmt: skip
     return command
 
 
-def _takes_model(command: argparse.ArgumentParser) -> None:
+def _takes_model(command: Parser) -> None:
     help = "a model folder, a Hub id, or demo (the embedded model)"
     command.add_argument("model", metavar="MODEL", help=help)
 
 
-def _takes_output(command: argparse.ArgumentParser) -> None:
+def _takes_output(command: Parser) -> None:
     command.add_argument("output", metavar="OUTPUT", help="folder made by prune")
 
 
@@ -90,6 +94,7 @@ def _add_prune(commands: Commands, methods: Sequence[str]) -> None:
     command.add_argument(
         "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
     )
+    command.last = "output"
     add_options(command, PruneRequest, methods=methods)
 
 
@@ -119,10 +124,10 @@ def _add_compare(commands: Commands, methods: Sequence[str]) -> None:
     help, kept = "several methods on one model, one table", interruptions.compare_kept
     command = _command(commands, "compare", actions.compare, help, interrupted=kept)
     _takes_model(command)
-    command.add_argument(
+    command.group_of("output").add_argument(
         "--output", default="comparison", metavar="DIR", help="gets DIR/METHOD [%(default)s]"
     )
-    command.add_argument(
+    command.group_of("format").add_argument(
         "--format", default="table", choices=tuple(TABLES), help="of what is printed [%(default)s]"
     )
     add_options(command, Grid)
@@ -137,21 +142,24 @@ def _add_verify(commands: Commands) -> None:
     help = "prove that an output keeps its promises"
     command = _command(commands, "verify", actions.verify, help)
     _takes_output(command)
-    command.add_argument("--against", metavar="MODEL", help="the model it was made from")
+    against = command.group_of("against")
+    against.add_argument("--against", metavar="MODEL", help="the model it was made from")
 
 
 def _add_report(commands: Commands) -> None:
     command = _command(commands, "report", actions.report, "the structure of masks, on a page")
     _takes_output(command)
-    command.add_argument(
+    command.group_of("against").add_argument(
         "--against", metavar="OTHER", nargs="+", default=[], help="other outputs of the same model"
     )
-    command.add_argument("--html", metavar="FILE", type=Path, help="the page to write [none]")
+    html = command.group_of("html")
+    html.add_argument("--html", metavar="FILE", type=Path, help="the page to write [none]")
 
 
 def _add_demo(commands: Commands) -> None:
     help, kept = "all methods on the embedded model, offline", interruptions.demo_kept
     command = _command(commands, "demo", actions.demo, help, interrupted=kept)
     command.set_defaults(model=DEMO, methods=DEMO_METHODS)
-    command.add_argument("--output", metavar="DIR", help=f"folder to create [{DEMO_FOLDER}]")
+    output = command.group_of("output")
+    output.add_argument("--output", metavar="DIR", help=f"folder to create [{DEMO_FOLDER}]")
     add_options(command, Resources)

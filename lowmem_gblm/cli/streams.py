@@ -4,16 +4,13 @@ Text that cannot be written is dropped, at the exit of the interpreter too: a re
 on the disk is not lost for lack of a terminal.
 """
 
-import argparse
 import errno
 import os
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TextIO
 
-from lowmem_gblm.errors import BudgetError, RequestError
-
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+PROGRAM = "lowmem-gblm"
 
 
 def write(stream: TextIO | None, text: str) -> None:
@@ -33,31 +30,7 @@ def write(stream: TextIO | None, text: str) -> None:
 def tell(text: str) -> None:
     """Write a line to stderr, if that is still open."""
     with suppress(OSError):
-        write(sys.stderr, f"lowmem-gblm: {text}\n")
-
-
-def fail(message: str, code: int) -> int:
-    """Write why a command ends to stderr; return its exit code."""
-    tell(message)
-    return code
-
-
-def fail_of_system(error: OSError) -> int:
-    """Write what the system has refused to stderr; return the exit code."""
-    code = BudgetError.exit_code if error.errno in _FULL_DISK else RequestError.exit_code
-    where = f"{error.strerror}: {error.filename or 'while writing'}"
-    return fail(where if error.strerror else str(error), code)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose help fails like any result if stdout is gone."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        try:
-            write(file, message)
-        except OSError as error:
-            if file is not sys.stderr:
-                raise SystemExit(fail_of_system(error)) from None
+        write(sys.stderr, f"{PROGRAM}: {text}\n")
 
 
 def reserve_streams() -> None:

@@ -131,8 +131,8 @@ def test_a_result_that_nobody_reads_is_a_failure_and_no_noise() -> None:
 def test_no_file_takes_the_place_of_a_stream_that_was_closed() -> None:
     script = (
         "import os\nfrom lowmem_gblm.cli.main import main\n"
-        "try: main(['nonsense'])\n"
-        "except SystemExit: print(os.open(os.devnull, os.O_RDONLY))"
+        "assert main(['nonsense']) == 2\n"
+        "print(os.open(os.devnull, os.O_RDONLY))"
     )
     shell = ["bash", "-c", 'exec "$@" <&- 2>&-', "bash", sys.executable, "-c", script]
     answer = subprocess.run(shell, stdout=subprocess.PIPE, text=True)

@@ -91,9 +91,9 @@ class Child:
             sys.stderr = log
             run = actions.prune
 
-            def announced(arguments: object) -> int:
+            def announced(*given: object) -> object:
                 os.write(to_begin, b".")
-                return run(arguments)
+                return run(*given)
 
             actions.prune = announced
             sys.argv = ["lowmem-gblm", *argv]
