@@ -65,6 +65,17 @@ def known_speed() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """On a busy machine anything may take two seconds, and be announced.
+
+    `unit/runtime/test_activity.py` is impatient.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowmem_gblm.runtime.activity._FIRST_S", 1e4)
+        yield
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 4000 characters."""

@@ -2,22 +2,32 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_gblm.cli.comparison import TABLES
-from lowmem_gblm.cli.console import Console, evaluation_lines, plan_lines, prune_lines
+from lowmem_gblm.cli.console import (
+    Console,
+    evaluation_lines,
+    plan_lines,
+    prune_lines,
+    tensor_lines,
+)
 from lowmem_gblm.cli.interruptions import made
 from lowmem_gblm.cli.options import method_options_of, request_from
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
 from lowmem_gblm.options import options
 from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.runtime.activity import activity
 
 DEMO_FOLDER = "lowmem-gblm-demo"
 DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
 _DEMO_SEQLEN = 256
+# The functions import when they are called, so that `lowmem-gblm --help` is fast.
+importing = partial(activity, "importing PyTorch and transformers")
 # What another attempt at a job may change.
 MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 
@@ -39,8 +49,9 @@ def prune(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 def resume(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Resume the job of a work folder, with what another attempt may change."""
-    from lowmem_gblm.commands.paths import paths_of
-    from lowmem_gblm.commands.prune.resume import find_job
+    with importing():
+        from lowmem_gblm.commands.paths import paths_of
+        from lowmem_gblm.commands.prune.resume import find_job
 
     defaults = {one.name: one.default for one in options(PruneRequest)}
     given = {name: getattr(arguments, name) for name in MAY_CHANGE}
@@ -51,7 +62,8 @@ def resume(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _pruned(request: PruneRequest, folder: str, console: Console) -> Outcome:
-    from lowmem_gblm.commands.prune.pipeline import prune as run
+    with importing():
+        from lowmem_gblm.commands.prune.pipeline import prune as run
 
     record = run(request, console)
     return Outcome(record, prune_lines(record, folder), Path(folder))
@@ -59,15 +71,21 @@ def _pruned(request: PruneRequest, folder: str, console: Console) -> Outcome:
 
 def plan(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Plan a prune run."""
-    from lowmem_gblm.commands.plan import plan_request
+    with importing():
+        from lowmem_gblm.commands.plan import plan_request, prunable_tensors
 
-    planned = plan_request(request_from(PruneRequest, arguments)).as_json()
+    request = request_from(PruneRequest, arguments)
+    if arguments.tensors:
+        tensors = prunable_tensors(request)
+        return Outcome({"model": request.model, "tensors": tensors}, tensor_lines(tensors))
+    planned = plan_request(request).as_json()
     return Outcome(planned, plan_lines(planned))
 
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Measure perplexity and language tasks."""
-    from lowmem_gblm.commands.evaluate import evaluate as run
+    with importing():
+        from lowmem_gblm.commands.evaluate import evaluate as run
 
     result = run(request_from(EvalRequest, arguments), console)
     return Outcome(result, evaluation_lines(result))
@@ -75,9 +93,10 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 def verify(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Prove that an output keeps its promises."""
-    from lowmem_gblm.commands.verify import verify as run
+    with importing():
+        from lowmem_gblm.commands.verify import verify as run
 
-    result = run(arguments.output, arguments.against)
+    result = run(arguments.output, arguments.against, console)
     checked = f"against {arguments.against}" if arguments.against else "by itself"
     line = (
         f"{arguments.output} keeps its promises, checked {checked}: {result['tensors']} "
@@ -89,9 +108,10 @@ def verify(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 def report(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Measure the structure of masks, and write the page that was asked for."""
-    from lowmem_gblm.commands.report.pipeline import report as run
+    with importing():
+        from lowmem_gblm.commands.report.pipeline import report as run
 
-    result = run(arguments.output, arguments.against, arguments.html)
+    result = run(arguments.output, arguments.against, arguments.html, console)
     written = [f"the report is {arguments.html}"] if arguments.html else []
     return Outcome(result, [*result["headlines"], *written])
 
@@ -107,8 +127,8 @@ def demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Compare all methods on the embedded model."""
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
-    folder = Path(arguments.output) if arguments.output else _free_folder(Path(DEMO_FOLDER))
-    return _compared(arguments, request, folder, {}, console)
+    arguments.output = arguments.output or str(_demo_folder(arguments.methods.split(",")))
+    return _compared(arguments, request, Path(arguments.output), {}, console)
 
 
 def _compared(
@@ -118,7 +138,8 @@ def _compared(
     evaluation: dict[str, Any],
     console: Console,
 ) -> Outcome:
-    from lowmem_gblm.commands.compare.pipeline import compare as run
+    with importing():
+        from lowmem_gblm.commands.compare.pipeline import compare as run
 
     varied = {one.name for one in options(Grid)} & vars(arguments).keys()
     grid = Grid(**{name: getattr(arguments, name) for name in varied})
@@ -130,7 +151,10 @@ def _compared(
     return Outcome({"model": request.model, "rows": rows}, lines)
 
 
-def _free_folder(path: Path) -> Path:
-    """Return the path, or the first of path-2, path-3, … that does not exist."""
-    others = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return next(one for one in chain([path], others) if not one.exists())
+def _demo_folder(methods: Sequence[str]) -> Path:
+    """Return the first folder of a demo that was interrupted, or that is not there yet."""
+    with importing():
+        from lowmem_gblm.commands.compare.ledger import is_unfinished
+
+    names = chain([DEMO_FOLDER], (f"{DEMO_FOLDER}-{number}" for number in count(2)))
+    return next(one for one in map(Path, names) if not one.exists() or is_unfinished(one, methods))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lowmem_gblm.cli.streams import write
@@ -70,6 +72,34 @@ class Console:
             self._silent = True
 
 
+@contextmanager
+def announced(console: Console, *, verbose: bool) -> Iterator[None]:
+    """Run the body; what the package logs meanwhile is announced, with DEBUG for the verbose."""
+    handler, log = _Announcing(console), logging.getLogger("lowmem_gblm")
+    former = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    # Libraries may have set up handlers of their own.
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(former[0])
+        log.propagate = former[1]
+
+
+class _Announcing(logging.Handler):
+    """A handler that announces messages on a console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.announce(record.getMessage())
+
+
 def progress_line(tick: Tick) -> str:
     """Return a line such as "dense     12/80   0:03:20   peak 14.2 GiB   left 1:02:10"."""
     left = "" if tick.left_s is None else f"   left {clock(tick.left_s)}"
@@ -122,6 +152,12 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         rows["disk rate"] = f"{gibibytes(rate)}/s keep {stage} from waiting"
         rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"
     return [*(f"{name:12} {value}" for name, value in rows.items()), *plan["reasons"]]
+
+
+def tensor_lines(tensors: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a line for every tensor: its name and its shape."""
+    cells = [(name, " × ".join(map(str, shape))) for name, shape in tensors.items()]
+    return table_lines(cells, left=(0,))
 
 
 def _folders(plan: dict[str, Any]) -> Iterator[str]:

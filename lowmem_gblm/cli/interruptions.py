@@ -36,10 +36,7 @@ def resume_kept(arguments: argparse.Namespace) -> str | None:
 
 
 def compare_kept(arguments: argparse.Namespace) -> str:
-    """Say where an interrupted `compare` has its finished rows."""
+    """Say where an interrupted `compare` or `demo` has its finished rows."""
+    if arguments.output is None:
+        return nothing_left(arguments)
     return f"What is pruned is kept in {arguments.output}. To resume"
-
-
-def demo_kept(arguments: argparse.Namespace) -> str:
-    """Say that an interrupted `demo` leaves its outputs."""
-    return "What is pruned stays. To begin again"

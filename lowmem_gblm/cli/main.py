@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lowmem_gblm.cli.actions import Outcome
-from lowmem_gblm.cli.console import Console
+from lowmem_gblm.cli.console import Console, announced
 from lowmem_gblm.cli.failures import Failure, failure_of, show_traceback
 from lowmem_gblm.cli.interruptions import RECORD, made
 from lowmem_gblm.cli.parser import parsed
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=argv is None):
             stream = None if arguments.quiet else sys.stderr
-            with Console(stream, verbose=arguments.verbose) as console:
+            with (
+                Console(stream, verbose=arguments.verbose) as console,
+                announced(console, verbose=arguments.verbose),
+            ):
                 outcome = arguments.run(arguments, console)
             _print(outcome, as_json=as_json)
             # Stdout has its one object.

@@ -110,6 +110,10 @@ def _add_plan(commands: Commands, methods: Sequence[str]) -> None:
     help = "what a prune run would take, from headers alone"
     command = _command(commands, "plan", actions.plan, help)
     _takes_model(command)
+    tensors = command.group_of("tensors")
+    tensors.add_argument(
+        "--tensors", action="store_true", help="only list the tensors that would be pruned"
+    )
     add_options(command, PruneRequest, methods=methods)
 
 
@@ -157,7 +161,7 @@ def _add_report(commands: Commands) -> None:
 
 
 def _add_demo(commands: Commands) -> None:
-    help, kept = "all methods on the embedded model, offline", interruptions.demo_kept
+    help, kept = "all methods on the embedded model, offline", interruptions.compare_kept
     command = _command(commands, "demo", actions.demo, help, interrupted=kept)
     command.set_defaults(model=DEMO, methods=DEMO_METHODS)
     output = command.group_of("output")

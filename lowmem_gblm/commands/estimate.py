@@ -1,5 +1,6 @@
 """From an opened model and a request to a plan: sizes, work, budget, speeds."""
 
+import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from lowmem_gblm.runtime.accelerator import (
     is_here,
     run_on,
 )
+from lowmem_gblm.runtime.activity import activity
 from lowmem_gblm.runtime.signals import StopFlag
 from lowmem_gblm.runtime.watchdog import HostWatch
 from lowmem_gblm.storage.checkpoint.file_access import side_files
@@ -42,6 +44,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _OUTPUT_PROJECTION = re.compile(r"(^|\.)(o|out|down|c|w2|fc2|wo|dense\w*h)(_?proj|_lin)?$|dense$")
 _TOLD_PER_TENSOR = 1000
+_log = logging.getLogger(__name__)
 _RESIDENT_BITS = {"auto": None, "int8": 8, "nf4": 4}
 
 
@@ -138,6 +141,8 @@ def budget_of(resources: Resources, device: torch.device, folders: Collection[Pa
 def limited(budget: Budget, planned: Plan, device: torch.device, stop: StopFlag) -> Iterator[None]:
     """Run the body on a device, within its budget of GPU memory and of host memory."""
     host_bytes = planned.predicted.host_bytes
+    for line in (f"planned: {gibibytes(host_bytes)} of host memory", *planned.reasons):
+        _log.debug(line)
     with (
         run_on(device, budget.gpu_bytes),
         HostWatch(budget.host_bytes, stop, planned_bytes=host_bytes),
@@ -230,12 +235,13 @@ def machine_speed(
     file = next(iter(opened.checkpoint.tensors.values())).file
     limit = benchmark.probe_bytes(device)
     try:
-        return MachineSpeed(
-            flops_s=benchmark.flops_rate(device, dtype, shapes, seqlen, limit_bytes=limit),
-            memory_bytes_s=benchmark.memory_rate(device, limit_bytes=limit),
-            read_bytes_s=benchmark.read_rate(file if file.is_file() else None, write_to),
-            write_bytes_s=benchmark.write_rate(write_to),
-        )
+        with activity("measuring this machine"):
+            return MachineSpeed(
+                flops_s=benchmark.flops_rate(device, dtype, shapes, seqlen, limit_bytes=limit),
+                memory_bytes_s=benchmark.memory_rate(device, limit_bytes=limit),
+                read_bytes_s=benchmark.read_rate(file if file.is_file() else None, write_to),
+                write_bytes_s=benchmark.write_rate(write_to),
+            )
     finally:
         memory.give_back_freed()
 

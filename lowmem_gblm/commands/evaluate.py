@@ -7,6 +7,7 @@ from lowmem_gblm.commands.perplexity import TextPerplexity
 from lowmem_gblm.commands.request import EvalRequest
 from lowmem_gblm.commands.scoring import model_to_score, score
 from lowmem_gblm.commands.tasks import TaskSuite
+from lowmem_gblm.runtime.activity import activity
 from lowmem_gblm.runtime.progress import Listener
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
@@ -22,9 +23,11 @@ def evaluate(request: EvalRequest, listener: Listener | None = None) -> dict[str
         result: dict[str, Any] = {"model": request.model, "job": _pruned_by(opened.folder)}
         measures: list[TextPerplexity | TaskSuite] = []
         if request.measures_text:
-            measures.append(TextPerplexity(request, opened))
+            with activity("cutting the text into windows"):
+                measures.append(TextPerplexity(request, opened))
         if request.tasks:
-            measures.append(TaskSuite(request, opened))
+            with activity("making the requests of the tasks"):
+                measures.append(TaskSuite(request, opened))
         rows = [row for measure in measures for row in measure.rows]
         scored = score(opened, request, rows, listener, packed=bool(request.tasks))
         for measure in measures:

@@ -8,10 +8,21 @@ from lowmem_gblm.commands.prune.scope import prune_scope
 from lowmem_gblm.commands.prune.setup import budget_for
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.model.prunable import prunable_weights
 from lowmem_gblm.planning.plan import Plan
 from lowmem_gblm.planning.planner import plan
+from lowmem_gblm.runtime.activity import activity
 
 _DESCRIBED = "the weights are not here: their sizes are those that config.json describes"
+
+
+def prunable_tensors(request: PruneRequest) -> dict[str, list[int]]:
+    """Return the tensors that a run would prune, with the shape of each; needs no weights."""
+    with activity(f"opening {request.model}"):
+        model = open_model(request.model, request, to_plan=True)
+    blocks = prunable_weights(model.checkpoint, model.streamed, request.include, request.exclude)
+    names = dict.fromkeys(weight.name for block in blocks for weight in block)
+    return {name: list(model.checkpoint.tensors[name].shape) for name in names}
 
 
 def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
@@ -19,7 +30,8 @@ def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:
 
     With `measured`, this machine is measured for about two seconds, to predict the time.
     """
-    model = open_model(request.model, request, to_plan=True)
+    with activity(f"opening {request.model}"):
+        model = open_model(request.model, request, to_plan=True)
     scope, paths = prune_scope(request, model), paths_of(request)
     budget = budget_for(scope, paths, resumes=False)
     planned = plan(scope.work, budget)

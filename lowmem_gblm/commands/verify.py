@@ -1,7 +1,7 @@
 """Proof that an output keeps its promises, from its files alone and against its source."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from lowmem_gblm.commands.promised_groups import contradictions, cut, promised_groups
 from lowmem_gblm.commands.pruned_record import read_record
 from lowmem_gblm.errors import CheckpointError, VerificationError
+from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.storage.checkpoint import checksums
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
@@ -23,7 +24,9 @@ _CONFIG = "config.json"
 _UNHASHED = f"{RECORD} is older than hashes: a change that leaves every count as it is goes unseen"
 
 
-def verify(output: str, against: str | None = None) -> dict[str, Any]:
+def verify(
+    output: str, against: str | None = None, listener: Listener | None = None
+) -> dict[str, Any]:
     """Check an output checkpoint; raise a `VerificationError` that names the first violations.
 
     Always: every shard has the SHA-256 of `pruning.json`, the index fits, the zeros are those that
@@ -35,15 +38,28 @@ def verify(output: str, against: str | None = None) -> dict[str, Any]:
     folder = locate(output)
     record = read_record(folder)
     hashes = record.get("shards", {})
-    changed = list(checksums.hash_violations(folder, hashes))
-    checkpoint = _readable(folder, changed)
+    checkpoint = _readable(folder, hashes)
     source = Checkpoint(locate(against)) if against is not None else None
+    progress = Progress(
+        [
+            Stage(name="hashes", steps=len(hashes), cost=1),
+            Stage(name="tensors", steps=len(checkpoint.tensors), cost=1 if source is None else 2),
+        ],
+        listener,
+    )
+    changed: list[str] = []
+    with progress.stage("hashes"):
+        for name, described in hashes.items():
+            changed += checksums.hash_violations(folder, {name: described})
+            progress.step()
     violations = list(_folder_violations(folder, checkpoint, source, record))
     if not violations:
-        for name in checkpoint.tensors:
-            tensor = checkpoint.read(name)
-            original = source.read(name) if source is not None else None
-            violations += _tensor_violations(name, tensor, original, record)
+        with progress.stage("tensors"):
+            for name in checkpoint.tensors:
+                tensor = checkpoint.read(name)
+                original = source.read(name) if source is not None else None
+                violations += _tensor_violations(name, tensor, original, record)
+                progress.step()
     if changed or violations:
         raise _broken(folder, [*changed, *violations])
     return {
@@ -74,11 +90,12 @@ def _folder_violations(
         yield from checksums.side_file_violations(folder, source.folder)
 
 
-def _readable(folder: Path, changed: list[str]) -> Checkpoint:
+def _readable(folder: Path, hashes: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint; if changed shards make it unreadable, raise that as a violation."""
     try:
         return Checkpoint(folder)
     except CheckpointError as error:
+        changed = list(checksums.hash_violations(folder, hashes))
         if not changed:
             raise
         raise _broken(folder, [*changed, str(error)]) from None

@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 from lowmem_gblm.errors import CheckpointError, first_line
+from lowmem_gblm.runtime.activity import activity
 from lowmem_gblm.storage.checkpoint.remote_code import PATTERN
 from lowmem_gblm.storage.in_place_marker import check_complete
 
@@ -48,7 +49,8 @@ def _download(model: str, wanted: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
+        with activity(f"looking up {model} on the Hub"):
+            return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"there is no model folder {model}, and the Hub does not give it: {first_line(error)}"

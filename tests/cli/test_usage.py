@@ -243,7 +243,7 @@ def test_the_verbose_see_every_step_and_its_seconds(capsys: pytest.CaptureFixtur
 def test_the_verbose_see_where_an_error_comes_from(run: Callable[..., Answer]) -> None:
     answer = run("eval demo --windows 0 -v")
     assert answer.code == 2
-    assert answer.err.startswith("Traceback (most recent call last):\n")
+    assert "\nTraceback (most recent call last):\n" in answer.err
     assert answer.err.endswith("\nlowmem-gblm: --windows must be at least 1; got 0\n")
     assert "Traceback" not in run("eval demo --windows 0").err
 

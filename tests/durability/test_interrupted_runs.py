@@ -328,7 +328,8 @@ def test_interrupted_while_libraries_are_imported(name: str) -> None:
     program = [sys.executable, "-c", IMPORTING.format(name=name)]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stdout) == (130, "")
-    assert ended.stderr == (
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.endswith(
         "lowmem-gblm: interrupted. Nothing half-done is left. To begin again:\n"
         "lowmem-gblm plan demo\n"
     )

@@ -5,7 +5,7 @@ dense    what was measured of the dense model
 runs     by the name of the output: what prune has recorded, what was measured, what was kept
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,13 @@ class Ledger:
 
     def _publish(self) -> None:
         publish_json(self._path, self._content, "the rows of the comparison", replaces=True)
+
+
+def is_unfinished(folder: Path, names: Iterable[str]) -> bool:
+    """Return whether a folder has a comparison in which a run of these names is not measured."""
+    ledger = Ledger(folder)
+    measured = (ledger.run(name).get("evaluation") for name in names)
+    return (folder / FILE).exists() and not all(measured)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from lowmem_gblm.commands.prune.setup import prepare
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
 from lowmem_gblm.runtime import memory
+from lowmem_gblm.runtime.activity import activity
 from lowmem_gblm.runtime.progress import Listener
 from lowmem_gblm.storage.job_state import job_to_resume
 from lowmem_gblm.storage.locking import model_lock
@@ -50,13 +51,17 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
     memory.reset_host_peak()
     memory.settle_allocator()
     # Headers and configuration; no weight is read.
-    model = open_model(request.model, request, unfinished=request.in_place)
+    with activity(f"opening {request.model}"):
+        model = open_model(request.model, request, unfinished=request.in_place)
     with model_lock(model.folder, alone=request.in_place):
         previous = job_to_resume(
             model.folder, paths.output, paths.work_folder, in_place=request.in_place
         )
         scope = prune_scope(request, model)
-        setup = prepare(scope, paths, draw_samples(scope), previous)
+        with activity("drawing calibration samples"):
+            samples_NT = draw_samples(scope)
+        with activity("preparing the run"):
+            setup = prepare(scope, paths, samples_NT, previous)
         stages = scope.work.schedule.stages
         with start_or_resume(setup, listener) as run:
             if "embed" in stages:

@@ -21,6 +21,7 @@ from lowmem_gblm.commands.report.structure import (
     total,
 )
 from lowmem_gblm.errors import VerificationError, shown
+from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
 
 Key = TypeVar("Key")
@@ -54,7 +55,7 @@ def _add(sums: dict[Key, Sums], key: Key, value: Sums) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def measure(outputs: Sequence[Output]) -> list[Measured]:
+def measure(outputs: Sequence[Output], listener: Listener | None = None) -> list[Measured]:
     """Measure the masks of all outputs, and their overlaps with the first of them.
 
     In memory are the mask of a tensor in the first output, that in another one, and what is read
@@ -65,22 +66,30 @@ def measure(outputs: Sequence[Output]) -> list[Measured]:
     """
     measured = [Measured(output=one) for one in outputs]
     placed = places(name for one in outputs for name in one.record["tensors"])
-    for name, place in sorted(placed.items(), key=lambda one: (one[1].block or 0, one[1].kind)):
-        first_EOI = None
-        for one in measured:
-            if name not in one.output.record["tensors"]:
-                continue
-            one.tensors.setdefault(place, name)
-            zero_EOI = zero_mask(one.output, name)
-            groups = promised_groups(one.output.record["tensors"][name])
-            found = total(structure(zero_OI, groups) for zero_OI in zero_EOI)
-            _add(one.structures, place, found)
-            if one is measured[0]:
-                first_EOI = zero_EOI
-            elif first_EOI is not None:
-                pairs = zip(first_EOI, zero_EOI, strict=True)
-                _add(one.overlaps, place, total(overlap(zero, other) for zero, other in pairs))
+    progress = Progress([Stage(name="masks", steps=len(placed), cost=1)], listener)
+    with progress.stage("masks"):
+        for name, place in sorted(placed.items(), key=lambda one: (one[1].block or 0, one[1].kind)):
+            _measure_tensor(measured, name, place)
+            progress.step()
     return measured
+
+
+def _measure_tensor(measured: Sequence[Measured], name: str, place: Place) -> None:
+    """Add the mask of one tensor in every output that has pruned it."""
+    first_EOI = None
+    for one in measured:
+        if name not in one.output.record["tensors"]:
+            continue
+        one.tensors.setdefault(place, name)
+        zero_EOI = zero_mask(one.output, name)
+        groups = promised_groups(one.output.record["tensors"][name])
+        found = total(structure(zero_OI, groups) for zero_OI in zero_EOI)
+        _add(one.structures, place, found)
+        if one is measured[0]:
+            first_EOI = zero_EOI
+        elif first_EOI is not None:
+            pairs = zip(first_EOI, zero_EOI, strict=True)
+            _add(one.overlaps, place, total(overlap(zero, other) for zero, other in pairs))
 
 
 def zero_mask(output: Output, name: str) -> Tensor:

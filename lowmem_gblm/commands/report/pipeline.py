@@ -9,12 +9,19 @@ from lowmem_gblm.commands.report.numbers import numbers
 from lowmem_gblm.commands.report.outputs import open_outputs
 from lowmem_gblm.commands.report.page import GENERATOR, page
 from lowmem_gblm.errors import JobError, RequestError
+from lowmem_gblm.runtime.activity import activity
+from lowmem_gblm.runtime.progress import Listener
 from lowmem_gblm.storage.atomic import publish_file
 
 _BEGINNING_BYTES = 1000
 
 
-def report(output: str, against: Sequence[str] = (), html: Path | None = None) -> dict[str, Any]:
+def report(
+    output: str,
+    against: Sequence[str] = (),
+    html: Path | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
     """Measure the masks of outputs of one model; return the numbers, and write them as a page.
 
     Args:
@@ -29,10 +36,12 @@ def report(output: str, against: Sequence[str] = (), html: Path | None = None) -
     if html is not None:
         _check_free(html)
     outputs = open_outputs([output, *against])
-    measured = measure(outputs)
+    measured = measure(outputs, listener)
     found = numbers(measured)
     if html is not None:
-        publish_file(html, [page(found, measured).encode()], "the report", replaces=True)
+        with activity("drawing the page"):
+            content = page(found, measured).encode()
+        publish_file(html, [content], "the report", replaces=True)
     return {**found, "html": None if html is None else str(html)}
 
 
