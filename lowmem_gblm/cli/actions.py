@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.completion import script
 from lowmem_gblm.cli.console import (
     Console,
     evaluation_lines,
@@ -129,6 +130,12 @@ def demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
     arguments.output = arguments.output or str(_demo_folder(arguments.methods.split(",")))
     return _compared(arguments, request, Path(arguments.output), {}, console)
+
+
+def completion(arguments: argparse.Namespace, console: Console) -> Outcome:
+    """Return the script with which a shell completes."""
+    found = script(arguments.parser, arguments.shell)
+    return Outcome({"shell": arguments.shell, "script": found}, [found])
 
 
 def _compared(

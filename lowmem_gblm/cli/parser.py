@@ -9,6 +9,7 @@ from lowmem_gblm import __version__
 from lowmem_gblm.cli import actions, interruptions
 from lowmem_gblm.cli.actions import DEMO_FOLDER, DEMO_METHODS, MAY_CHANGE, Outcome
 from lowmem_gblm.cli.comparison import TABLES
+from lowmem_gblm.cli.completion import SHELLS
 from lowmem_gblm.cli.console import Console
 from lowmem_gblm.cli.options import add_options, methods_to_offer
 from lowmem_gblm.cli.usage import Parser
@@ -49,6 +50,7 @@ def _parser(methods: Sequence[str]) -> Parser:
     _add_verify(commands)
     _add_report(commands)
     _add_demo(commands)
+    _add_completion(commands, parser)
     return parser
 
 
@@ -167,3 +169,10 @@ def _add_demo(commands: Commands) -> None:
     output = command.group_of("output")
     output.add_argument("--output", metavar="DIR", help=f"folder to create [{DEMO_FOLDER}]")
     add_options(command, Resources)
+
+
+def _add_completion(commands: Commands, parser: Parser) -> None:
+    help = "the script with which a shell completes commands and options"
+    command = _command(commands, "completion", actions.completion, help)
+    command.set_defaults(parser=parser)
+    command.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
