@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(allow_abbrev=False, **given)
+        # Python 3.14 would colour a usage by what stdout is; usages go to stderr.
+        self.color = False
         self._titled = {title: self.add_argument_group(title) for title in GROUPS}
 
     def group(self, title: str) -> argparse._ArgumentGroup:

@@ -23,7 +23,9 @@ from lowmem_gblm.methods import method_names
 from lowmem_gblm.runtime.progress import Tick
 from support.crashes import ctrl_c
 
-COMMANDS = ["prune", "resume", "plan", "eval", "compare", "verify", "report", "demo"]
+COMMANDS = [
+    "prune", "resume", "plan", "eval", "compare", "verify", "report", "demo", "completion",
+]  # fmt: skip
 
 
 @dataclass
