@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowmem_gblm.planning.keys import Key
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload
-from lowmem_gblm.planning.steps import Key, Step, step_table
+from lowmem_gblm.planning.steps import Step, step_table
 from lowmem_gblm.planning.totals import key_bytes, pruned_bytes, saved_bytes, step_reads
 
 # How often elementwise operations read or write a number: of the features in a forward pass, of

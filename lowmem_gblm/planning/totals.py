@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowmem_gblm.planning.keys import Key
 from lowmem_gblm.planning.sizes import STORES, Choices, Workload
-from lowmem_gblm.planning.steps import Key, Step, step_table
+from lowmem_gblm.planning.steps import Step, step_table
 
 
 @dataclass(frozen=True)

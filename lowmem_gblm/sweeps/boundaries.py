@@ -4,7 +4,8 @@ import torch
 
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import Tap
-from lowmem_gblm.planning.steps import Step, Stream, boundary
+from lowmem_gblm.planning.keys import Stream, boundary
+from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.context import SweepContext
 from lowmem_gblm.sweeps.sample_set import non_finite
 from lowmem_gblm.sweeps.statistics.finite import all_finite

@@ -7,8 +7,8 @@ from torch import Tensor
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.prunable import PrunableWeight
+from lowmem_gblm.planning.keys import magnitudes
 from lowmem_gblm.planning.sizes import Choices
-from lowmem_gblm.planning.steps import magnitudes
 from lowmem_gblm.sweeps.offload import Offload
 from lowmem_gblm.sweeps.statistics.packing import pack, packed, unpack
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_gblm.planning.steps import Key
+from lowmem_gblm.planning.keys import Key
 from lowmem_gblm.runtime import accelerator
 from lowmem_gblm.runtime.background import worker
 from lowmem_gblm.runtime.progress import Progress

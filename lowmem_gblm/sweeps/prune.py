@@ -10,7 +10,8 @@ import torch
 
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import Tap
-from lowmem_gblm.planning.steps import Step, boundary
+from lowmem_gblm.planning.keys import boundary
+from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.sample_set import non_finite

@@ -16,8 +16,8 @@ from torch import Tensor
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import MatmulWeight, Tap
+from lowmem_gblm.planning.keys import boundary, loss_gradient
 from lowmem_gblm.planning.sizes import FLOAT32_BYTES, slices_within
-from lowmem_gblm.planning.steps import boundary, loss_gradient
 from lowmem_gblm.runtime.accelerator import is_accelerator, reproducible
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext

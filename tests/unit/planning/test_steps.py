@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem_gblm.planning.keys import Key, boundary, magnitudes
 from lowmem_gblm.planning.schedule import EVALUATION, Schedule, schedule
-from lowmem_gblm.planning.steps import Key, Layout, Step, boundary, magnitudes, steps
+from lowmem_gblm.planning.steps import Layout, Step, steps
 
 # Whether statistics of gradients are needed, and of activations.
 NEEDS = [(False, False), (False, True), (True, False), (True, True)]
