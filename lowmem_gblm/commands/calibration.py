@@ -7,13 +7,13 @@ be compared number by number.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_gblm.commands.held_out import check_enough, held_out_starts
 from lowmem_gblm.errors import RequestError, first_line
 
 if TYPE_CHECKING:
@@ -75,12 +75,14 @@ def calibration_samples(
     seqlen: int,
     seed: int,
     bos: int | None = None,
+    held_out: int = 0,
 ) -> Tensor:
     """Draw calibration samples, int64 [N, T]; a sample of `Documents` lies within one of them.
 
     Every start is `randint(0, len(tokens) - seqlen - 1)` of a `random.Random(seed)`, in the order
     of the samples; documents are drawn until one is longer than `seqlen` tokens. With a `bos`,
-    every sample is that token and `seqlen - 1` tokens of the text.
+    every sample is that token and `seqlen - 1` tokens of the text. So many `held_out` windows
+    follow, of documents or places that no sample is of; they change no sample.
     """
     import torch
 
@@ -96,14 +98,22 @@ def calibration_samples(
                 f"{source.origin} has {len(complete)} tokens; samples of {length} tokens need at "
                 f"least {length + 1}. Give a longer text, or a smaller --seqlen"
             )
-        drawn: Iterable[Sequence[int]] = repeat(complete, nsamples)
+        starts = [draw.randint(0, len(complete) - length - 1) for _ in range(nsamples)]
+        starts += held_out_starts(starts, len(complete), length, held_out, draw)
+        samples = [list(complete[start : start + length]) for start in starts]
     else:
-        # Drawn one by one: each before the start of its sample.
-        drawn = (_draw_document(source, tokens_of, length, draw) for _ in range(nsamples))
-    samples = []
-    for tokens in drawn:
-        start = draw.randint(0, len(tokens) - length - 1)
-        samples.append(list(tokens[start : start + length]))
+        samples, used = [], set[int]()
+        while len(samples) < nsamples + held_out:
+            # Drawn one by one: each before the start of its sample.
+            is_sample = len(samples) < nsamples
+            drawn = _draw_document(source, tokens_of, length, draw, () if is_sample else used)
+            if drawn is None:
+                break
+            index, tokens = drawn
+            used.add(index)
+            start = draw.randint(0, len(tokens) - length - 1)
+            samples.append(list(tokens[start : start + length]))
+    check_enough(len(samples) - nsamples, held_out, length, source.origin)
     return _beginning_with(bos, torch.tensor(samples))
 
 
@@ -122,17 +132,27 @@ def _beginning_with(bos: int | None, windows_NT: Tensor) -> Tensor:
 
 
 def _draw_document(
-    source: Documents, tokenize: Tokenize, seqlen: int, draw: random.Random
-) -> Sequence[int]:
-    lengths: dict[int, int] = {}
+    source: Documents,
+    tokenize: Tokenize,
+    seqlen: int,
+    draw: random.Random,
+    avoided: Collection[int],
+) -> tuple[int, Sequence[int]] | None:
+    """Draw a document longer than `seqlen` tokens; return its number and its tokens.
+
+    Returns None if there is none but those to be `avoided`.
+    """
+    lengths: dict[int, int] = dict.fromkeys(avoided, 0)
     while len(lengths) < len(source.rows):
         index = draw.randint(0, len(source.rows) - 1)
         if index in lengths:
             continue
         tokens = tokenize(source.rows[index])
         if len(tokens) > seqlen:
-            return tokens
+            return index, tokens
         lengths[index] = len(tokens)
+    if avoided:
+        return None
     raise RequestError(
         f"none of the {len(source.rows)} documents of {source.origin} is longer than {seqlen} "
         f"tokens; the longest has {max(lengths.values(), default=0)}. Give longer ones, or a "

@@ -1,10 +1,16 @@
 """The options of methods within a request: which method has them, and what the record says."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from lowmem_gblm.errors import RequestError
-from lowmem_gblm.methods import Method, built_in_names, option_owners, usable_methods
+from lowmem_gblm.methods import (
+    MOST_CANDIDATES,
+    Method,
+    built_in_names,
+    option_owners,
+    usable_methods,
+)
 from lowmem_gblm.options import flag_of, options
 
 
@@ -33,6 +39,17 @@ def no_option(name: str, methods: Iterable[str]) -> Exception:
     return RequestError(
         f"{flag_of(name)} is no option of {', '.join(methods)}: it belongs to {having}"
     )
+
+
+def candidates_for(method: Method, given: Any, nsamples: int, seqlen: int) -> Sequence[Any]:
+    """Return the options to choose among; empty where nothing of those `given` is "auto"."""
+    found = method.candidates(given, nsamples, seqlen)
+    if len(found) > MOST_CANDIDATES or (found and method.updates_weights):
+        raise RequestError(
+            f"the method {method.name} lets a run choose among {len(found)} options: its author "
+            f"has to take {MOST_CANDIDATES} at most, and none where weights are updated"
+        )
+    return found
 
 
 def recorded_options(given: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Numbers of a matrix that are decided at once where rows can be taken by themselves: on a CPU, what
 # stays in its cache.
 AT_ONCE, AT_ONCE_ON_GPU = 1 << 20, 1 << 24
+# Their decisions about a weight are bits of one byte.
+MOST_CANDIDATES = 8
 
 # Modules beside the methods.
 _NO_METHODS = {"masks"}
@@ -106,6 +108,9 @@ class Method:
             the dtype of the checkpoint and is not to be modified.
         options: A frozen dataclass whose fields are declared with `lowmem_gblm.options.option`; it
             checks its values in `__post_init__`.
+        candidates: `(options, nsamples, seqlen) -> options to choose among` by the loss of held-out
+            windows: at most `MOST_CANDIDATES`, none where the options leave nothing open. Not for
+            a method that updates weights.
         updates_weights: Whether kept weights change.
         bytes_per_weight: Most memory that `decide` takes for every weight of the matrix, its result
             included; the plan counts on it.
@@ -124,6 +129,7 @@ class Method:
     block_columns: Callable[[Pattern], int] | None = None
     decide: Callable[[Tensor, Statistics, Pattern, Any], Decision]
     options: type[Any] = NoOptions
+    candidates: Callable[[Any, int, int], Sequence[Any]] = lambda *asked: ()
     updates_weights: bool = False
     bytes_per_weight: float = 32
     bytes_per_squared_input: float = 0

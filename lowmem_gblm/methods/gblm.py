@@ -8,7 +8,7 @@ input norm is averaged, so the balance of the two terms depends on how many samp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowmem_gblm.errors import RequestError
@@ -19,24 +19,57 @@ from lowmem_gblm.options import option
 if TYPE_CHECKING:
     from torch import Tensor
 
+AUTO = "auto"
+# The paper's alpha, and its calibration samples and their tokens.
+_ALPHA, _NSAMPLES, _SEQLEN = 100, 128, 2048
+_FACTORS = (0, 0.01, 0.1, 1, 10, 100)
+
+
+def parse_alpha(text: str) -> float | str:
+    """Return the number that was typed; any other word is judged by the options."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
 
 @dataclass(frozen=True, kw_only=True)
 class GblmOptions(GradientOptions):
     """The options of GBLM-Pruner."""
 
-    alpha: float = option(100.0, "weight of the gradient term", parse=float, metavar="A")
+    alpha: float | str = option(
+        100.0, "weight of the gradient term; auto: the best of six on held-out calibration text",
+        parse=parse_alpha, metavar="A",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha < float("inf"):
-            raise RequestError(f"--alpha must be a number from 0 on; got {self.alpha}")
+        if self.alpha == AUTO:
+            return
+        if isinstance(self.alpha, str) or not 0 <= self.alpha < float("inf"):
+            raise RequestError(f"--alpha must be auto or a number from 0 on; got {self.alpha}")
+
+
+def alphas(options: GblmOptions, nsamples: int, seqlen: int) -> list[GblmOptions]:
+    """Return the options to choose among where alpha is "auto".
+
+    The norm is a mean over N samples, and G a sum: N times one gradient for `l1`, about √N times
+    for `l2`. Over T tokens the norm grows as √T, and the gradient of their mean loss falls as 1/√T.
+    Tried are 0, which is Wanda, and the alphas at which the terms have about the balance that 1,
+    10, 100, 1000 and 10,000 give the paper's 128 samples of 2048 tokens with `l1`.
+    """
+    if options.alpha != AUTO:
+        return []
+    gradients = nsamples if options.gradient_norm == "l1" else nsamples**0.5
+    same_balance = _ALPHA * _NSAMPLES / gradients * seqlen / _SEQLEN
+    return [replace(options, alpha=float(f"{same_balance * factor:.3g}")) for factor in _FACTORS]
 
 
 def gblm_scores(weight_OI: Tensor, statistics: Statistics, options: GblmOptions) -> Tensor:
     """Return `|W| * ||X|| + alpha * |W| * G`, [out, in]."""
     size_OI = weight_OI.abs()
     activation_term = size_OI * statistics["input_norm"]
-    gradient_term = size_OI.mul_(statistics[options.statistic]).mul_(options.alpha)
+    gradient_term = size_OI.mul_(statistics[options.statistic]).mul_(float(options.alpha))
     return activation_term.add_(gradient_term)
 
 
@@ -47,6 +80,7 @@ METHOD = Method(
     needs=lambda options: ("input_norm", options.statistic),
     group="row",
     options=GblmOptions,
+    candidates=alphas,
     decide=by_score(gblm_scores, "row", rowwise=True),
     bytes_per_weight=2,
 )

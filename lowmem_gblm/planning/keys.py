@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, cast
 
 Stream = Literal["dense", "pruned"]
-Kind = Literal["embedded", "dense", "pruned", "loss-gradient", "magnitudes"]
+Kind = Literal["embedded", "dense", "pruned", "trial", "loss-gradient", "magnitudes"]
 
 
 @dataclass(frozen=True, order=True)
@@ -13,8 +13,9 @@ class Key:
 
     Attributes:
         kind: "dense" and "pruned" are boundaries of that stream, and "embedded" is boundary 0 of
-            both; "loss-gradient" is the gradient of the loss at a boundary; "magnitudes" are the
-            gradient magnitudes of a block.
+            both, with that of held-out windows; "trial" are boundaries of held-out windows in the
+            models of all candidates; "loss-gradient" is the gradient of the loss at a boundary;
+            "magnitudes" are the gradient magnitudes of a block.
         index: Number of the boundary or of the block.
     """
 
@@ -47,6 +48,11 @@ class Key:
 def boundary(stream: Stream, index: int) -> Key:
     """Return the key of the hidden states that enter a block; both streams share the first."""
     return Key(stream if index else "embedded", index)
+
+
+def trial(index: int) -> Key:
+    """Return the key of held-out windows that enter a block of the models of all candidates."""
+    return Key("trial" if index else "embedded", index)
 
 
 def loss_gradient(index: int) -> Key:

@@ -65,6 +65,8 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
         "dense": _dense,
         "head": _outside,
         "reverse": _reverse,
+        "search": _search,
+        "choose": _outside,
         "prune": _prune,
         "finish": _finish,
     }
@@ -101,11 +103,11 @@ def _outside(at: Footprint, work: Workload, choices: Choices) -> None:
     if work.on_gpu:
         at.gpu["embeddings and head"] = converted
         # torch keeps pinned memory for the next sweep.
-        at.host["blocks as read"] = _as_read(work, choices) * (at.name == "head")
+        at.host["blocks as read"] = _as_read(work, choices) * (at.name != "embed")
     elif not work.shares_memory:
         at.host["embeddings and head"] += converted
     needed = 8 * work.seqlen * sizes.hidden_size * max(work.itemsize, FLOAT32_BYTES)
-    if at.name == "head":
+    if at.name != "embed":
         logits = min(work.seqlen * sizes.vocab_size, max(work.logits_chunk, sizes.vocab_size))
         needed += _LOGITS_ALIVE * logits * FLOAT32_BYTES
     _computing(at, work)["one sample"] = _slack(needed)
@@ -136,11 +138,19 @@ def _reverse(at: Footprint, work: Workload, choices: Choices) -> None:
         _saved_statistics(at, work)
 
 
+def _search(at: Footprint, work: Workload, choices: Choices) -> None:
+    """Add what pruning takes, the dense matrices of the block, and a byte for every decision."""
+    _prune(at, work, choices)
+    kept = max(work.sizes.block_bytes) + max(work.sizes.prunable)
+    _computing(at, work)["dense matrices and the candidates' decisions"] = kept
+
+
 def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
     _blocks(at, work, choices)
     _activations(at, work)
     _saved_statistics(at, work)
-    running = _forward(work) if work.schedule.prune_forwards else 0
+    runs_samples = work.schedule.prune_forwards or at.name == "search"
+    running = _forward(work) if runs_samples else 0
     deciding = _deciding(work, choices)
     computing = _computing(at, work)
     if running > deciding:

@@ -91,14 +91,19 @@ class _Clock:
             # The logits, and the gradient of the hidden states.
             logits = self._tokens * self._sizes.vocab_size
             return self._computing_s(4 * logits * self._sizes.hidden_size, logits)
+        if step.stage == "choose":
+            logits = self._work.trials * self._work.seqlen * self._sizes.vocab_size
+            return self._computing_s(2 * logits * self._sizes.hidden_size, logits)
         if step.stage == "dry_run":
             one_sample = self._work.schedule.needs_samples / self._work.nsamples
             return one_sample * self._sizes.depth * self._forward_s()
         # A backward pass to the hidden states takes about as long as a forward pass.
-        seconds = (step.forwards + step.backwards) * self._forward_s()
+        forwards = step.forwards + step.tries * self._work.trials / self._work.nsamples
+        seconds = (forwards + step.backwards) * self._forward_s()
         if step.weight_gradients:
             seconds += self._weight_gradients_s()
-        return seconds + self._decisions_s() * step.prunes
+        decisions = step.prunes + step.tries * self._work.candidates
+        return seconds + self._decisions_s() * decisions
 
     def _steps(self, stage: str) -> list[Step]:
         return [step for step in self._table if step.stage == stage]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activations = Literal["pruned", "dense"]
-Stage = Literal["embed", "dry_run", "dense", "head", "reverse", "prune"]
+Stage = Literal["embed", "dry_run", "dense", "head", "reverse", "search", "choose", "prune"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +13,9 @@ class Schedule:
 
     Attributes:
         stages: "embed" runs where samples are run at all; "dense" and "head" prepare "reverse"; a
-            run that prunes has "reverse", "prune" or both. "dry_run" runs in place, if "dense" does
-            not.
+            run that prunes has "reverse", "prune" or both. "search" and "choose" come before
+            "prune" where an option of the method is chosen among candidates. "dry_run" runs in
+            place, if "dense" does not.
         prune_in: The stage in which blocks are pruned and written; None for an evaluation.
         prune_forwards: Forward passes over every sample within "prune": 0 where the method needs no
             activations, 1 where statistics and next boundary come from the same dense forward, 2
@@ -45,20 +46,28 @@ EVALUATION = Schedule(stages=("embed", "dense", "head"))
 
 
 def schedule(
-    activations: Activations, *, needs_backward: bool, needs_forward: bool, in_place: bool = False
+    activations: Activations,
+    *,
+    needs_backward: bool,
+    needs_forward: bool,
+    in_place: bool = False,
+    searches: bool = False,
 ) -> Schedule:
     """Return the stages for a method that needs statistics of gradients, of activations, or both.
 
     Gradients are always those of the dense model. Activations are those of the model pruned so far
     (`pruned`), which takes a sweep of its own from first to last block, or of the dense model
     (`dense`), which a sweep that runs anyway can measure. In place, all blocks are read before one
-    is overwritten.
+    is overwritten. A run that `searches` prunes last, with the options that it has chosen.
     """
     backward: tuple[Stage, ...] = ("dense", "head", "reverse") if needs_backward else ()
     first: tuple[Stage, ...] = backward or (("dry_run",) if in_place else ())
-    if needs_backward and (activations == "dense" or not needs_forward):
+    if needs_backward and not searches and (activations == "dense" or not needs_forward):
         return Schedule(stages=("embed", *backward), prune_in="reverse")
-    if not needs_forward:
-        return Schedule(stages=(*first, "prune"), prune_in="prune")
-    forwards = 1 if activations == "dense" else 2
-    return Schedule(stages=("embed", *first, "prune"), prune_in="prune", prune_forwards=forwards)
+    embed: tuple[Stage, ...] = ("embed",) if needs_backward or needs_forward or searches else ()
+    search: tuple[Stage, ...] = ("search", "choose") if searches else ()
+    forwards = 0
+    if needs_forward:
+        forwards = 1 if activations == "dense" else 2
+    stages = (*embed, *first, *search, "prune")
+    return Schedule(stages=stages, prune_in="prune", prune_forwards=forwards)

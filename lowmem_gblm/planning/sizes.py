@@ -111,6 +111,8 @@ class Workload:
             an earlier run has saved; empty where there are none.
         statistic_bytes: Bytes of the largest of these, in float32.
         text_bytes: Bytes of text that are tokenized in one piece before the first stage.
+        candidates, held_out: Candidates for the options of the method, and the windows of `seqlen`
+            by which one is chosen; 0 where nothing is to be chosen.
     """
 
     sizes: ModelSizes
@@ -136,11 +138,18 @@ class Workload:
     takes: tuple[int, ...] = ()
     statistic_bytes: int = 0
     text_bytes: int = 0
+    candidates: int = 0
+    held_out: int = 0
 
     @property
     def boundary_bytes(self) -> int:
         """Return the bytes of the hidden states of one sample."""
         return self.seqlen * self.sizes.hidden_size * self.itemsize
+
+    @property
+    def trials(self) -> int:
+        """Return the held-out windows of all candidates together."""
+        return self.candidates * self.held_out
 
     @property
     def attended(self) -> int:

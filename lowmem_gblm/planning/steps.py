@@ -11,6 +11,9 @@ interrupted run is its tail.
     reverse  block i, backward: reads boundary i and the loss gradient at i + 1, writes the loss
              gradient at i and the gradient magnitudes of the block; block i, forward only: computes
              boundary i + 1 again, which was not kept
+    search   block i: reads boundary i of the dense stream, that of held-out windows in the model of
+             every candidate, and the gradient magnitudes; writes both boundaries i + 1
+    choose   reads the last boundary of the held-out windows
     prune    block i: reads boundary i of the pruned stream and the gradient magnitudes, writes
              boundary i + 1 and the pruned block
 
@@ -32,6 +35,7 @@ from lowmem_gblm.planning.keys import (
     boundary,
     loss_gradient,
     magnitudes,
+    trial,
 )
 from lowmem_gblm.planning.schedule import Schedule, Stage
 from lowmem_gblm.planning.sizes import Choices, Workload, slices_within
@@ -51,6 +55,7 @@ class Step:
         loads: How many blocks are read from the checkpoint.
         forwards, backwards: How often every sample runs through the block, in either direction.
         weight_gradients: Whether gradients of the weights are computed.
+        tries: Whether every candidate prunes the block, and held-out windows run through it.
         prunes: Whether the pruned tensors are written when the step is done.
         saves, takes: Whether statistics of the block are saved for later runs, or are those that an
             earlier run has saved.
@@ -69,16 +74,19 @@ class Step:
     forwards: int = 0
     backwards: int = 0
     weight_gradients: bool = False
+    tries: bool = False
     prunes: bool = False
     saves: bool = False
     takes: bool = False
     sums: bool = False
 
-    def ticks(self, depth: int, nsamples: int) -> int:
-        """Return how often the step tells progress: once, or per block or sample it reads."""
+    def ticks(self, depth: int, nsamples: int, held_out: int = 0) -> int:
+        """Return how often the step tells progress: once, or per block, sample or window."""
         if self.block is not None:
             return 1
-        return depth if self.loads else nsamples
+        if self.loads:
+            return depth
+        return {"embed": nsamples + held_out, "choose": held_out}.get(self.stage, nsamples)
 
     @property
     def flops_per_weight_and_token(self) -> int:
@@ -100,8 +108,8 @@ class Layout:
         unpruned: Blocks of which nothing is pruned.
         streams: Streams of hidden states that the prune sweep carries.
         parts: Parts of a block that are pruned one after the other; each is measured by itself.
-        durable_interval: Of the steps of "reverse" and "prune" every such one is durable; above 1,
-            those of "dense" which write a boundary that is kept.
+        durable_interval: Of the steps of "reverse", "search" and "prune" every such one is durable;
+            above 1, those of "dense" which write a boundary that is kept.
         saves, takes: Whether statistics are saved for later runs, or taken from an earlier one.
         rank, ranks: This process, and the processes that share the samples and write in turn.
     """
@@ -158,7 +166,7 @@ def _durable_every(stage: Stage, layout: Layout) -> int:
 
     In the dense sweep it is that of the boundaries which are kept, and thus on the disk anyway.
     """
-    if stage in ("reverse", "prune"):
+    if stage in ("reverse", "search", "prune"):
         return layout.durable_interval
     return layout.boundary_interval if stage == "dense" and layout.durable_interval > 1 else 1
 
@@ -192,6 +200,10 @@ def _rows(stage: Stage, schedule: Schedule, layout: Layout) -> Iterator[Step]:
         yield Step(stage="head", reads=(last,), writes=writes)
     elif stage == "reverse":
         yield from _reverse(schedule, layout)
+    elif stage == "search":
+        yield from _search(schedule, layout)
+    elif stage == "choose":
+        yield Step(stage="choose", reads=(trial(layout.depth),))
     else:
         yield from _prune(schedule, layout)
 
@@ -231,6 +243,31 @@ def _reverse(schedule: Schedule, layout: Layout) -> Iterator[Step]:
             prunes=prunes and layout.writes_block(block),
             saves=layout.saves and prunes and pruned and layout.writes_block(block),
             sums=pruned,
+        )
+
+
+def _search(schedule: Schedule, layout: Layout) -> Iterator[Step]:
+    measures = bool(schedule.prune_forwards)
+    for block in range(layout.depth):
+        pruned = block not in layout.unpruned
+        dense, after = boundary("dense", block), boundary("dense", block + 1)
+        yield Step(
+            stage="search",
+            block=block,
+            reads=(
+                *((dense,) if measures else ()),
+                trial(block),
+                *((magnitudes(block),) if schedule.stores_gradients and pruned else ()),
+            ),
+            writes=(
+                *((after,) if measures and block + 1 < layout.depth else ()),
+                trial(block + 1),
+            ),
+            loads=1,
+            forwards=int(measures),
+            tries=True,
+            takes=layout.takes and pruned,
+            sums=measures and pruned,
         )
 
 

@@ -92,7 +92,8 @@ def held_bytes(stage: str, work: Workload, choices: Choices) -> int:
 def key_bytes(key: Key, work: Workload, choices: Choices) -> int:
     """Return the bytes that are stored under a key."""
     if key.is_per_sample:
-        return work.nsamples * work.boundary_bytes
+        counts = {"embedded": work.nsamples + work.held_out, "trial": work.trials}
+        return counts.get(key.kind, work.nsamples) * work.boundary_bytes
     return int(work.sizes.prunable[key.index] * STORES[choices.gradient_precision])
 
 
@@ -111,7 +112,8 @@ def step_flops(step: Step, work: Workload) -> int:
     if step.block is None:
         return 0
     weights = work.sizes.prunable[step.block] * work.sizes.active_fraction
-    return int(step.flops_per_weight_and_token * weights * work.nsamples * work.seqlen)
+    samples = step.flops_per_weight_and_token * work.nsamples + 2 * step.tries * work.trials
+    return int(samples * weights * work.seqlen)
 
 
 def step_reads(step: Step, work: Workload) -> int:
@@ -119,10 +121,10 @@ def step_reads(step: Step, work: Workload) -> int:
 
     Statistics are read once more, for their hashes.
     """
-    if step.stage in ("embed", "head"):
+    if step.stage in ("embed", "head", "choose"):
         return work.sizes.rest_bytes
     blocks = work.sizes.block_bytes
-    taken = 2 * work.takes[step.block or 0] if step.takes else 0
+    taken = (1 + step.prunes) * work.takes[step.block or 0] if step.takes else 0
     return (sum(blocks) if step.block is None else blocks[step.block]) * bool(step.loads) + taken
 
 

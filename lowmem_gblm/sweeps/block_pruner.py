@@ -1,6 +1,6 @@
 """Prune one resident block: decisions from statistics, written into the tensors of the disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,29 +68,42 @@ class BlockPruner:
             NonFiniteError: A score or an updated weight of the named tensor is not finite.
         """
         kept: dict[str, list[Tensor]] = {}
-        derived: dict[object, Any] = {}
-        arriving = iter(gradients)
-        for weight in block.weights:
-            self.stop.check()
-            # No name here holds the statistics of a matrix while those of the next one arrive.
-            statistics = self._statistics(weight, measured, next(arriving, None), derived)
+        for weight, statistics in self.matrices(block, measured, gradients):
             counts = kept.setdefault(weight.name, [])
             counts.append(self._prune_matrix(block, weight, statistics))
             del statistics
         synchronize(self.device)
         self._record(block, {name: sum(map(int, counts)) for name, counts in kept.items()})
 
+    def matrices(
+        self,
+        block: Block,
+        measured: Sequence[Measured],
+        gradients: Iterable[Tensor | None],
+    ) -> Iterator[tuple[PrunableWeight, Statistics]]:
+        """Yield every matrix of a block with its statistics, as `prune` takes them.
+
+        Nothing here holds the statistics of a matrix while those of the next one arrive; the caller
+        is not to hold them either.
+        """
+        derived: dict[object, Any] = {}
+        arriving = iter(gradients)
+        for weight in block.weights:
+            self.stop.check()
+            yield weight, self._statistics(weight, measured, next(arriving, None), derived)
+
     def _prune_matrix(self, block: Block, weight: PrunableWeight, given: Statistics) -> Tensor:
         """Prune one matrix of a block; return how many of its weights are not zero."""
         values_OI = block.on_device(weight, self.device)
-        decision = self._decide(weight, values_OI, given)
+        decision = self.decide(weight, values_OI, given)
         _apply(decision, values_OI)
         block.replace(weight, values_OI)
         if decision.weight is not None and not bool(all_finite(values_OI)):
             raise NonFiniteError(f"{weight}: updated weights overflow {values_OI.dtype}")
         return count_nonzero(values_OI)
 
-    def _decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
+    def decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
+        """Return the decision of the method about a matrix of the disk, and note what it notes."""
         try:
             decision = self.method.decide(values_OI, given, self.pattern, self.options)
         except NonFiniteError as error:

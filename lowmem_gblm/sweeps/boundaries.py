@@ -12,7 +12,7 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 def embed(run: SweepContext) -> None:
-    """Write boundary 0 of every sample, and record how the blocks are called."""
+    """Write boundary 0 of every sample and held-out window; record how the blocks are called."""
     if run.is_done("embed"):
         # The first two samples tell how the blocks are called, and whether always alike.
         with run.model.filled(run.checkpoint):
@@ -20,7 +20,7 @@ def embed(run: SweepContext) -> None:
                 run.model.embed(tokens_BT)
     for step in run.steps("embed"):
         with run.model.filled(run.checkpoint):
-            for n, tokens_BT in enumerate(run.tokens):
+            for n, tokens_BT in enumerate((*run.tokens, *run.held_out)):
                 run.progress.check()
                 run.offload.write_behind(step.writes[0], n, run.model.embed(tokens_BT))
                 run.progress.step()

@@ -29,10 +29,11 @@ from lowmem_gblm.storage.tensor_store import TensorStore
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.gradient_store import GradientStore
 from lowmem_gblm.sweeps.offload import Offload
+from lowmem_gblm.sweeps.option_search import OptionSearch
 from lowmem_gblm.sweeps.sample_set import SampleSet
 from lowmem_gblm.sweeps.saved_statistics import StatisticsSaver, TakenStatistics
 from lowmem_gblm.sweeps.statistics import NeededStatistics
-from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
+from lowmem_gblm.sweeps.statistics.base import ActivationStatistic, Measured
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,8 @@ class SweepContext:
 
     Attributes:
         tokens: Token ids of every sample, [B, T]; rows of a sample do not see each other.
+        held_out: Token ids of the windows by which a candidate is chosen, each [1, T]. In boundary
+            0 they are numbered after the samples.
         table: The steps of the run, in order.
         done: How many steps of the table an earlier attempt has made durable.
         losses: Loss of every active sample, in nats per token; empty before the head.
@@ -49,6 +52,7 @@ class SweepContext:
     model: StreamedModel
     checkpoint: Checkpoint
     tokens: Sequence[Tensor]
+    held_out: Sequence[Tensor] = ()
     samples: SampleSet
     table: Sequence[Step]
     done: int = 0
@@ -67,8 +71,8 @@ class SweepContext:
         release_cache(self.model.device)
         with self.progress.stage(stage):
             before = [step for step in self.table[: self.done] if step.stage == stage]
-            depth, nsamples = self.model.depth, len(self.tokens)
-            self.progress.skip(sum(step.ticks(depth, nsamples) for step in before))
+            counts = self.model.depth, len(self.tokens), len(self.held_out)
+            self.progress.skip(sum(step.ticks(*counts) for step in before))
             for step in self._left(stage):
                 self.offload.keys_read.clear()
                 self.offload.keys_written.clear()
@@ -115,6 +119,7 @@ class PruneContext(SweepContext):
         durable: Whether steps are written down; not where host memory stands in for the disk.
         statistics, taken: What is measured, and what an earlier run has saved.
         saver: Saves statistics for later runs; None if none are saved.
+        search: The candidates for the options of the method, and their losses.
     """
 
     schedule: Schedule
@@ -130,6 +135,7 @@ class PruneContext(SweepContext):
     pruner: BlockPruner
     taken: TakenStatistics
     saver: StatisticsSaver | None
+    search: OptionSearch
     _since: float = field(default_factory=time.monotonic)
     _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
     _written: list[int] = field(default_factory=list)
@@ -144,12 +150,23 @@ class PruneContext(SweepContext):
             with self.progress.waiting():
                 gradients = self._gradients_of(step, block)
                 self.saver.save(block, measured, gradients, self.progress.check)
-        known = [*measured, *(self.taken.activations if step.takes else ())]
-        self.pruner.prune(block, known, self._gradients_of(step, block))
+        self.pruner.prune(block, *self.known(step, block, measured))
         self.gradients.release()
         with self.progress.waiting():
             block.pending.append(self.output.write_block(block.index, block.raw))
         self._written.append(block.index)
+
+    def known(
+        self, step: Step, block: Block, measured: Sequence[ActivationStatistic]
+    ) -> tuple[list[Measured], Iterable[Tensor | None]]:
+        """Return the statistics of a block, measured or taken: of activations, and gradients."""
+        taken = self.taken.activations if step.takes else ()
+        return [*measured, *taken], self._gradients_of(step, block)
+
+    def choose(self, losses: Sequence[float | None]) -> None:
+        """Prune from now on with the options of the candidate that has the least of the losses."""
+        self.search.losses = list(losses)
+        self.pruner.options = self.search.candidates[self.search.chosen]
 
     def _gradients_of(self, step: Step, block: Block) -> Iterable[Tensor | None]:
         """Return the gradient magnitudes of the matrices of a block; empty if none are needed."""
@@ -237,4 +254,5 @@ class PruneContext(SweepContext):
             **self.pruner.journal_entry(),
             **self.samples.journal_entry(),
             "losses": self.losses if step.stage == "head" else [],
+            "candidate_losses": self.search.losses if step.stage == "choose" else [],
         }

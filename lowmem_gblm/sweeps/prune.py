@@ -10,7 +10,7 @@ import torch
 
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import Tap
-from lowmem_gblm.planning.keys import boundary
+from lowmem_gblm.planning.keys import Stream, boundary
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
@@ -22,24 +22,26 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 def prune_sweep(run: PruneContext) -> None:
     """Prune every block, first block first, and write it."""
     for step, block in run.blocks("prune"):
-        measured = measure(run, step, block) if step.forwards else []
+        measured = measure(run, step, block, "pruned") if step.forwards else []
         run.prune(step, block, measured)
         if step.forwards > 1:
             advance(run, step, block, "pruned")
 
 
-def measure(run: PruneContext, step: Step, block: Block) -> list[ActivationStatistic]:
-    """Return the statistics of the dense block, by the samples that stay finite in it.
+def measure(
+    run: PruneContext, step: Step, block: Block, stream: Stream
+) -> list[ActivationStatistic]:
+    """Return the statistics of the dense block, by the samples of a stream that stay finite in it.
 
     A sample that turns non-finite is dropped, and the block is measured again without it.
     """
-    advances = step.forwards == 1 and bool(step.writes)
+    advances = step.forwards == 1 and boundary(stream, block.index + 1) in step.writes
     while True:
         order = run.samples.active
         measured = run.activations(len(order))
-        found = _run(run, block, order, measured, advances=advances)
+        found = _run(run, block, stream, order, measured, advances=advances)
         if not found and not all(statistic.is_finite() for statistic in measured):
-            found = [n for n in order if not _is_finite_alone(run, block, n)]
+            found = [n for n in order if not _is_finite_alone(run, block, stream, n)]
         if not found:
             return measured
         run.samples.drop(found, step.stage, block.index)
@@ -47,9 +49,9 @@ def measure(run: PruneContext, step: Step, block: Block) -> list[ActivationStati
         advances = False
 
 
-def _is_finite_alone(run: PruneContext, block: Block, n: int) -> bool:
+def _is_finite_alone(run: PruneContext, block: Block, stream: Stream, n: int) -> bool:
     alone = run.activations(1)
-    _run(run, block, [n], alone, advances=False)
+    _run(run, block, stream, [n], alone, advances=False)
     return all(statistic.is_finite() for statistic in alone)
 
 
@@ -57,6 +59,7 @@ def _is_finite_alone(run: PruneContext, block: Block, n: int) -> bool:
 def _run(
     run: PruneContext,
     block: Block,
+    stream: Stream,
     order: Sequence[int],
     measured: Sequence[ActivationStatistic],
     *,
@@ -65,13 +68,13 @@ def _run(
     """Run samples through a block; return those that leave it non-finite, where it `advances`."""
     tap = Tap(block.module, block.slots, measured)
     finite = []
-    for n, (hidden,) in run.offload.prefetch([boundary("pruned", block.index)], order):
+    for n, (hidden,) in run.offload.prefetch([boundary(stream, block.index)], order):
         out = run.model.forward_block(block.index, hidden, tap)
         for statistic in measured:
             statistic.finish_sample()
         if advances:
             finite.append(all_finite(out))
-            run.offload.write_behind(boundary("pruned", block.index + 1), n, out)
+            run.offload.write_behind(boundary(stream, block.index + 1), n, out)
         else:
             tap.skip(tap.last)
     tap.check_all_seen()

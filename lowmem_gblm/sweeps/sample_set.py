@@ -4,7 +4,8 @@ A sample whose hidden states, loss or gradients turn non-finite is dropped from 
 where too many are dropped, a sweep ends with NonFiniteError.
 
     dense, head     no statistics have been gathered: as if the sample had not been drawn
-    reverse, prune  the block in which it is found is measured again without it; what the sample
+    reverse, search, prune
+                    the block in which it is found is measured again without it; what the sample
                     gave to earlier blocks stays
 
 Averages are over the samples that are in them. Where only the gradients of a scaled loss overflow,

@@ -40,6 +40,8 @@ def jobs(architecture: str) -> list[dict[str, Any]]:
             {"method": "sparsegpt", "compute_weights": "nf4"},
             {"method": "gblm", "dtype": "bfloat16", "pattern": "2:4"},
             {"method": "gblm", "gradient_norm": "l2"},
+            {"method": "gblm", "alpha": "auto"},
+            {"method": "gblm", "alpha": "auto", "activations": "dense", "compute_weights": "nf4"},
         ]
     else:
         found = [{"method": method, "activations": "pruned"} for method in METHODS]

@@ -77,6 +77,7 @@ def test_outputs_are_named_by_what_varies() -> None:
         "wanda-2x4",
     ]
     assert names("gblm,wanda", {"alpha": (1.0, 0.5)}) == ["gblm-alpha1", "gblm-alpha0.5", "wanda"]
+    assert names("gblm", {"alpha": ("auto", 1.0)}) == ["gblm-auto", "gblm-alpha1"]
     assert names("gradient", {"gradient_norm": ["l1", "l2"]}) == ["gradient-l1", "gradient-l2"]
     assert names("magnitude,wanda", seeds=[0, 7]) == ["magnitude", "wanda-seed0", "wanda-seed7"]
 
@@ -341,4 +342,4 @@ def test_the_grid_is_typed_with_commas(
     assert [one["perplexity"] for one in found] == [str(one["perplexity"]) for one in rows]
     assert "note: the statistics gradient_l1 were measured by the first run" in captured.err
     assert main([*argv, "--alpha", "1,x"]) == 2
-    assert "argument --alpha: invalid float value: '1,x'" in capsys.readouterr().err
+    assert "--alpha must be auto or a number from 0 on; got x" in capsys.readouterr().err

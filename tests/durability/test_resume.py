@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from lowmem_gblm.errors import BudgetError, CheckpointError, JobError, NonFinite
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import planner
 from lowmem_gblm.planning.sizes import Choices
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_at
 from support.tiny_models import save_tiny
 
@@ -108,6 +110,38 @@ def test_killed_between_two_durable_steps(
     assert record["choices"]["durable_interval"] == record["choices"]["boundary_interval"] == 2
     assert content(tmp_path / "run" / "out") == expected
     check_resumed(photographer.photographs[::every], run, expected)
+
+
+@pytest.mark.parametrize(
+    ("activations", "interval", "every"),
+    [
+        ("pruned", 2, 20),
+        pytest.param("pruned", 1, 1, marks=pytest.mark.slow),
+        pytest.param("dense", 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_an_option_is_chosen(
+    activations: str,
+    interval: int,
+    every: int,
+    run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same candidate is chosen, by the same losses."""
+    options = {"alpha": "auto", "activations": activations}
+    search = run(tmp_path / "expected", **options)["search"]
+    expected = content(tmp_path / "expected")
+    monkeypatch.setattr(planner, "durable_interval", lambda work: interval)
+    (tmp_path / "run").mkdir()
+    photographer = Photographer(tmp_path / "run", tmp_path / "album")
+    with photographer.watching(monkeypatch):
+        run(tmp_path / "run" / "out", **options)
+    assert content(tmp_path / "run" / "out") == expected
+    photographs = photographer.photographs[::every]
+    check_resumed(photographs, partial(run, **options), expected)
+    records = [json.loads((one / "out" / RECORD).read_text()) for one in photographs]
+    assert all(record["search"] == search for record in records)
 
 
 @pytest.mark.parametrize(

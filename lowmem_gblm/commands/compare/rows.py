@@ -72,6 +72,7 @@ def _run(noted: Noted) -> dict[str, Any]:
         "host_peak_bytes": used.get("host_peak_bytes"),
         "gpu_peak_bytes": used.get("gpu_peak_bytes"),
         "taken": record.get("statistics", {}).get("taken", []),
+        "search": record.get("search"),
         "output": noted["output"],
     }
 

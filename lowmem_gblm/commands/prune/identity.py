@@ -25,7 +25,8 @@ _COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
 _PACKAGES = (*_COMPUTING, "safetensors", "accelerate", "tokenizers")
 # What `_fingerprints` returns.
 FINGERPRINTS = (
-    "source_headers", "source_bytes", "source_config", "calibration_tokens", "statistics_taken",
+    "source_headers", "source_bytes", "source_config", "calibration_tokens", "held_out_tokens",
+    "statistics_taken",
 )  # fmt: skip
 
 _TENSORS_SEEN = 500
@@ -112,7 +113,8 @@ def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str | None
         line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
         source.update(line.encode())
     gone = {name for block in scope.pruned_names for name in block if request.in_place}
-    tokens = hashlib.sha256(samples_NT.contiguous().numpy().tobytes()).hexdigest()
+    calibration_NT, held_out_NT = scope.split(samples_NT)
+    tokens = _hash(calibration_NT)
     saved = scope.saved
     if saved is not None and not len(samples_NT):
         tokens = saved.manifest["identity"].get("calibration_tokens")
@@ -122,8 +124,13 @@ def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str | None
         "source_bytes": source_bytes(checkpoint, gone),
         "source_config": config,
         "calibration_tokens": tokens,
+        "held_out_tokens": _hash(held_out_NT) if len(held_out_NT) else None,
         "statistics_taken": None if saved is None else saved.fingerprint,
     }
+
+
+def _hash(tokens_NT: Tensor) -> str:
+    return hashlib.sha256(tokens_NT.contiguous().numpy().tobytes()).hexdigest()
 
 
 def source_bytes(checkpoint: Checkpoint, but: Collection[str] = ()) -> str:

@@ -14,6 +14,9 @@ was under way, and `commands.prune.endings` says what is kept after an error.
     head      norm, head and loss: the gradient of the loss at the last boundary
     reverse   last block to first: forward again and backward, gradient magnitudes of the dense
               model; with `--activations dense` each block is pruned and written here
+    search    where an option of the method is "auto": first block to last, held-out windows through
+              the blocks as every candidate for the option prunes them
+    choose    norm, head and loss of these windows: the candidate with the least loss is chosen
     prune     first block to last: activations of the model pruned so far, decide, write, advance
     finish    what lies outside the blocks, side files, pruning.json, index, one rename
 
@@ -40,6 +43,7 @@ from lowmem_gblm.sweeps.dense import dense_sweep, loss_gradients
 from lowmem_gblm.sweeps.dry_run import dry_run
 from lowmem_gblm.sweeps.prune import prune_sweep
 from lowmem_gblm.sweeps.reverse import reverse_sweep
+from lowmem_gblm.sweeps.search import choose_candidate, search_sweep
 
 
 def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, Any]:
@@ -72,6 +76,9 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
                 dense_sweep(run)
                 loss_gradients(run)
                 reverse_sweep(run)
+            if "search" in stages:
+                search_sweep(run)
+                choose_candidate(run)
             if "prune" in stages:
                 prune_sweep(run)
             run.write_rest()

@@ -14,6 +14,7 @@ from lowmem_gblm.runtime.accelerator import peak_bytes
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.storage.statistics_folder import CALIBRATION
 from lowmem_gblm.sweeps.context import PruneContext
+from lowmem_gblm.sweeps.option_search import OptionSearch
 
 _WORTH_A_NOTE = 0.01
 
@@ -32,10 +33,12 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "updates_weights": scope.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
         "calibration_loss": sum(run.losses) / len(run.losses) if run.losses else None,
+        "search": _search(scope, run.search),
         "notes": [
             *_other_rounding(run.job, run.device_name),
             *setup.plan.reasons,
             *reuse_notes(scope.saved, scope.taken, scope.statistics),
+            *run.search.notes(scope.work.held_out),
             *_unused(scope),
             *_dense(scope),
             *run.samples.notes(),
@@ -97,6 +100,18 @@ def saved_manifest(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         },
         "dropped_samples": run.samples.dropped,
         "identity": setup.identity,
+    }
+
+
+def _search(scope: PruneScope, search: OptionSearch) -> dict[str, Any] | None:
+    """Return what was chosen for the options that are "auto", and the losses that decided."""
+    if not search.candidates:
+        return None
+    losses = zip(search.values, search.losses, strict=True)
+    return {
+        "chosen": search.values[search.chosen],
+        "held_out_windows": scope.work.held_out,
+        "candidates": [{**values, "loss": loss} for values, loss in losses],
     }
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from lowmem_gblm.commands.calibration import (
     open_source,
 )
 from lowmem_gblm.commands.estimate import work_of
+from lowmem_gblm.commands.held_out import held_out_windows
+from lowmem_gblm.commands.method_options import candidates_for
 from lowmem_gblm.commands.prune.reuse import (
     asks_other_text,
     check_saves,
@@ -45,6 +47,7 @@ class PruneScope:
     Attributes:
         request: As asked, with the calibration samples of the statistics that are taken.
         weights: The matrices to prune, of every block.
+        candidates: The options of the method to choose among; empty where nothing is "auto".
         statistics, taken: What the method needs: what is measured, and what an earlier run has
             `saved`.
     """
@@ -53,6 +56,7 @@ class PruneScope:
     model: OpenModel
     weights: Sequence[list[PrunableWeight]]
     method: Method
+    candidates: Sequence[Any]
     statistics: NeededStatistics
     taken: NeededStatistics
     saved: StatisticsFolder | None
@@ -62,6 +66,11 @@ class PruneScope:
     def pruned_names(self) -> list[list[str]]:
         """Return the names on disk of what is pruned in every block."""
         return [list(dict.fromkeys(weight.name for weight in block)) for block in self.weights]
+
+    def split(self, drawn_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the calibration samples and the held-out windows of what was drawn."""
+        nsamples = len(drawn_NT) - self.work.held_out
+        return drawn_NT[:nsamples], drawn_NT[nsamples:]
 
     @property
     def loss_scale(self) -> float:
@@ -101,11 +110,14 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
     check_saves(request, needed_statistics(needs))
     taken = taken_names(request, needed_statistics(needs), saved)
     statistics = needed_statistics(name for name in needs if name not in taken)
+    seqlen = resolve_seqlen(request.seqlen, model.positions)
+    candidates = candidates_for(method, request.options, request.nsamples, seqlen)
     stages = schedule(
         "dense" if request.activations == "dense" else "pruned",
         needs_backward=statistics.gradient is not None,
         needs_forward=bool(statistics.activations),
         in_place=request.in_place,
+        searches=bool(candidates),
     )
     work = work_of(
         model,
@@ -113,15 +125,28 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
         stages,
         request,
         nsamples=request.nsamples,
-        seqlen=resolve_seqlen(request.seqlen, model.positions),
+        seqlen=seqlen,
         method=method,
         activations=statistics.activations,
         in_place=request.in_place,
         text_bytes=calibration_text_bytes(request.calibration_text) if stages.needs_samples else 0,
     )
-    taken_statistics = needed_statistics(taken)
-    scope = PruneScope(request, model, weights, method, statistics, taken_statistics, saved, work)
-    return _with_files(scope)
+    if candidates:
+        held_out = held_out_windows(request.nsamples)
+        work = replace(work, candidates=len(candidates), held_out=held_out)
+    return _with_files(
+        PruneScope(
+            request=request,
+            model=model,
+            weights=weights,
+            method=method,
+            candidates=candidates,
+            statistics=statistics,
+            taken=needed_statistics(taken),
+            saved=saved,
+            work=work,
+        )
+    )
 
 
 def _with_files(scope: PruneScope) -> PruneScope:
@@ -140,7 +165,7 @@ def _with_files(scope: PruneScope) -> PruneScope:
 
 
 def draw_samples(scope: PruneScope) -> Tensor:
-    """Return calibration samples, int64 [N, T]; [0, T] for a run that needs none.
+    """Return calibration samples, then held-out windows, int64 [N, T]; [0, T] if none are needed.
 
     A text other than that of saved statistics is drawn from, too: its samples may be others.
     """
@@ -155,6 +180,7 @@ def draw_samples(scope: PruneScope) -> Tensor:
         seqlen=scope.work.seqlen,
         seed=request.seed,
         bos=bos_of_windows(request.bos, scope.model.model_type, tokenizer.bos),
+        held_out=scope.work.held_out,
     )
     check_tokens(scope.model, drawn)
     give_back_freed()

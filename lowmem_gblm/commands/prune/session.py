@@ -25,6 +25,7 @@ from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext
 from lowmem_gblm.sweeps.gradient_store import GradientStore
 from lowmem_gblm.sweeps.offload import Offload, open_store
+from lowmem_gblm.sweeps.option_search import OptionSearch
 from lowmem_gblm.sweeps.sample_set import SampleSet
 from lowmem_gblm.sweeps.saved_statistics import StatisticsSaver, TakenStatistics
 
@@ -66,11 +67,12 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
 
 def _stages(setup: PruneSetup) -> list[Stage]:
     """Return the stages of the run, each with its cost in FLOPs: the time left follows."""
-    work, nsamples = setup.scope.work, len(setup.tokens_NT)
+    work = setup.scope.work
+    counts = work.sizes.depth, *map(len, setup.scope.split(setup.tokens_NT))
     found = []
     for name in work.schedule.stages:
         rows = [step for step in setup.table if step.stage == name]
-        ticks = sum(step.ticks(work.sizes.depth, nsamples) for step in rows)
+        ticks = sum(step.ticks(*counts) for step in rows)
         found.append(Stage(name=name, steps=ticks, cost=sum(step_flops(one, work) for one in rows)))
     return [*found, Stage(name="finish", steps=1, cost=0)]
 
@@ -147,6 +149,7 @@ def _assemble(
     """Return the context of the run; `within` holds what is to be closed."""
     scope, request, choices = setup.scope, setup.scope.request, setup.plan.choices
     checkpoint, streamed = scope.model.checkpoint, scope.model.streamed
+    samples_NT, held_out_NT = scope.split(setup.tokens_NT)
     in_host = setup.plan.host_spill_bytes
     store = within.enter_context(open_store(setup.paths.work_folder, in_host, job.start_over))
     store.adopt(job.stored())
@@ -158,8 +161,9 @@ def _assemble(
     run = PruneContext(
         model=streamed,
         checkpoint=checkpoint,
-        tokens=setup.tokens_NT.split(1),
-        samples=SampleSet(len(setup.tokens_NT), scaled=scope.loss_scale > 1),
+        tokens=samples_NT.split(1),
+        held_out=held_out_NT[:, None].unbind(),
+        samples=SampleSet(len(samples_NT), scaled=scope.loss_scale > 1),
         table=setup.table,
         done=_steps_done(setup.table, job),
         loader=BlockLoader(
@@ -183,6 +187,7 @@ def _assemble(
         taken=TakenStatistics(
             statistics=scope.taken, folder=scope.saved, precision=precision, device=streamed.device
         ),
+        search=OptionSearch(scope.candidates),
         saver=None
         if saved is None
         else StatisticsSaver(writer=saved, statistics=scope.statistics, precision=precision),
@@ -209,6 +214,8 @@ def _restore(run: PruneContext, job: Job) -> None:
         run.pruner.restore(entry)
         run.samples.restore(entry)
         run.losses += entry["losses"]
+        if entry["candidate_losses"]:
+            run.choose(entry["candidate_losses"])
         run.progress.restore(entry["stage"], entry["seconds"])
 
 

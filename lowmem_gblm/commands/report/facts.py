@@ -30,7 +30,9 @@ def _method(output: Run) -> Iterator[str]:
     yield str(run.get("method", "not recorded"))
     for name in ("alpha", "gradient_norm"):
         if run.get(name) is not None:
-            yield f"{name.replace('_', ' ')} {run[name]}"
+            chosen = number(run, "search", "chosen", name)
+            told = "" if chosen is None else f", which has chosen {chosen:g}"
+            yield f"{name.replace('_', ' ')} {run[name]}{told}"
 
 
 def _pattern(output: Run) -> Iterator[str]:

@@ -21,9 +21,15 @@ NEEDS = [(False, False), (False, True), (True, False), (True, True)]
 SCHEDULES = [
     EVALUATION,
     *(
-        schedule(activations, needs_backward=backward, needs_forward=forward, in_place=in_place)
-        for (backward, forward), activations, in_place in product(
-            NEEDS, ("pruned", "dense"), (False, True)
+        schedule(
+            activations,
+            needs_backward=backward,
+            needs_forward=forward,
+            in_place=in_place,
+            searches=searches,
+        )
+        for (backward, forward), activations, in_place, searches in product(
+            NEEDS, ("pruned", "dense"), (False, True), (False, True)
         )
     ),
 ]
@@ -160,7 +166,7 @@ def test_statistics_are_saved_where_a_block_is_pruned_and_taken_where_none_are_m
     pruned = [row.block for row in rows if row.prunes and row.block not in layout.unpruned]
     assert [row.block for row in rows if row.saves] == pruned * layout.saves
     taking = [row for row in rows if row.takes]
-    assert all(row.stage == "prune" and layout.takes for row in taking)
+    assert all(row.stage in ("search", "prune") and layout.takes for row in taking)
     assert {row.block for row in taking}.isdisjoint(layout.unpruned)
     if layout.takes and made.prune_in == "prune":
         assert {*pruned} <= {row.block for row in taking}
