@@ -91,6 +91,18 @@ def test_a_value_that_is_given_twice_is_refused(varied, options) -> None:
         names("gblm", options, **varied)
 
 
+def test_an_alpha_that_is_chosen_is_told(compare: Compare, asked: dict[str, Any]) -> None:
+    dense, row, plain = compare("gblm", alpha=["auto", 3.0], **{**asked, "nsamples": 3})
+    assert row["options"]["alpha"] == "auto"
+    (run,) = row["runs"]
+    best = min(run["search"]["candidates"], key=lambda one: one["loss"])
+    assert run["search"]["chosen"] == {"alpha": best["alpha"]}
+    assert f"gblm at 0.5, seed 0, has chosen alpha {best['alpha']}" in row["notes"]
+    assert not any("has chosen" in note for one in (dense, plain) for note in one["notes"])
+    again = compare("gblm", alpha=["auto", 3.0], **{**asked, "nsamples": 3})
+    assert again[1]["runs"] == row["runs"]
+
+
 @pytest.mark.parametrize("activations", ["pruned", "dense"])
 def test_rows_equal_single_runs_and_gradients_are_taken_once(
     activations: str, compare: Compare, small: Path, tmp_path: Path, asked, measured

@@ -26,7 +26,7 @@ def table_rows(
     rows = [_row("dense", None, {}, [model])]
     rows += [_row(cell.method, cell.goal, cell.options, runs) for cell, runs in cells]
     for row in rows:
-        row["notes"] = _other_sparsity(row, rows) + _shared(row)
+        row["notes"] = _other_sparsity(row, rows) + _shared(row) + _chosen(row)
     return rows
 
 
@@ -143,4 +143,13 @@ def _shared(row: Row) -> list[str]:
     return [
         f"the statistics {' and '.join(taken)} were measured by the first run that needs them; the "
         f"seconds of the other rows do not have that"
+    ]
+
+
+def _chosen(row: Row) -> list[str]:
+    """Say what runs have chosen for options that are "auto"."""
+    return [
+        f"{row['method']} at {row['goal']}, seed {run['seed']}, has chosen {name} {value}"
+        for run in row["runs"]
+        for name, value in ((run["search"] or {}).get("chosen") or {}).items()
     ]

@@ -144,6 +144,8 @@ def test_colours_are_on_a_logarithmic_scale() -> None:
 def test_facts_tell_what_is_recorded_and_nothing_else() -> None:
     run = {
         "method": "m",
+        "alpha": "auto",
+        "search": {"chosen": {"alpha": 5.0}},
         "group": "row",
         "pattern": "unstructured",
         "sparsity": 0.5,
@@ -165,7 +167,7 @@ def test_facts_tell_what_is_recorded_and_nothing_else() -> None:
         ],
     }
     assert dict(facts([one])) == {
-        "Method": [["m"]],
+        "Method": [["m", "alpha auto, which has chosen 5"]],
         "Pattern": [["50.0% of each row", "25.00% zeros measured"]],
         "Checkpoint": [["read 2.0 KiB"]],
         "Perplexity": [["12.500 on t (3 windows of 8 tokens, each begun with <bos>)"]],
