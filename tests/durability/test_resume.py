@@ -115,7 +115,7 @@ def test_killed_between_two_durable_steps(
 @pytest.mark.parametrize(
     ("activations", "interval", "every"),
     [
-        ("pruned", 2, 20),
+        ("pruned", 2, 30),
         pytest.param("pruned", 1, 1, marks=pytest.mark.slow),
         pytest.param("dense", 2, 1, marks=pytest.mark.slow),
     ],

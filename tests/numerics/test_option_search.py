@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lowmem_gblm.commands.request import prune_request
 from lowmem_gblm.errors import NonFiniteError, RequestError
 from lowmem_gblm.methods import Method, find_method, gblm
 from lowmem_gblm.sweeps import search
+from lowmem_gblm.sweeps.option_search import OptionSearch
 from support.crashes import content
 from support.tiny_models import save_tiny
 
@@ -178,32 +179,20 @@ def test_alphas_keep_the_balance_of_the_terms() -> None:
     assert tried(64, 2048, gradient_norm="l2") == [0, 16, 160, 1600, 16_000, 160_000]
 
 
-@pytest.fixture
-def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], None]:
-    """The losses of windows are these: every candidate's of the first window, then the next."""
-
-    def give(values: Iterator[float]) -> None:
-        monkeypatch.setattr(search, "_loss", lambda run, hidden, tokens: next(values))
-
-    return give
-
-
 def test_a_candidate_that_is_not_finite_is_not_chosen(
-    losses: Callable[[Iterator[float]], None], llama_case: Case, tmp_path: Path
+    llama_case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_a_window = [float("nan"), float("inf"), 3.0, 2.0, 2.0, float("nan")]
-    losses(iter(of_a_window * WINDOWS))
+    losses = iter(of_a_window * WINDOWS)
+    monkeypatch.setattr(search, "_loss", lambda run, hidden, tokens: next(losses))
     found = llama_case.prune(tmp_path / "out", alpha="auto", activations="dense")["search"]
     assert [one["loss"] for one in found["candidates"]] == [None, None, 3.0, 2.0, 2.0, None]
     assert found["chosen"] == {"alpha": 50.0}
 
 
-def test_a_search_without_a_finite_loss_stops(
-    losses: Callable[[Iterator[float]], None], llama_case: Case, tmp_path: Path
-) -> None:
-    losses(iter([float("nan")] * 6 * WINDOWS))
-    with pytest.raises(NonFiniteError, match="not finite in any of the 6 models to choose among"):
-        llama_case.prune(tmp_path / "out", alpha="auto", activations="dense")
+def test_without_a_finite_loss_nothing_is_chosen() -> None:
+    with pytest.raises(NonFiniteError, match="not finite in any of the 2 models to choose among"):
+        _ = OptionSearch(["one", "other"], losses=[None, None]).chosen
 
 
 def test_a_text_without_room_for_windows_is_refused(llama_case: Case, tmp_path: Path) -> None:
