@@ -104,7 +104,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that a word begins, or is most like; None if it is like none."""
-    known = list(names)
-    beginning = [name for name in known if name.startswith(word)]
-    return next(iter(beginning or get_close_matches(word, known, n=1)), None)
+    """Return the name that a word begins or is most like, dashes aside; None if there is none."""
+    bare, known = word.lstrip("-"), {name.lstrip("-"): name for name in names}
+    beginning = [name for name in known if bare and name.startswith(bare)]
+    found = beginning or get_close_matches(bare, known, n=1)
+    return known[found[0]] if found else None
