@@ -6,15 +6,24 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from support.pretend.jobs import PRETENDS, TESTS
 
-CHOSEN = "gblm-pruned and (non_finite or memory) and (dense or reverse)"
+# Two errors at each of two stops; CI takes one at each.
+CHOSEN = [
+    "gblm-pruned and (non_finite and dense or memory and reverse)",
+    pytest.param(
+        "gblm-pruned and (non_finite and reverse or memory and dense)", marks=pytest.mark.slow
+    ),
+]
 
 
-def test_no_error_costs_a_job_on_the_device() -> None:
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_no_error_costs_a_job_on_the_device(chosen: str) -> None:
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-p", "no:xdist", "-k", CHOSEN,
+            sys.executable, "-m", "pytest", "-p", "no:xdist", "-k", chosen,
             str(TESTS / "durability" / "test_device_errors.py"),
         ],
         env=os.environ | {PRETENDS: "1"},
@@ -23,4 +32,4 @@ def test_no_error_costs_a_job_on_the_device() -> None:
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout, done.stdout
+    assert "2 passed" in done.stdout, done.stdout

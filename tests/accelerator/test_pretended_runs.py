@@ -27,39 +27,48 @@ FILES = ("model", "calibration")
 Jobs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def jobs(architecture: str) -> list[dict[str, Any]]:
-    """Llama with every method and both `activations`; the others with every method."""
-    if architecture == "llama":
-        found: list[dict[str, Any]] = [
-            {"method": method, "activations": activations}
-            for method in METHODS
-            for activations in ("pruned", "dense")
+def jobs(architecture: str, every: bool) -> list[dict[str, Any]]:
+    """`gblm` and `sparsegpt`, which measure all there is; Llama with every method, and otherwise.
+
+    Args:
+        every: The others with every method, and Llama with every method over dense activations.
+    """
+    llama = architecture == "llama"
+    found: list[dict[str, Any]] = [
+        {"method": method, "activations": "pruned"}
+        for method in (METHODS if llama or every else COMPARED)
+    ]
+    found += [{"method": "gblm", "compute_weights": "int8"}]
+    if llama:
+        found += [
+            {"method": method, "activations": "dense"}
+            for method in (METHODS if every else COMPARED)
         ]
         found += [
             {"method": "gblm", "compute_weights": "nf4"},
-            {"method": "sparsegpt", "compute_weights": "nf4"},
             {"method": "gblm", "dtype": "bfloat16", "pattern": "2:4"},
             {"method": "gblm", "gradient_norm": "l2"},
             {"method": "gblm", "alpha": "auto"},
             {"method": "gblm", "alpha": "auto", "activations": "dense", "compute_weights": "nf4"},
         ]
-    else:
-        found = [{"method": method, "activations": "pruned"} for method in METHODS]
-    found += [{"method": "gblm", "compute_weights": "int8"}]
-    if architecture not in CHOOSE_BY_NUMBERS:
+    if llama and every:
+        found += [{"method": "sparsegpt", "compute_weights": "nf4"}]
+    if llama or (every and architecture not in CHOOSE_BY_NUMBERS):
         found += [{"method": method, "nsamples": MORE} for method in COMPARED]
     return [{"nsamples": FEW, "seqlen": SEQLEN} | one for one in found]
 
 
-@pytest.fixture(scope="module")
-def all_runs(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """Every job with what was found, of one process: to import torch takes seconds."""
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)])
+def all_runs(
+    request: pytest.FixtureRequest, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Jobs:
+    """Jobs with what was found, of one process: to import torch takes seconds."""
     folder = tmp_path_factory.mktemp("runs")
     asked = []
     for architecture, blocks in BLOCKS.items():
         model = str(save_tiny(architecture, folder / architecture, blocks=blocks, width=32))
         files = {"model": model, "calibration": str(text_file)}
-        asked += [one | files for one in jobs(architecture)]
+        asked += [one | files for one in jobs(architecture, request.param)]
     return list(zip(asked, in_process("run", asked), strict=True))
 
 
@@ -92,7 +101,9 @@ def test_the_host_waits_at_most_once_for_a_sample_in_a_block(runs: Jobs, archite
         (found,) = [found for job, found in runs if job == {"seqlen": SEQLEN, **wanted}]
         return {stage: sum(lines.values()) for stage, lines in found["waits"].items()}
 
-    for method in COMPARED if architecture not in CHOOSE_BY_NUMBERS else ():
+    compared = {job["method"] for job, _ in runs if job["nsamples"] == MORE}
+    assert compared or architecture != "llama"
+    for method in compared:
         few = waits(method=method, activations="pruned", nsamples=FEW)
         more = waits(method=method, nsamples=MORE)
         samples = (MORE - FEW) * BLOCKS[architecture]

@@ -15,6 +15,7 @@ from typing import IO
 import pytest
 
 from lowmem_gblm.cli.console import Console
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.runtime.progress import Tick
 
 FULL = Path("/dev/full")
@@ -109,14 +110,12 @@ def test_what_is_on_the_disk_is_not_lost_with_stdout(llama: Path, tmp_path: Path
     assert json.loads((output / "pruning.json").read_text())["method"] == "magnitude"
 
 
-@needs_full
-def test_a_run_ends_well_though_stderr_is_full(llama: Path, tmp_path: Path) -> None:
-    with open(FULL, "w") as full:
-        argv = ("prune", llama, tmp_path / "out", "--method", "magnitude")
-        process = command(*argv, out=subprocess.PIPE, err=full)
-        said, _ = process.communicate()
-    assert process.returncode == 0
-    assert said.endswith(f"the checkpoint is {tmp_path / 'out'}\n")
+def test_a_run_ends_well_though_stderr_is_full(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone(OSError(errno.ENOSPC, "full"), terminal=False))
+    assert main(["prune", str(llama), str(tmp_path / "out"), "--method", "magnitude"]) == 0
+    assert capsys.readouterr().out.endswith(f"the checkpoint is {tmp_path / 'out'}\n")
 
 
 @needs_full
@@ -126,8 +125,13 @@ def test_what_nobody_reads_is_a_failure_and_no_noise(argv: list[str]) -> None:
     assert printed_nowhere(*argv, closed=True) == (2, NOWHERE.format("Broken pipe"))
 
 
-def test_a_result_that_nobody_reads_is_a_failure_and_no_noise() -> None:
-    assert printed_nowhere("plan", "demo", closed=True) == (2, NOWHERE.format("Broken pipe"))
+def test_a_result_that_nobody_reads_is_a_failure_and_no_noise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = Gone(BrokenPipeError(errno.EPIPE, "Broken pipe"), terminal=False)
+    monkeypatch.setattr(sys, "stdout", gone)
+    assert main(["plan", "demo"]) == 2
+    assert capsys.readouterr().err == NOWHERE.format("Broken pipe")
 
 
 def test_no_file_takes_the_place_of_a_stream_that_was_closed() -> None:

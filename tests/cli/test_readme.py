@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lowmem_gblm
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.methods import Statistics
 from lowmem_gblm.options import NoOptions
 
@@ -24,19 +25,31 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
-    """Each block runs in a shell of its own, where only the installed environment is at hand."""
-    assert len(blocks("bash")) == 1
+# In place of the installed command, if the shell would find it: note the words it is given.
+NOTING = """
+lowmem-gblm() { type -P lowmem-gblm > /dev/null && { printf '%s\\0' "$@"; echo; } >> commands; }
+"""
+
+
+def test_the_commands_can_be_pasted_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell, where only the installed environment is at hand, reads them; this process runs them.
+
+    A process for each would import torch as often.
+    """
+    (block,) = blocks("bash")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    # Beside other tests, two threads on a core would wait for each other.
-    bare["OMP_NUM_THREADS"] = "1"
-    for block in blocks("bash"):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=bare, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "pruned" / "pruning.json").is_file()
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    shell = ["bash", "-euo", "pipefail", "-c", NOTING + block]
+    done = subprocess.run(shell, cwd=tmp_path, env=bare, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    monkeypatch.chdir(tmp_path)
+    commands = Path("commands").read_text().splitlines()
+    assert len(commands) == block.count("lowmem-gblm ")
+    for words in commands:
+        assert main(words.split("\0")[:-1]) == 0, words
+    assert Path("pruned", "pruning.json").is_file()
 
 
 def test_the_python_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +101,10 @@ def test_the_examples_prune_as_the_entry_points_of_another_package(
 
 
 def test_the_table_of_the_demo_is_true(tmp_path: Path) -> None:
-    """Perplexities of two rows; `tools/demo` prints them all."""
+    """Perplexities of two rows, the dense one among them; `tools/demo` prints them all."""
     table = dict(re.findall(r"^(\w+) +(\d\.\d{3}) ", README, flags=re.MULTILINE))
-    rows = lowmem_gblm.compare("demo", ["magnitude", "wanda"], tmp_path / "out", seqlen=256)
+    rows = lowmem_gblm.compare("demo", ["wanda"], tmp_path / "out", seqlen=256)
+    assert [row["method"] for row in rows] == ["dense", "wanda"]
     for row in rows:
         assert row["perplexity"] == pytest.approx(float(table[row["method"]]), abs=0.002)
 

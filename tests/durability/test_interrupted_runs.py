@@ -323,7 +323,15 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("name", ["torch", "torch._tensor", "torch.nn", "transformers.utils"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch",
+        "torch._tensor",
+        pytest.param("torch.nn", marks=pytest.mark.slow),
+        "transformers.utils",
+    ],
+)
 def test_interrupted_while_libraries_are_imported(name: str) -> None:
     program = [sys.executable, "-c", IMPORTING.format(name=name)]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=50)
@@ -355,7 +363,7 @@ def test_the_printed_command_can_be_pasted_into_a_shell(
 ) -> None:
     undisturbed, output = (
         # Long enough for the signal to arrive on a busy machine.
-        [*arguments(model, tmp_path / name, text_file), "--nsamples", "64"]
+        [*arguments(model, tmp_path / name, text_file), "--nsamples", "32"]
         for name in ("undisturbed", "out")
     )
     command = [sys.executable, "-m", "lowmem_gblm", *output]

@@ -52,6 +52,11 @@ CHOSEN = {
 }
 
 
+# Of these perplexity is not measured, which takes as long as pruning: their weights follow from
+# their decisions, because methods without updates keep the others as they are.
+DECISIONS_ALONE = CHOSEN - {"gblm/l1/0.5", "sparsegpt/0.5", "sparsegpt/2:4"}
+
+
 @dataclass(frozen=True)
 class Authors:
     """Their results, and the model and texts they are about."""
@@ -123,15 +128,16 @@ def test_decisions_and_perplexity_are_the_authors(
     authors.prune(case, tmp_path / "out")
     counts = differences(authors, case, tmp_path / "out").values()
     agreement = 1 - sum(differ for differ, _ in counts) / sum(size for _, size in counts)
-    perplexity = authors.measure(tmp_path / "out")
     with capsys.disabled():
-        print(
-            f"\n{case:16} agreement {agreement:8.4%}   perplexity {perplexity:8.4f}, "
-            f"theirs {authors.perplexity(case):8.4f}"
-        )
+        print(f"\n{case:16} agreement {agreement:8.4%}", end="")
     assert len(counts) == 35
     assert agreement >= least
-    assert perplexity == pytest.approx(authors.perplexity(case), rel=0.01)
+    if case in DECISIONS_ALONE:
+        return
+    perplexity, theirs = authors.measure(tmp_path / "out"), authors.perplexity(case)
+    with capsys.disabled():
+        print(f"   perplexity {perplexity:8.4f}, theirs {theirs:8.4f}", end="")
+    assert perplexity == pytest.approx(theirs, rel=0.01)
 
 
 def test_magnitude_differs_by_at_most_one_weight_a_matrix(authors: Authors, tmp_path: Path) -> None:

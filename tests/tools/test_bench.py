@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowmem_gblm
+from support.tools import TOOLS, load_tool
 
-TOOLS = Path(__file__).parents[2] / "tools"
 TEXT = Path(lowmem_gblm.__file__).parent / "demo" / "calibration.txt"
 NSAMPLES, SEQLEN = 3, 48
 
@@ -144,18 +144,37 @@ def test_the_rate_of_a_mixture_is_that_of_its_seconds(tool: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """A whole benchmark: its JSON, and what it prints."""
+def bench() -> ModuleType:
+    return load_tool("bench")
+
+
+@pytest.fixture(scope="module")
+def figures(
+    bench: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str]:
+    """A benchmark, each of whose measurements is taken once: its JSON, and what it prints.
+
+    Every measurement is a process of its own: what takes it is slow.
+    """
     path = tmp_path_factory.mktemp("bench") / "figures.json"
     size = ["--shape", "tiny", "--blocks", "2", "--nsamples", "2", "--seqlen", "32"]
-    done = subprocess.run(
-        [sys.executable, TOOLS / "bench", *size, "--against", "in-memory", "--json", path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text(encoding="utf-8")), done.stdout
+    taken: dict[tuple[str, ...], Any] = {}
+    measured = bench.measured
+
+    def measured_once(command: list[object]) -> Any:
+        words = tuple(map(str, command))
+        if words not in taken:
+            taken[words] = measured(command)
+        return taken[words]
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(bench, "measured", measured_once)
+        patch.setattr(sys, "argv", ["bench", *size, "--against", "in-memory", "--json", str(path)])
+        assert bench.main() == 0
+    return json.loads(path.read_text(encoding="utf-8")), printed.getvalue()
 
 
+@pytest.mark.slow
 def test_bench_says_what_it_measured(figures: tuple[dict[str, Any], str]) -> None:
     found, printed = figures
     (run,) = found["runs"]
@@ -169,6 +188,7 @@ def test_bench_says_what_it_measured(figures: tuple[dict[str, Any], str]) -> Non
         assert word in printed
 
 
+@pytest.mark.slow
 def test_the_figures_of_bench_add_up(figures: tuple[dict[str, Any], str]) -> None:
     found, _ = figures
     (run,), job = found["runs"], found["job"]
@@ -185,6 +205,7 @@ def test_the_figures_of_bench_add_up(figures: tuple[dict[str, Any], str]) -> Non
     assert run["wall_seconds"] > run["seconds"]
 
 
+@pytest.mark.slow
 def test_bench_holds_bytes_against_the_least_possible(figures: tuple[dict[str, Any], str]) -> None:
     found, _ = figures
     (run,), model_bytes = found["runs"], found["job"]["model_bytes"]
@@ -195,6 +216,7 @@ def test_bench_holds_bytes_against_the_least_possible(figures: tuple[dict[str, A
     assert moved["written_minimum"] <= moved["written"] < 1.1 * model_bytes
 
 
+@pytest.mark.slow
 def test_bench_gives_ours_by_theirs(figures: tuple[dict[str, Any], str]) -> None:
     found, _ = figures
     (run,), (baseline,) = found["runs"], found["baselines"]
@@ -205,11 +227,10 @@ def test_bench_gives_ours_by_theirs(figures: tuple[dict[str, Any], str]) -> None
     assert ratios["host_peak_bytes"] == pytest.approx(ours / theirs)
 
 
-def test_bench_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+def test_bench_refuses_a_folder_that_is_not_empty(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "thesis.txt").touch()
-    done = subprocess.run(
-        [sys.executable, TOOLS / "bench", "--shape", "tiny", "--folder", tmp_path],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"{tmp_path} is not empty" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["bench", "--shape", "tiny", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^bench: {tmp_path} is not empty$"):
+        bench.main()

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "same_bytes"
+from support.tools import TOOLS, load_tool
 
 
 @pytest.fixture(scope="module")
 def same_bytes() -> ModuleType:
-    loader = SourceFileLoader("same_bytes", str(TOOL))
-    spec = spec_from_loader("same_bytes", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules["same_bytes"] = module  # where its dataclass looks for its names
-    loader.exec_module(module)
-    return module
+    return load_tool("same_bytes")
 
 
+@pytest.mark.slow
 def test_another_damping_is_seen_where_it_matters(
     same_bytes: ModuleType,
     tmp_path: Path,
@@ -32,7 +24,7 @@ def test_another_damping_is_seen_where_it_matters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = tmp_path / "other"
-    shutil.copytree(TOOL.parents[1] / "lowmem_gblm", other / "lowmem_gblm")
+    shutil.copytree(TOOLS.parent / "lowmem_gblm", other / "lowmem_gblm")
     source = other / "lowmem_gblm" / "methods" / "sparsegpt.py"
     text = source.read_text(encoding="utf-8")
     source.write_text(text.replace("DAMPING = 0.01\n", "DAMPING = 0.011\n"), encoding="utf-8")

@@ -5,33 +5,25 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "soak"
+from support.tools import TOOLS, load_tool
+
 SMALL = ("--blocks", "2", "--width", "64", "--nsamples", "2", "--seqlen", "32")
 REPORT = r"\d+ attempts, (\d+) kills, (\d+) finished runs, 0 differences\n"
 
 
 @pytest.fixture(scope="module")
 def soak() -> ModuleType:
-    sys.path.insert(0, str(TOOL.parent))
-    loader = SourceFileLoader("soak", str(TOOL))
-    spec = spec_from_loader("soak", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_tool("soak")
 
 
 def test_a_few_seconds_of_it_find_nothing(tmp_path: Path) -> None:
     """It goes on until there was some of each, however busy the machine is."""
-    command = [str(TOOL), "--minutes", "0", *SMALL, "--folder", str(tmp_path)]
+    command = [str(TOOLS / "soak"), "--minutes", "0", *SMALL, "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     report = re.fullmatch(REPORT, done.stdout)
