@@ -2,11 +2,13 @@
 
 import ctypes
 import re
-import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+from lowmem_gblm.runtime.posix import resource
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -22,8 +24,10 @@ def host_peak_bytes() -> int:
     """Return the largest resident set since the process began, or since `reset_host_peak`."""
     status = _STATUS.read_text() if _STATUS.exists() else ""
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    kib = int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * 1024
+    if match:
+        return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def reset_host_peak() -> None:

@@ -3,7 +3,6 @@
 Model folders are locked, too: many processes may read one, or one process may overwrite it.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowmem_gblm.errors import JobError
+from lowmem_gblm.runtime.posix import fcntl
 from lowmem_gblm.storage.atomic import TEMPORARY, flush_folder
 from lowmem_gblm.storage.disk_errors import blamed
 from lowmem_gblm.storage.raw_io import opened
