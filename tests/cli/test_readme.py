@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
@@ -50,6 +52,18 @@ def test_the_commands_can_be_pasted_into_a_shell(
     for words in commands:
         assert main(words.split("\0")[:-1]) == 0, words
     assert Path("pruned", "pruning.json").is_file()
+
+
+def test_the_workflow_prunes_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (workflow,) = map(yaml.safe_load, blocks("yaml"))
+    steps = workflow["jobs"]["pruning"]["steps"]
+    install, *commands = [shlex.split(step["run"]) for step in steps if "run" in step]
+    assert install[:2] == ["pip", "install"]
+    for program, *words in commands:
+        assert program == "lowmem-gblm"
+        assert main(words) == 0, words
+    assert Path("pruned").is_dir()
 
 
 def test_the_python_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
