@@ -18,6 +18,7 @@ from support.tools import TOOLS, load_tool
 
 ROOT = TOOLS.parent
 CPU = "https://download.pytorch.org/whl/cpu"
+NOWHERE = "http://127.0.0.1:9/simple"
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +100,26 @@ def test_what_pip_is_configured_for_is_kept(
 
 
 def test_an_index_that_cannot_be_reached_ends_with_what_to_do() -> None:
-    asked = {"TORCH_INDEX": "http://127.0.0.1:9/simple", "PATH": os.environ["PATH"]}
+    asked = {"TORCH_INDEX": NOWHERE, "PATH": os.environ["PATH"]}
     command = [sys.executable, TOOLS / "torch_index"]
     done = subprocess.run(command, env=asked, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     chosen, failed = done.stderr.splitlines()
-    assert chosen.startswith(
-        "tools/install: torch from http://127.0.0.1:9/simple: TORCH_INDEX says"
-    )
+    assert chosen.startswith(f"tools/install: torch from {NOWHERE}: TORCH_INDEX says")
     assert "cannot be reached" in failed
-    assert "TORCH_INDEX=pypi takes it from pip's own indexes" in failed
+    assert "TORCH_INDEX=pypi takes torch from pip's own indexes" in failed
+
+
+def test_without_the_index_for_this_machine_pip_takes_its_own(
+    torch_index: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    monkeypatch.setattr(torch_index, "choose", lambda *_: torch_index.Choice(NOWHERE, "no GPU"))
+    torch_index.main()
+    captured = capsys.readouterr()
+    assert captured.out == "\n"
+    assert f"{NOWHERE} cannot be reached" in captured.err
+    assert "torch comes from pip's own indexes instead" in captured.err
 
 
 def test_the_wheel_has_every_file_of_the_package_and_says_what_it_is(tmp_path: Path) -> None:
