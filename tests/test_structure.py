@@ -25,6 +25,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("__init__",),
+    ("api",),
     ("commands",),
     ("sweeps",),
     ("model",),

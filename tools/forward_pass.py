@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowmem_gblm.commands.calibration import calibration_samples, open_source
+from lowmem_gblm.commands.calibration import calibration_samples
+from lowmem_gblm.commands.texts import open_source
 from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.runtime import accelerator
 
@@ -29,13 +30,14 @@ def seconds_of_a_pass(asked: argparse.Namespace) -> list[float]:
     device = accelerator.choose_device(asked.device)
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype))
     decoder = model.to(device).eval().get_decoder()
-    samples_NT = calibration_samples(
+    samples = calibration_samples(
         open_source(asked.text, "calibration"),
         load_tokenizer(asked.model),
         nsamples=asked.nsamples,
         seqlen=asked.seqlen,
         seed=0,
-    ).to(device)
+    )
+    samples_NT = samples.tokens_NT.to(device)
     found = []
     with torch.no_grad():
         for _ in range(1 + asked.repeat):

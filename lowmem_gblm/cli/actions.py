@@ -19,7 +19,7 @@ from lowmem_gblm.cli.console import (
 from lowmem_gblm.cli.interruptions import made
 from lowmem_gblm.cli.options import method_options_of, request_from
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
-from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
+from lowmem_gblm.commands.request import DEMO, MAY_CHANGE, EvalRequest, PruneRequest
 from lowmem_gblm.options import options
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime.activity import activity
@@ -29,8 +29,6 @@ DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
 _DEMO_SEQLEN = 256
 # The functions import when they are called, so that `lowmem-gblm --help` is fast.
 importing = partial(activity, "importing PyTorch and transformers")
-# What another attempt at a job may change.
-MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 
 
 class Outcome(NamedTuple):
@@ -54,10 +52,8 @@ def resume(arguments: argparse.Namespace, console: Console) -> Outcome:
         from lowmem_gblm.commands.paths import paths_of
         from lowmem_gblm.commands.prune.resume import find_job
 
-    defaults = {one.name: one.default for one in options(PruneRequest)}
     given = {name: getattr(arguments, name) for name in MAY_CHANGE}
-    changed = {name: value for name, value in given.items() if value != defaults[name]}
-    request = find_job(Path(arguments.work_folder), **changed)
+    request = find_job(Path(arguments.work_folder), **given)
     arguments.output = paths_of(request).output
     return _pruned(request, made(arguments), console)
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from lowmem_gblm import __version__
 from lowmem_gblm.cli import actions, interruptions
-from lowmem_gblm.cli.actions import DEMO_FOLDER, DEMO_METHODS, MAY_CHANGE, Outcome
+from lowmem_gblm.cli.actions import DEMO_FOLDER, DEMO_METHODS, Outcome
 from lowmem_gblm.cli.comparison import TABLES
 from lowmem_gblm.cli.completion import SHELLS
 from lowmem_gblm.cli.console import Console
 from lowmem_gblm.cli.options import add_options, methods_to_offer
 from lowmem_gblm.cli.usage import Parser
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
-from lowmem_gblm.commands.request import DEMO, EvalRequest, PruneRequest
+from lowmem_gblm.commands.request import DEMO, MAY_CHANGE, EvalRequest, PruneRequest
 from lowmem_gblm.planning.resources import Resources
 
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")

@@ -18,8 +18,8 @@ GROUPS = {
     ),
     METHOD_OPTIONS: (),
     "texts and samples": (
-        "calibration", "nsamples", "seed", "seeds", "text", "windows", "seqlen", "text_column",
-        "bos",
+        "calibration", "packing", "nsamples", "seed", "seeds", "text", "windows", "seqlen",
+        "text_column", "bos",
     ),
     "language tasks": ("tasks", "include_path", "num_fewshot", "limit"),
     "what to compare with": ("against",),

@@ -7,44 +7,17 @@ be compared number by number.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_gblm.commands.held_out import check_enough, held_out_starts
-from lowmem_gblm.errors import RequestError, first_line
+from lowmem_gblm.commands.texts import Document, Documents, Text
+from lowmem_gblm.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_gblm.model.tokenizer import Tokenize
-
-Split = Literal["calibration", "evaluation"]
-# Texts that are known by name; any other name is that of a file.
-NAMED = ("c4", "wikitext2", "demo")
-
-_A_FILE = "a .txt, .jsonl, .json.gz or .parquet file"
-_DOCUMENT_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_C4_EVALUATION_DOCUMENTS = 1100
-_WIKITEXT2_CALIBRATION_BYTES = 10_900_000
-
-
-@dataclass(frozen=True)
-class Text:
-    """A running text, tokenized in one piece."""
-
-    text: str
-    origin: str
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Separate documents: every sample is taken from one of them."""
-
-    rows: Sequence[str]
-    origin: str
 
 
 def resolve_bos(asked: str, model_type: str) -> str:
@@ -67,6 +40,13 @@ def bos_of_windows(asked: str, model_type: str, bos: int | None) -> int | None:
     return bos
 
 
+class Samples(NamedTuple):
+    """Calibration samples, then held-out windows, int64 [N, T]; notes for the record."""
+
+    tokens_NT: Tensor
+    notes: Sequence[str] = ()
+
+
 def calibration_samples(
     source: Text | Documents,
     tokenize: Tokenize,
@@ -75,46 +55,132 @@ def calibration_samples(
     seqlen: int,
     seed: int,
     bos: int | None = None,
+    packing: bool = False,
+    eos: int | None = None,
     held_out: int = 0,
-) -> Tensor:
-    """Draw calibration samples, int64 [N, T]; a sample of `Documents` lies within one of them.
+) -> Samples:
+    """Draw calibration samples; a sample of `Documents` lies within one of them, unless packed.
 
     Every start is `randint(0, len(tokens) - seqlen - 1)` of a `random.Random(seed)`, in the order
     of the samples; documents are drawn until one is longer than `seqlen` tokens. With a `bos`,
-    every sample is that token and `seqlen - 1` tokens of the text. So many `held_out` windows
-    follow, of documents or places that no sample is of; they change no sample.
+    every sample is that token and `seqlen - 1` tokens of the text. For `packing` see `_packed`. So
+    many `held_out` windows follow, of documents or places that no sample is of; they change no
+    sample.
     """
     import torch
 
-    def tokens_of(text: str) -> Sequence[int]:
-        return _without(bos, tokenize(text))
+    def tokens_of(document: Document) -> Sequence[int]:
+        return _without(bos, tokenize(document))
 
     draw = random.Random(seed)
     length = seqlen if bos is None else seqlen - 1
-    if isinstance(source, Text):
-        complete = tokens_of(source.text)
-        if len(complete) <= length:
-            raise RequestError(
-                f"{source.origin} has {len(complete)} tokens; samples of {length} tokens need at "
-                f"least {length + 1}. Give a longer text, or a smaller --seqlen"
-            )
-        starts = [draw.randint(0, len(complete) - length - 1) for _ in range(nsamples)]
-        starts += held_out_starts(starts, len(complete), length, held_out, draw)
-        samples = [list(complete[start : start + length]) for start in starts]
+    if packing:
+        drawn = _packed(source, tokens_of, eos, (nsamples, held_out), length, draw)
+    elif isinstance(source, Text):
+        drawn = _of_text(source, tokens_of, (nsamples, held_out), length, draw)
     else:
-        samples, used = [], set[int]()
-        while len(samples) < nsamples + held_out:
-            # Drawn one by one: each before the start of its sample.
-            is_sample = len(samples) < nsamples
-            drawn = _draw_document(source, tokens_of, length, draw, () if is_sample else used)
-            if drawn is None:
+        drawn = _of_documents(source, tokens_of, (nsamples, held_out), length, draw)
+    check_enough(len(drawn.samples) - nsamples, held_out, length, source.origin)
+    tokens_NT = _beginning_with(bos, torch.tensor(drawn.samples))
+    return Samples(tokens_NT, _scarce(source, drawn, nsamples))
+
+
+class _Drawn(NamedTuple):
+    """Samples and held-out windows; documents of samples, and how many samples fit in these."""
+
+    samples: list[list[int]]
+    documents: int
+    room: int
+
+
+def _scarce(source: Text | Documents, drawn: _Drawn, count: int) -> list[str]:
+    """Say that there is less text than so many samples have."""
+    if drawn.room >= count:
+        return []
+    found = "" if isinstance(source, Text) else f" in {drawn.documents} documents"
+    return [
+        f"{source.origin} has room for {drawn.room} distinct windows{found}: the {count} "
+        f"calibration samples repeat some of its text"
+    ]
+
+
+def _of_text(
+    source: Text, tokens_of: Tokenize, counts: tuple[int, int], length: int, draw: random.Random
+) -> _Drawn:
+    nsamples, held_out = counts
+    tokens = tokens_of(source.text)
+    if len(tokens) <= length:
+        raise RequestError(
+            f"{source.origin} has {len(tokens)} tokens; samples of {length} tokens need at "
+            f"least {length + 1}. Give a longer text, or a smaller --seqlen"
+        )
+    starts = [draw.randint(0, len(tokens) - length - 1) for _ in range(nsamples)]
+    starts += held_out_starts(starts, len(tokens), length, held_out, draw)
+    samples = [list(tokens[start : start + length]) for start in starts]
+    return _Drawn(samples, 1, len(tokens) // length)
+
+
+def _of_documents(
+    source: Documents,
+    tokens_of: Tokenize,
+    counts: tuple[int, int],
+    length: int,
+    draw: random.Random,
+) -> _Drawn:
+    nsamples, held_out = counts
+    samples: list[list[int]] = []
+    room: dict[int, int] = {}
+    used: set[int] = set()
+    while len(samples) < nsamples + held_out:
+        # Drawn one by one: each before the start of its sample.
+        is_sample = len(samples) < nsamples
+        drawn = _draw_document(source, tokens_of, length, draw, () if is_sample else used)
+        if drawn is None:
+            break
+        index, tokens = drawn
+        start = draw.randint(0, len(tokens) - length - 1)
+        samples.append(list(tokens[start : start + length]))
+        used.add(index)
+        if is_sample:
+            room[index] = len(tokens) // length
+    return _Drawn(samples, len(room), sum(room.values()))
+
+
+def _packed(
+    source: Text | Documents,
+    tokens_of: Tokenize,
+    eos: int | None,
+    counts: tuple[int, int],
+    length: int,
+    draw: random.Random,
+) -> _Drawn:
+    """Cut samples from documents that are joined in random order, an `eos` after every text.
+
+    When all documents are used, they are joined once more in another order, though not for windows
+    that are held out.
+    """
+    if isinstance(source, Text):
+        raise RequestError(f"{source.origin} is one running text: leave out --packing")
+    end = [] if eos is None else [eos]
+    count, nsamples, needed = len(source.rows), counts[0], sum(counts) * length
+    joined: list[int] = []
+    used = room = 0
+    while len(joined) < needed:
+        for index in draw.sample(range(count), count):
+            document = source.rows[index]
+            joined += [*tokens_of(document), *(end if isinstance(document, str) else [])]
+            used += 1
+            if len(joined) >= needed:
                 break
-            index, tokens = drawn
-            used.add(index)
-            start = draw.randint(0, len(tokens) - length - 1)
-            samples.append(list(tokens[start : start + length]))
-    check_enough(len(samples) - nsamples, held_out, length, source.origin)
-    return _beginning_with(bos, torch.tensor(samples))
+        # As many as after the first time: text that is joined once more is not new.
+        room = room or len(joined) // length
+        if not room:
+            raise RequestError(
+                f"the {count} documents of {source.origin} have {len(joined)} tokens together, "
+                f"fewer than one sample of {length}. Give more, or a smaller --seqlen"
+            )
+    samples = [joined[start : start + length] for start in range(0, needed, length)]
+    return _Drawn(samples[: max(nsamples, room)], min(used, count), room)
 
 
 def _without(bos: int | None, tokens: Sequence[int]) -> Sequence[int]:
@@ -155,8 +221,8 @@ def _draw_document(
         return None
     raise RequestError(
         f"none of the {len(source.rows)} documents of {source.origin} is longer than {seqlen} "
-        f"tokens; the longest has {max(lengths.values(), default=0)}. Give longer ones, or a "
-        f"smaller --seqlen"
+        f"tokens; the longest has {max(lengths.values(), default=0)}. Give longer ones, a smaller "
+        f"--seqlen, or --packing to join them"
     )
 
 
@@ -174,7 +240,7 @@ def evaluation_windows(
     """
     import torch
 
-    text = source.text if isinstance(source, Text) else "\n\n".join(source.rows)
+    text = source.text if isinstance(source, Text) else "\n\n".join(_texts(source))
     tokens = _without(bos, tokenize(text))
     length = seqlen if bos is None else seqlen - 1
     count = len(tokens) // length
@@ -188,117 +254,11 @@ def evaluation_windows(
     return _beginning_with(bos, cut)
 
 
-def open_source(name: str, split: Split, column: str = "text") -> Text | Documents:
-    """Open one of the texts `NAMED`, or a .txt, .jsonl, .json.gz or .parquet file.
-
-    Calibration and evaluation read different parts of the named data sets.
-    """
-    if name == "demo":
-        text = _embedded(split).read_text(encoding="utf-8")
-        return Text(text, f"the embedded {split} text")
-    if name == "c4":
-        return _c4(split)
-    if name == "wikitext2":
-        return _wikitext2(split)
-    path = Path(name)
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder: give {_A_FILE}")
-    if not path.is_file():
-        named = ", ".join(NAMED)
-        raise RequestError(f"there is no text {name!r}: give {named}, or the path of {_A_FILE}")
-    if path.stat().st_size == 0:
-        raise RequestError(f"{path} is empty")
-    return _open_file(path, column)
-
-
-def _embedded(split: Split) -> Path:
-    return Path(str(resources.files("lowmem_gblm") / "demo" / f"{split}.txt"))
-
-
-def calibration_text_bytes(name: str) -> int:
-    """Return how many bytes of calibration text are tokenized in one piece; 0 for documents."""
-    if name == "wikitext2":
-        return _WIKITEXT2_CALIBRATION_BYTES
-    path = _embedded("calibration") if name == "demo" else Path(name)
-    return path.stat().st_size if path.suffix == ".txt" and path.is_file() else 0
-
-
-def _open_file(path: Path, column: str) -> Text | Documents:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    loader = _DOCUMENT_LOADERS.get(suffixes[-1] if suffixes else "")
-    if loader is not None:
-        return _documents(_load(loader, data_files=str(path)), column, str(path))
-    if path.suffix != ".txt":
-        raise RequestError(
-            f"{path} is of no known kind: .txt for a text; .jsonl, .json.gz or .parquet for "
-            f"documents"
-        )
-    try:
-        return Text(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8: {error}") from None
-
-
-def _documents(dataset: Any, column: str, origin: str) -> Documents:
-    if column not in dataset.column_names:
-        raise RequestError(
-            f"{origin} has no column {column!r}, but {', '.join(dataset.column_names)}: name it "
-            f"with --text-column"
-        )
-    if len(dataset) == 0:
-        raise RequestError(f"{origin} has no documents")
-    if not isinstance(dataset[0][column], str):
-        raise RequestError(f"column {column!r} of {origin} holds no text")
-    return Documents(_Column(dataset, column, origin), origin)
-
-
-@dataclass(frozen=True)
-class _Column(Sequence[str]):
-    """A column of a data set, read row by row from its memory-mapped table."""
-
-    dataset: Any
-    name: str
-    origin: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        text = self.dataset[index][self.name]
-        if not isinstance(text, str):
+def _texts(source: Documents) -> Iterator[str]:
+    for row in source.rows:
+        if not isinstance(row, str):
             raise RequestError(
-                f"row {index} of {self.origin} holds no text in column {self.name!r}"
+                f"{source.origin} holds conversations, and perplexity is that of a text: name "
+                f"another column with --text-column"
             )
-        return text
-
-
-def _c4(split: Split) -> Documents | Text:
-    part = "train.00000-of-01024" if split == "calibration" else "validation.00000-of-00008"
-    dataset = _load("allenai/c4", data_files={"train": f"en/c4-{part}.json.gz"})
-    if split == "calibration":
-        return _documents(dataset, "text", "C4")
-    return Text(" ".join(dataset[:_C4_EVALUATION_DOCUMENTS]["text"]), "C4")
-
-
-def _wikitext2(split: Split) -> Text:
-    """Return WikiText-2; calibration joins the rows of `train` by a space, as the authors do."""
-    part, joint = ("train", " ") if split == "calibration" else ("test", "\n\n")
-    dataset = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
-    return Text(joint.join(dataset["text"]), "WikiText-2")
-
-
-def _load(*args: Any, split: str = "train", **kwargs: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        return datasets.load_dataset(*args, split=split, **kwargs)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = first_line(error.__cause__ or error)
-        if args[0] in _DOCUMENT_LOADERS.values():
-            raise RequestError(f"{kwargs['data_files']} cannot be read: {reason}") from None
-        raise RequestError(
-            f"{args[0]} cannot be loaded from the Hub: {reason}. Without a network give a local "
-            f"text file instead of its name"
-        ) from None
+        yield row

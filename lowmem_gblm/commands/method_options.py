@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from lowmem_gblm.errors import RequestError
+from lowmem_gblm.errors import RequestError, shown_value
 from lowmem_gblm.methods import (
     MOST_CANDIDATES,
     Method,
@@ -15,9 +15,9 @@ from lowmem_gblm.options import flag_of, options
 
 
 def check_method_options(method: Method, given: Iterable[str], taken: Collection[str]) -> None:
-    """Raise unless a method has all of the options `given`, and none of those `taken` by every run.
+    """Raise `RequestError` unless a method has the options `given`, none of which every run has.
 
-    An option of other methods or of every run is a `RequestError`, one of no method a `TypeError`.
+    `taken` are the names of options that every run has.
     """
     own = {one.name for one in options(method.options)}
     if own & set(taken):
@@ -30,11 +30,11 @@ def check_method_options(method: Method, given: Iterable[str], taken: Collection
             raise no_option(name, [method.name])
 
 
-def no_option(name: str, methods: Iterable[str]) -> Exception:
+def no_option(name: str, methods: Iterable[str]) -> RequestError:
     """Return the error for an option that none of these methods has."""
     owners = option_owners(usable_methods()).get(name)
     if owners is None:
-        return TypeError(f"there is no option {name!r}")
+        return RequestError(f"there is no option {shown_value(name)} of any method")
     having = " and ".join(owners)
     return RequestError(
         f"{flag_of(name)} is no option of {', '.join(methods)}: it belongs to {having}"

@@ -4,13 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem_gblm.commands.calibration import (
-    bos_of_windows,
-    evaluation_windows,
-    open_source,
-    resolve_bos,
-)
+from lowmem_gblm.commands.calibration import bos_of_windows, evaluation_windows, resolve_bos
 from lowmem_gblm.commands.request import EvalRequest, resolve_seqlen
+from lowmem_gblm.commands.texts import open_source
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.model.open_model import OpenModel
 from lowmem_gblm.model.tokenizer import load_tokenizer

@@ -7,18 +7,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.commands.calibration import NAMED
 from lowmem_gblm.commands.method_options import check_method_options
-from lowmem_gblm.errors import JobError, RequestError, shown
+from lowmem_gblm.commands.texts import IN_MEMORY, NAMED, InMemory, as_calibration, as_text
+from lowmem_gblm.errors import JobError, RequestError, shown, shown_value
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.methods.masks import Pattern, parse_pattern
-from lowmem_gblm.options import check_choices, flag_of, option, parse_names
+from lowmem_gblm.methods.masks import Pattern, as_pattern, as_sparsity, parse_pattern
+from lowmem_gblm.options import (
+    as_path,
+    check_options,
+    checked_options,
+    flag_of,
+    option,
+    parse_names,
+)
 from lowmem_gblm.planning.globs import as_globs
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.sizes import STORES
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
+# What may be another when a job is resumed.
+MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _FOLDERS = ("output", "work_dir", "save_statistics", "statistics")
 
 
@@ -27,7 +36,10 @@ class TextOptions(Resources):
     """The options of commands that cut windows from a text."""
 
     text_column: str = option(
-        "text", "column of the text in .jsonl, .json.gz and .parquet files", metavar="NAME"
+        "text",
+        "column of the text, or of conversations for calibration, in .jsonl, .json.gz and "
+        ".parquet files and on the Hub",
+        metavar="NAME",
     )
     bos: str = option(
         "auto", "begin every window with <bos>; auto: for the Gemma family, which needs it",
@@ -44,20 +56,23 @@ class PruneRequest(TextOptions):
     method: str = option("gblm", "how weights are ranked", metavar="METHOD")
     method_options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: str | float | Decimal | None = option(
-        None, "fraction of zeros, between 0 and 1 [0.5]", metavar="FRACTION"
+        None, "fraction of zeros, between 0 and 1 [0.5]", parse=as_sparsity, metavar="FRACTION"
     )
     pattern: str | None = option(
-        None, "N:M keeps N of every M along the inputs, as 2:4", metavar="N:M"
+        None, "N:M keeps N of every M along the inputs, as 2:4", parse=as_pattern, metavar="N:M"
     )
     on_ragged: str = option(
         "error",
         "what to do with a width that M does not divide: refuse, or keep the tail dense",
         choices=("error", "keep"),
     )
-    calibration: str | None = option(
-        None, "c4, wikitext2, demo, or a .txt .jsonl .json.gz .parquet file [c4]",
-        metavar="TEXT",
+    calibration: str | InMemory | None = option(
+        None, "c4, wikitext2, demo, a .txt .jsonl .json.gz .parquet file, or a data set of the Hub "
+        "as owner/name:config:split [c4]", parse=as_calibration, metavar="TEXT",
     )  # fmt: skip
+    packing: bool = option(
+        False, "join short documents in random order, and cut samples from that", parse=bool
+    )
     nsamples: int = option(128, "calibration samples", parse=int, metavar="N")
     seqlen: int | None = option(
         None, "tokens per sample [2048, or the model's positions if fewer]", parse=int,
@@ -103,13 +118,15 @@ class PruneRequest(TextOptions):
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
+        object.__setattr__(self, "model", as_path("MODEL", self.model))
+        if self.output is not None:
+            object.__setattr__(self, "output", Path(as_path("OUTPUT", self.output)))
         _ = self.options
         for name in ("include", "exclude"):
             object.__setattr__(self, name, as_globs(name, getattr(self, name)))
-        for name in _FOLDERS:
-            given = getattr(self, name)
-            object.__setattr__(self, name, None if given is None else Path(given))
+        if isinstance(self.calibration, InMemory) and self.calibration.tokens_NT is not None:
+            self._take_samples(*self.calibration.tokens_NT.shape)
         if self.nsamples < 1:
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:
@@ -118,6 +135,17 @@ class PruneRequest(TextOptions):
         self._check_statistics()
         self._check_names()
         _ = self.target
+
+    def _take_samples(self, nsamples: int, seqlen: int) -> None:
+        """Take the number and the length of samples that are given as token ids."""
+        for name, found in (("nsamples", nsamples), ("seqlen", seqlen)):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) not in (default, found):
+                raise RequestError(
+                    f"the samples that are given are {nsamples} of {seqlen} tokens: leave out "
+                    f"{flag_of(name)}"
+                )
+            object.__setattr__(self, name, found)
 
     def _check_place(self) -> None:
         if not self.in_place:
@@ -161,7 +189,7 @@ class PruneRequest(TextOptions):
         """Return the options of the method, defaults included: an instance of its class."""
         method = find_method(self.method)
         check_method_options(method, self.method_options, [one.name for one in fields(self)])
-        return method.options(**self.method_options)
+        return method.options(**checked_options(method.options, self.method_options))
 
     @cached_property
     def target(self) -> Pattern:
@@ -171,6 +199,8 @@ class PruneRequest(TextOptions):
     @property
     def calibration_text(self) -> str:
         """Return where samples come from: a file by its full name, C4, or the text of "demo"."""
+        if isinstance(self.calibration, InMemory):
+            return IN_MEMORY
         asked = self.calibration or (DEMO if self.model == DEMO else "c4")
         is_file = asked not in NAMED and Path(asked).exists()
         return str(Path(asked).resolve()) if is_file else asked
@@ -183,10 +213,18 @@ def prune_request(model: str, output: Path | None = None, **asked: Any) -> Prune
 
 
 def sort_options(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields of a prune request among flat keywords, and all other keywords."""
-    known = {one.name for one in fields(PruneRequest)}
-    values = {name: value for name, value in asked.items() if name in known}
-    return values, {name: value for name, value in asked.items() if name not in known}
+    """Return the fields of a prune request among flat keywords, and all options of methods.
+
+    Those are the other keywords, where None stands for one that is not given, and what is in
+    `method_options`.
+    """
+    known = {one.name for one in fields(PruneRequest)} - {"method_options"}
+    others = {name: value for name, value in asked.items() if name not in known}
+    more = others.pop("method_options", None) or {}
+    if not isinstance(more, Mapping):
+        raise RequestError(f"method_options must be a dictionary; got {shown_value(more)}")
+    given = {name: value for name, value in others.items() if value is not None}
+    return {name: asked[name] for name in known & asked.keys()}, {**given, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +234,7 @@ class EvalRequest(TextOptions):
     model: str
     text: str | None = option(
         None, "wikitext2, c4, demo, or a .txt .jsonl .json.gz .parquet file [wikitext2]",
-        metavar="TEXT",
+        parse=as_text, metavar="TEXT",
     )  # fmt: skip
     seqlen: int | None = option(
         None, "tokens per window [2048, or the model's positions if fewer]; tasks: most that the "
@@ -220,8 +258,8 @@ class EvalRequest(TextOptions):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        object.__setattr__(self, "tasks", parse_names(self.tasks))
+        check_options(self)
+        object.__setattr__(self, "model", as_path("MODEL", self.model))
         for name in ("include_path", "num_fewshot", "limit"):
             if getattr(self, name) is not None and not self.tasks:
                 raise RequestError(f"{flag_of(name)} is about tasks: name some with --tasks")

@@ -8,6 +8,7 @@ input norm is averaged, so the balance of the two terms depends on how many samp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,21 @@ _ALPHA, _NSAMPLES, _SEQLEN = 100, 128, 2048
 _FACTORS = (0, 0.01, 0.1, 1, 10, 100)
 
 
-def parse_alpha(text: str) -> float | str:
-    """Return the number that was typed; any other word is judged by the options."""
+def as_alpha(value: float | str) -> float | str:
+    """Return a number from 0 on, also of a text, or "auto"; raise `RequestError` for any other."""
+    if value == AUTO:
+        return AUTO
+    found = math.nan if isinstance(value, bool) else _as_number(value)
+    if not 0 <= found < math.inf:
+        raise RequestError(f"--alpha must be auto or a number from 0 on; got {value}")
+    return found
+
+
+def _as_number(value: float | str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        return text
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +49,8 @@ class GblmOptions(GradientOptions):
 
     alpha: float | str = option(
         100.0, "weight of the gradient term; auto: the best of six on held-out calibration text",
-        parse=parse_alpha, metavar="A",
+        parse=as_alpha, metavar="A",
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha == AUTO:
-            return
-        if isinstance(self.alpha, str) or not 0 <= self.alpha < float("inf"):
-            raise RequestError(f"--alpha must be auto or a number from 0 on; got {self.alpha}")
 
 
 def alphas(options: GblmOptions, nsamples: int, seqlen: int) -> list[GblmOptions]:

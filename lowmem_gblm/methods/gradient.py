@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem_gblm.methods import Method, Statistics, by_score
-from lowmem_gblm.options import check_choices, option
+from lowmem_gblm.options import check_options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class GradientOptions:
     gradient_norm: str = option("l1", "how gradients add up over samples", choices=("l1", "l2"))
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
 
     @property
     def statistic(self) -> str:

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_gblm.errors import RequestError
+from lowmem_gblm.errors import RequestError, shown_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,21 @@ class NofM:
 
 
 Pattern = Unstructured | NofM
+
+
+def as_sparsity(value: Any) -> Any:
+    """Return a fraction of zeros as it is given; raise `RequestError` for what is no number."""
+    _decimal(value)
+    return value
+
+
+def as_pattern(value: Any) -> str:
+    """Return "2:4" for that text or for `(2, 4)`."""
+    if isinstance(value, tuple):
+        return ":".join(map(str, value))
+    if not isinstance(value, str):
+        raise RequestError(f'the pattern must read "2:4" or (2, 4); got {shown_value(value)}')
+    return value
 
 
 def parse_pattern(

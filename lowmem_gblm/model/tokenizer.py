@@ -4,33 +4,39 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.errors import CheckpointError, first_line, shown
+from lowmem_gblm.errors import CheckpointError, RequestError, first_line, shown
 from lowmem_gblm.storage.checkpoint.remote_code import check_remote_code
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 
-# Text to token ids.
-Tokenize = Callable[[str], Sequence[int]]
+# A text, or a conversation as a list of messages, to token ids.
+Tokenize = Callable[[Any], Sequence[int]]
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.(model|tiktoken|jinja)$")
 _MAX_TOKENIZER_BYTES = 1 << 28
+# Before a chat template: what it takes for today, so that samples do not depend on it.
+_TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer of a model: a function from text to token ids, and the id of `<bos>`."""
+    """The tokenizer of a model: a function to token ids, and the ids of `<bos>` and `<eos>`."""
 
     _tokenize: Tokenize
     bos: int | None
+    eos: int | None
 
-    def __call__(self, text: str) -> Sequence[int]:
-        """Return token ids, with the special tokens that the tokenizer adds by itself."""
-        return self._tokenize(text)
+    def __call__(self, document: str | Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Return token ids, with the special tokens that the tokenizer adds by itself.
+
+        A conversation goes through the chat template.
+        """
+        return self._tokenize(document)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -40,12 +46,35 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     """
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
 
-    def tokenize(text: str) -> Sequence[int]:
+    def tokenize(document: str | Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        if not isinstance(document, str):
+            return _conversation(tokenizer, folder, document)
         with _tokenizer_errors(folder):
-            ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
+            ids: Sequence[int] = tokenizer(document, verbose=False)["input_ids"]
             return ids
 
-    return Tokenizer(tokenize, tokenizer.bos_token_id)
+    return Tokenizer(tokenize, tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def _conversation(
+    tokenizer: Any, folder: Path, messages: Sequence[Mapping[str, Any]]
+) -> Sequence[int]:
+    """Return the token ids of a conversation in the chat template, on any day the same."""
+    if tokenizer.chat_template is None:
+        raise RequestError(
+            f"the tokenizer of {folder} has no chat template, which conversations need: give a text"
+        )
+    try:
+        template = _TODAY + tokenizer.get_chat_template()
+        ids: Sequence[int] = tokenizer.apply_chat_template(
+            messages, chat_template=template, return_dict=False
+        )
+    # The code of a template may raise anything.
+    except Exception as error:
+        raise RequestError(
+            f"the chat template of {folder} does not take a conversation: {first_line(error)}"
+        ) from None
+    return ids
 
 
 def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -1,8 +1,11 @@
-"""The place of a model: a folder, the embedded model, or the Hub."""
+"""The place of a model: a folder, the embedded model, or the Hub; and whether the Hub is there."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
+from threading import Event, Thread
 
 from lowmem_gblm.errors import CheckpointError, first_line
 from lowmem_gblm.runtime.activity import activity
@@ -13,6 +16,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 _EMBEDDED = "demo"
+# For a connection, and for the answer; and for all, as to look up a name may take longer.
+_PATIENCE_S = 2.0
+_LONGEST_S = 4.0
 
 
 def locate(
@@ -55,3 +61,42 @@ def _download(model: str, wanted: list[str]) -> Path:
         raise CheckpointError(
             f"there is no model folder {model}, and the Hub does not give it: {first_line(error)}"
         ) from None
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[bool]:
+    """Run the body with whether the Hub answers; if not, libraries look into their caches alone.
+
+    Otherwise they would try again for half a minute.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    settings = (constants, datasets.config)
+    former = [one.HF_HUB_OFFLINE for one in settings]
+    answers = not any(former) and _answers(constants.ENDPOINT)
+    try:
+        for one in settings:
+            one.HF_HUB_OFFLINE = not answers
+        yield answers
+    finally:
+        for one, value in zip(settings, former, strict=True):
+            one.HF_HUB_OFFLINE = value
+
+
+def _answers(address: str) -> bool:
+    """Return whether an address answers within seconds, by way of a proxy if one is set."""
+    from huggingface_hub import get_session
+
+    answered = Event()
+
+    def ask() -> None:
+        # Whatever a library for HTTP raises, there is no answer.
+        with suppress(Exception):
+            get_session().head(address, timeout=_PATIENCE_S)
+            answered.set()
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_LONGEST_S)
+    return answered.is_set()

@@ -2,6 +2,7 @@
 
     OUTPUT.work/
         job.json            what identifies the job, how to type it again, what was chosen
+        samples.safetensors the calibration samples, if no name of a text leads to them again
         journal/000000.json one file per finished step: pass, records, what is stored in which file
         dense-3, …          what is stored between passes (`tensor_store`)
 
@@ -19,6 +20,7 @@ from lowmem_gblm.storage import job_state
 from lowmem_gblm.storage.atomic import flush_folder, publish_json
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import is_about
+from lowmem_gblm.storage.kept_samples import SAMPLES
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 from lowmem_gblm.storage.pending_folder import partial_folder
 
@@ -80,8 +82,9 @@ class Job:
 
     def clean(self, stored: Collection[str]) -> None:
         """Remove what an earlier process has written and not written down."""
+        kept = {*stored, MARK, job_state.DESCRIPTION, SAMPLES}
         for path in self.folder.iterdir():
-            if path.is_file() and path.name not in (*stored, MARK, job_state.DESCRIPTION):
+            if path.is_file() and path.name not in kept:
                 path.unlink()
 
     def close(self) -> None:

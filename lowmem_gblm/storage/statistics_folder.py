@@ -28,7 +28,7 @@ from lowmem_gblm.storage.locking import MARK
 from lowmem_gblm.storage.pending_folder import PendingFolder, partial_folder
 from lowmem_gblm.storage.raw_io import checked, file_pieces, summary
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "statistics.json"
 # What a manifest holds, and what it says of the calibration samples.
 _PARTS = {
@@ -37,6 +37,7 @@ _PARTS = {
 }  # fmt: skip
 CALIBRATION = {
     "calibration": str, "text_column": str, "bos": str, "nsamples": int, "seqlen": int, "seed": int,
+    "packing": bool,
 }  # fmt: skip
 
 # Of tensors: dtype and shape, by name.

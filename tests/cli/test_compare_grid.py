@@ -199,22 +199,20 @@ def test_a_run_whose_statistics_are_complete_before_its_output_resumes(
     }  # fmt: skip
 
 
-def test_the_seed_of_prune_is_that_of_a_comparison_without_seeds(
+def test_one_seed_needs_no_list(
     compare: Compare, small: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
-    (_, row) = compare("wanda", seed=3)
+    (_, row) = compare("wanda", seeds=3)
     assert [run["seed"] for run in row["runs"]] == [3]
     lowmem_gblm.prune(small, tmp_path / "alone", method="wanda", seed=3, **asked)
     assert content(tmp_path / "alone") == content(tmp_path / "out" / "wanda")
 
 
 @pytest.mark.parametrize("option", ["statistics", "save_statistics"])
-def test_statistics_of_other_runs_are_refused(
-    option: str, compare: Compare, tmp_path: Path
-) -> None:
+def test_statistics_of_other_runs_are_refused(option: str, tmp_path: Path) -> None:
+    shared = PruneRequest(model="model", **{option: tmp_path / "statistics"})
     with pytest.raises(RequestError, match="a comparison saves statistics for its own runs"):
-        compare("gblm", **{option: tmp_path / "statistics"})
-    assert not list(tmp_path.iterdir())
+        cells(shared, Grid(), {}, tmp_path)
 
 
 def test_an_output_of_another_run_is_never_removed(

@@ -252,7 +252,7 @@ def edited(copied: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 2}, "was saved in another format (2, expected 1): use the version of lowmem-g"),
+        ({"format": 1}, "was saved in another format (1, expected 2): use the version of lowmem-g"),
         ({"identity": None}, "statistics.json is damaged: it lacks identity"),
         ({"calibration": {"seed": 0}}, "statistics.json is damaged: it lacks calibration, text_c"),
         ({"files": {}}, "statistics.json is damaged: not shards with their hashes: {}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lowmem_gblm.cli.main import main
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import Method, Statistics, by_score, find_method, method_names
 from lowmem_gblm.model.matmul_tap import Matmul, MatmulWeight
-from lowmem_gblm.options import check_choices, option
+from lowmem_gblm.options import check_options, option
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.statistics import find_statistic, needed_statistics
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
@@ -32,7 +33,7 @@ class SeededOptions:
     seed: int = option(0, "of something else", parse=int)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
 
 
 class MeanAbsolute(ActivationStatistic):
@@ -153,9 +154,9 @@ def test_an_option_that_every_run_has_is_refused(install: Install) -> None:
         lowmem_gblm.plan("demo", method="seeded")
 
 
-def test_an_option_of_no_method_is_a_mistake_in_a_program() -> None:
-    with pytest.raises(TypeError, match="there is no option 'alhpa'"):
-        lowmem_gblm.plan("demo", alhpa=1)
+def test_an_option_of_no_method_is_refused() -> None:
+    with pytest.raises(RequestError, match="there is no option 'alhpa' of any method"):
+        lowmem_gblm.plan("demo", method_options={"alhpa": 1})
 
 
 @pytest.fixture
@@ -163,6 +164,10 @@ def power(install: Install) -> None:
     """A method with an option, and the statistic that it needs."""
     install(METHODS, "power", f"{__name__}:POWER")
     install(STATISTICS, "mean_absolute", f"{__name__}:MeanAbsolute")
+
+
+def power_of(power: float) -> dict[str, Any]:
+    return {"method_options": {"power": power}}
 
 
 @pytest.fixture
@@ -175,7 +180,7 @@ def test_a_method_and_a_statistic_of_other_packages_prune(
     small: Path, asked: dict[str, object], tmp_path: Path
 ) -> None:
     records = [
-        lowmem_gblm.prune(small, tmp_path / f"{power}", method="power", power=power, **asked)
+        lowmem_gblm.prune(small, tmp_path / f"{power}", method="power", **power_of(power), **asked)
         for power in (0, 1.0)
     ]
     assert [record["power"] for record in records] == [0, 1.0]
@@ -190,7 +195,7 @@ def test_a_method_and_a_statistic_of_other_packages_prune(
 def test_its_flag_says_what_its_keyword_says(
     small: Path, asked: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lowmem_gblm.prune(small, tmp_path / "keyword", method="power", power=2.5, **asked)
+    lowmem_gblm.prune(small, tmp_path / "keyword", method="power", **power_of(2.5), **asked)
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     words += ["--method", "power", "--power", "2.5"]
     assert main(["prune", str(small), str(tmp_path / "flag"), *words]) == 0
@@ -199,14 +204,14 @@ def test_its_flag_says_what_its_keyword_says(
         main(["prune", "--help"])
     assert "power: of the mean absolute input [1.0]" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(RequestError, match="--power is no option of gblm: it belongs to power"):
-        lowmem_gblm.plan(small, power=2.0)
+        lowmem_gblm.plan(small, **power_of(2.0))
 
 
 @pytest.mark.usefixtures("power")
 def test_its_option_outlives_an_interruption(
     small: Path, asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lowmem_gblm.prune(small, tmp_path / "once", method="power", power=0.5, **asked)
+    lowmem_gblm.prune(small, tmp_path / "once", method="power", **power_of(0.5), **asked)
     decide, seen = BlockPruner.prune, []
 
     def stop_in_block_1(pruner: BlockPruner, block: object, *args: object) -> None:
@@ -218,7 +223,7 @@ def test_its_option_outlives_an_interruption(
     with monkeypatch.context() as patch:
         patch.setattr(BlockPruner, "prune", stop_in_block_1)
         with pytest.raises(KeyboardInterrupt):
-            lowmem_gblm.prune(small, tmp_path / "twice", method="power", power=0.5, **asked)
+            lowmem_gblm.prune(small, tmp_path / "twice", method="power", **power_of(0.5), **asked)
     assert main(["resume", str(tmp_path / "twice.work")]) == 0
     assert content(tmp_path / "twice") == content(tmp_path / "once")
 
@@ -228,7 +233,7 @@ def test_an_option_goes_to_the_methods_of_a_comparison_that_have_it(
     small: Path, asked: dict[str, object], text_file: Path, tmp_path: Path
 ) -> None:
     texts = {"text": str(text_file), "windows": 1}
-    lowmem_gblm.compare(small, ["power", "wanda"], tmp_path, power=2.0, **asked, **texts)
+    lowmem_gblm.compare(small, ["power", "wanda"], tmp_path, **power_of(2.0), **asked, **texts)
     records = [lowmem_gblm.verify(tmp_path / name, small) for name in ("power", "wanda")]
     assert [record["pruned_tensors"] for record in records] == [14, 14]
     with pytest.raises(RequestError, match="--alpha is no option of power, wanda: it belongs to"):

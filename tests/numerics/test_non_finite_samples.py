@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowmem_gblm
+from lowmem_gblm.commands.calibration import Samples
 from lowmem_gblm.errors import NonFiniteError
 from lowmem_gblm.sweeps import reverse
 from lowmem_gblm.sweeps.offload import Offload
@@ -76,9 +77,9 @@ def without_the_sick(run: Run, output: Path, monkeypatch: pytest.MonkeyPatch, **
 
     drawn = scope.calibration_samples
 
-    def fewer(*args: Any, **more: Any) -> Tensor:
-        samples_NT = drawn(*args, **more)
-        return torch.cat([samples_NT[:SICK], samples_NT[SICK + 1 :]])
+    def fewer(*args: Any, **more: Any) -> Samples:
+        samples_NT = drawn(*args, **more).tokens_NT
+        return Samples(torch.cat([samples_NT[:SICK], samples_NT[SICK + 1 :]]))
 
     with monkeypatch.context() as patch:
         patch.setattr(scope, "calibration_samples", fewer)

@@ -10,8 +10,8 @@ from lowmem_gblm.commands.method_options import no_option
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import find_method, option_owners
-from lowmem_gblm.methods.masks import NofM
-from lowmem_gblm.options import check_choices, option, parse_several
+from lowmem_gblm.methods.masks import NofM, as_pattern, as_sparsity
+from lowmem_gblm.options import check_options, flag_of, option, parse_several
 
 # The options of `eval` that are not those of `prune`.
 EVALUATION = ("text", "windows", "tasks", "include_path", "num_fewshot", "limit")
@@ -28,9 +28,11 @@ class Grid:
     methods: Sequence[str] = option(
         ("magnitude", "wanda", "sparsegpt", "gblm"), "how weights are ranked", several=True
     )
-    sparsity: Sequence[Any] = option((), "fractions of zeros, between 0 and 1 [0.5]", several=True)
+    sparsity: Sequence[Any] = option(
+        (), "fractions of zeros, between 0 and 1 [0.5]", parse=as_sparsity, several=True
+    )
     pattern: Sequence[str] = option(
-        (), "N:M keeps N of every M along the inputs, as 2:4", several=True
+        (), "N:M keeps N of every M along the inputs, as 2:4", parse=as_pattern, several=True
     )
     seeds: Sequence[int] = option(
         (0,), "of draws of calibration samples; several give means and standard deviations",
@@ -42,9 +44,13 @@ class Grid:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("methods", "sparsity", "pattern", "seeds"):
-            object.__setattr__(self, name, parse_several(getattr(self, name)))
+        pattern = self.pattern
+        if isinstance(pattern, tuple) and any(isinstance(part, int) for part in pattern):
+            object.__setattr__(self, "pattern", [pattern])
+        check_options(self)
+        for name in ("methods", "seeds"):
+            if not getattr(self, name):
+                raise RequestError(f"{flag_of(name)} is empty: give at least one value")
         for name in self.methods:
             if self.methods.count(name) > 1:
                 raise RequestError(f"--methods names the method {name} twice")
@@ -101,6 +107,9 @@ def cells(
         if name not in owners:
             raise no_option(name, grid.methods)
     varied = {name: parse_several(values) for name, values in method_options.items()}
+    for name, values in varied.items():
+        if not values:
+            raise RequestError(f"{flag_of(name)} is empty: give at least one value")
     found = [
         _cell(replace(shared, method=method, method_options=options, **goal), grid, varied, folder)
         for goal in grid.goals

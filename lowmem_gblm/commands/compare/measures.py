@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem_gblm.commands.calibration import NAMED
 from lowmem_gblm.commands.evaluate import evaluate
 from lowmem_gblm.commands.request import EvalRequest, PruneRequest
+from lowmem_gblm.commands.texts import NAMED
 from lowmem_gblm.options import options
 from lowmem_gblm.runtime.progress import Listener
 from lowmem_gblm.storage.raw_io import file_pieces, summary

@@ -4,11 +4,12 @@ import hashlib
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import NAMED, resolve_bos
+from lowmem_gblm.commands.calibration import resolve_bos
 from lowmem_gblm.commands.method_options import recorded_options
 from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.commands.prune.scope import PruneScope
@@ -44,7 +45,7 @@ def identity(
     request, text = scope.request, scope.request.calibration_text
     found = asked_and_understood(scope)
     # Files are known by what is in them, wherever they lie.
-    found["calibration"] = text if text in NAMED else "a file"
+    found["calibration"] = "a file" if Path(text).is_absolute() else text
     found |= _fingerprints(scope, samples_NT)
     found |= {name: version for name, version in versions().items() if name in _COMPUTING}
     # Headers do not tell whether the model was pruned in place in the meantime.

@@ -37,6 +37,7 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "notes": [
             *_other_rounding(run.job, run.device_name),
             *setup.plan.reasons,
+            *setup.samples.notes,
             *reuse_notes(scope.saved, scope.taken, scope.statistics),
             *run.search.notes(scope.work.held_out),
             *_unused(scope),

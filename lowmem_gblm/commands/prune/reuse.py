@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_gblm.commands.request import PruneRequest
+from lowmem_gblm.commands.texts import InMemory
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.options import options
 from lowmem_gblm.storage.job_state import differences
@@ -32,12 +33,13 @@ def with_its_samples(request: PruneRequest, saved: StatisticsFolder) -> PruneReq
 
 def asks_other_text(request: PruneRequest, saved: StatisticsFolder | None) -> bool:
     """Return whether the samples of a request may be others than those of saved statistics."""
-    if saved is None:
-        return False
+    if saved is None or isinstance(request.calibration, InMemory):
+        return saved is not None
     asked = {
         "calibration": request.calibration_text,
         "text_column": request.text_column,
         "bos": request.bos,
+        "packing": request.packing,
     }
     return not asked.items() <= saved.manifest["calibration"].items()
 

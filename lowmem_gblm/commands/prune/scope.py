@@ -9,12 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowmem_gblm.commands.calibration import (
-    bos_of_windows,
-    calibration_samples,
-    calibration_text_bytes,
-    open_source,
-)
+from lowmem_gblm.commands.calibration import Samples, bos_of_windows, calibration_samples
 from lowmem_gblm.commands.estimate import work_of
 from lowmem_gblm.commands.held_out import held_out_windows
 from lowmem_gblm.commands.method_options import candidates_for
@@ -25,6 +20,8 @@ from lowmem_gblm.commands.prune.reuse import (
     with_its_samples,
 )
 from lowmem_gblm.commands.request import PruneRequest, resolve_seqlen
+from lowmem_gblm.commands.texts import InMemory, calibration_text_bytes, open_source
+from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import Method, find_method
 from lowmem_gblm.methods.masks import NofM
 from lowmem_gblm.model.open_model import OpenModel, check_tokens
@@ -164,24 +161,39 @@ def _with_files(scope: PruneScope) -> PruneScope:
     return replace(scope, work=work)
 
 
-def draw_samples(scope: PruneScope) -> Tensor:
-    """Return calibration samples, then held-out windows, int64 [N, T]; [0, T] if none are needed.
+def draw_samples(scope: PruneScope) -> Samples:
+    """Return calibration samples, then held-out windows; none, [0, T], for a run that needs none.
 
     A text other than that of saved statistics is drawn from, too: its samples may be others.
     """
-    request, folder = scope.request, scope.model.checkpoint.folder
+    request, given = scope.request, scope.request.calibration
     if not scope.work.schedule.needs_samples and not asks_other_text(request, scope.saved):
-        return torch.empty(0, scope.work.seqlen, dtype=torch.int64)
+        return Samples(torch.empty(0, scope.work.seqlen, dtype=torch.int64))
+    if isinstance(given, InMemory) and scope.candidates:
+        raise RequestError(
+            "what is auto is chosen by windows held out of a text: name a file or a data set as "
+            "calibration, or give a value instead of auto"
+        )
+    if isinstance(given, InMemory) and given.tokens_NT is not None:
+        samples = Samples(given.tokens_NT)
+    else:
+        samples = _drawn(scope, given if isinstance(given, InMemory) else request.calibration_text)
+    check_tokens(scope.model, samples.tokens_NT)
+    give_back_freed()
+    return samples
+
+
+def _drawn(scope: PruneScope, source: str | InMemory) -> Samples:
+    request, folder = scope.request, scope.model.checkpoint.folder
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
-    drawn = calibration_samples(
-        open_source(request.calibration_text, "calibration", request.text_column),
+    return calibration_samples(
+        open_source(source, "calibration", request.text_column),
         tokenizer,
         nsamples=request.nsamples,
         seqlen=scope.work.seqlen,
         seed=request.seed,
         bos=bos_of_windows(request.bos, scope.model.model_type, tokenizer.bos),
+        packing=request.packing,
+        eos=tokenizer.eos,
         held_out=scope.work.held_out,
     )
-    check_tokens(scope.model, drawn)
-    give_back_freed()
-    return drawn

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lowmem_gblm.commands.estimate import limited
 from lowmem_gblm.commands.prune.endings import Done, told_error
 from lowmem_gblm.commands.prune.setup import PruneSetup
+from lowmem_gblm.commands.texts import InMemory
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.bnb import check_usable
@@ -20,6 +21,7 @@ from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.in_place import BlockWriter, InPlaceWriter
 from lowmem_gblm.storage.in_place_marker import remove_marker
 from lowmem_gblm.storage.job import Job, check_partial
+from lowmem_gblm.storage.kept_samples import keep_samples
 from lowmem_gblm.storage.statistics_folder import StatisticsWriter
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.context import PruneContext
@@ -47,6 +49,8 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
         with ExitStack() as signals, ExitStack() as within:
             output = saved = None
             try:
+                if isinstance(setup.scope.request.calibration, InMemory):
+                    keep_samples(job.folder, setup.samples.tokens_NT)
                 output = _writer(setup, job)
                 saved = _statistics_writer(setup, job)
                 signals.enter_context(stop_on_signals(stop))
@@ -68,7 +72,7 @@ def start_or_resume(setup: PruneSetup, listener: Listener | None) -> Iterator[Pr
 def _stages(setup: PruneSetup) -> list[Stage]:
     """Return the stages of the run, each with its cost in FLOPs: the time left follows."""
     work = setup.scope.work
-    counts = work.sizes.depth, *map(len, setup.scope.split(setup.tokens_NT))
+    counts = work.sizes.depth, *map(len, setup.scope.split(setup.samples.tokens_NT))
     found = []
     for name in work.schedule.stages:
         rows = [step for step in setup.table if step.stage == name]
@@ -149,7 +153,7 @@ def _assemble(
     """Return the context of the run; `within` holds what is to be closed."""
     scope, request, choices = setup.scope, setup.scope.request, setup.plan.choices
     checkpoint, streamed = scope.model.checkpoint, scope.model.streamed
-    samples_NT, held_out_NT = scope.split(setup.tokens_NT)
+    samples_NT, held_out_NT = scope.split(setup.samples.tokens_NT)
     in_host = setup.plan.host_spill_bytes
     store = within.enter_context(open_store(setup.paths.work_folder, in_host, job.start_over))
     store.adopt(job.stored())

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
+from lowmem_gblm.commands.calibration import Samples
 from lowmem_gblm.commands.estimate import budget_of, check_disks
 from lowmem_gblm.commands.paths import Paths
 from lowmem_gblm.commands.prune.identity import identity, source_bytes
@@ -33,7 +32,7 @@ class PruneSetup:
 
     scope: PruneScope
     paths: Paths
-    tokens_NT: Tensor
+    samples: Samples
     budget: Budget
     plan: Plan
     table: tuple[Step, ...]
@@ -52,11 +51,11 @@ class PruneSetup:
 
 
 def prepare(
-    scope: PruneScope, paths: Paths, tokens_NT: Tensor, previous: Mapping[str, Any] | None
+    scope: PruneScope, paths: Paths, samples: Samples, previous: Mapping[str, Any] | None
 ) -> PruneSetup:
     """Return the setup of a run; a `JobError` names every difference to the job that is there."""
     try:
-        found = identity(scope, paths, tokens_NT, previous)
+        found = identity(scope, paths, samples.tokens_NT, previous)
         _check_taken(scope, found, resumes=previous is not None)
     except OSError as error:
         if error.errno is None:
@@ -73,7 +72,7 @@ def prepare(
     return PruneSetup(
         scope=scope,
         paths=paths,
-        tokens_NT=tokens_NT,
+        samples=samples,
         budget=budget,
         plan=planned,
         table=step_table(scope.work, planned.choices),

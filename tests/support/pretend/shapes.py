@@ -109,6 +109,7 @@ def main() -> None:
 
 
 def simulate(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    from lowmem_gblm.commands.calibration import Samples
     from lowmem_gblm.commands.prune import pipeline, session
     from lowmem_gblm.commands.request import prune_request
     from lowmem_gblm.errors import BudgetError
@@ -129,10 +130,9 @@ def simulate(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
         return buffer.view(entry.dtype).view(entry.shape)
 
-    def samples(scope: Any) -> torch.Tensor:
-        if not scope.work.schedule.needs_samples:
-            return torch.empty(0, scope.work.seqlen, dtype=torch.int64)
-        return torch.randint(0, 1000, (scope.request.nsamples, scope.work.seqlen))
+    def samples(scope: Any) -> Samples:
+        count = scope.request.nsamples if scope.work.schedule.needs_samples else 0
+        return Samples(torch.randint(0, 1000, (count, scope.work.seqlen)))
 
     original = pipeline.prepare
 

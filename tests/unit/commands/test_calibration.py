@@ -6,20 +6,18 @@ import gzip
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
 from lowmem_gblm.commands.calibration import (
-    Documents,
-    Text,
     bos_of_windows,
     calibration_samples,
-    calibration_text_bytes,
     evaluation_windows,
-    open_source,
 )
+from lowmem_gblm.commands.texts import Documents, Text, calibration_text_bytes, open_source
 from lowmem_gblm.errors import CheckpointError, RequestError
 from lowmem_gblm.model.tokenizer import load_tokenizer
 from support import reference
@@ -35,7 +33,8 @@ def tokenize(text: str) -> list[int]:
 
 
 def draw(source, nsamples=5, seqlen=60, seed=0):
-    return calibration_samples(source, tokenize, nsamples=nsamples, seqlen=seqlen, seed=seed)
+    options = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+    return calibration_samples(source, tokenize, **options).tokens_NT
 
 
 def save_documents(path: Path, rows: list[dict]) -> Path:
@@ -109,7 +108,8 @@ def test_every_window_begins_with_bos_where_it_is_asked_for():
 @pytest.mark.parametrize("source", [Text(sample_text(900), "t"), Documents(DOCUMENTS, "d")])
 def test_every_sample_begins_with_bos_and_lies_where_the_draws_say(source):
     bos = tokenize("")[0]
-    drawn = calibration_samples(source, tokenize, nsamples=5, seqlen=60, seed=3, bos=bos)
+    options = {"nsamples": 5, "seqlen": 60, "seed": 3, "bos": bos}
+    drawn = calibration_samples(source, tokenize, **options).tokens_NT
     if isinstance(source, Text):
         expected = reference.text_windows(torch.tensor(tokenize(source.text)[1:]), 5, 59, 3)
     else:
@@ -172,7 +172,7 @@ def test_the_embedded_parts_differ():
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "wikitext3"])
 def test_a_text_that_is_not_there_is_refused_with_what_can_be_given(name):
-    message = f"there is no text '{name}': give c4, wikitext2, demo, or the path of a .txt, .jsonl"
+    message = f"there is no text '{name}': give c4, wikitext2, demo, a data set of the Hub as"
     with pytest.raises(RequestError, match=message):
         open_source(name, "calibration")
 
@@ -250,15 +250,19 @@ def test_a_damaged_file_is_refused(name, tmp_path):
         open_source(str(tmp_path / name), "calibration")
 
 
-@pytest.mark.parametrize("name", ["c4", "wikitext2"])
-def test_without_a_network_a_local_file_is_asked_for(name, monkeypatch):
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "owner/data:en"])
+def test_what_the_hub_refuses_is_said(name, monkeypatch):
     import datasets
 
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route to the Hub")
+    def refuse(*args, **kwargs):
+        raise ValueError("Config name is missing")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(RequestError, match=r"from the Hub: no route .* give a local text file"):
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr("lowmem_gblm.storage.hub._answers", lambda address: True)
+    for one in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(one, "HF_HUB_OFFLINE", False)
+    message = "cannot be loaded from the Hub: Config name is missing. Without a network give a loc"
+    with pytest.raises(RequestError, match=message):
         open_source(name, "calibration")
 
 
