@@ -5,6 +5,7 @@ from dataclasses import replace
 from lowmem_gblm.commands.estimate import check_disks, machine_speed
 from lowmem_gblm.commands.paths import paths_of
 from lowmem_gblm.commands.prune.scope import prune_scope
+from lowmem_gblm.commands.prune.selection import patterns_of
 from lowmem_gblm.commands.prune.setup import budget_for
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.model.open_model import open_model
@@ -20,9 +21,9 @@ def prunable_tensors(request: PruneRequest) -> dict[str, list[int]]:
     """Return the tensors that a run would prune, with the shape of each; needs no weights."""
     with activity(f"opening {request.model}"):
         model = open_model(request.model, request, to_plan=True)
-    blocks = prunable_weights(model.checkpoint, model.streamed, request.include, request.exclude)
-    names = dict.fromkeys(weight.name for block in blocks for weight in block)
-    return {name: list(model.checkpoint.tensors[name].shape) for name in names}
+    tensors = model.checkpoint.tensors
+    prunable = prunable_weights(model.checkpoint, model.streamed)
+    return {name: list(tensors[name].shape) for name in patterns_of(request, prunable, tensors)}
 
 
 def plan_request(request: PruneRequest, *, measured: bool = True) -> Plan:

@@ -8,12 +8,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
+
+
+class _Asked(NamedTuple):
+    """A pattern as it is recorded."""
+
+    sparsity: Fraction
+    text: str
+    n_of_m: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -80,25 +89,29 @@ def contradictions(record: Mapping[str, Any]) -> Iterator[str]:
 
     A pattern or sparsity that is not valid raises a ValueError.
     """
-    sparsity, n_of_m = _pattern(record)
+    by_glob = _patterns(record)
     for name, described in record["tensors"].items():
+        asked = next((one for glob, one in by_glob.items() if fnmatchcase(name, glob)), None)
+        if asked is None:
+            yield f"{name} is pruned, and {RECORD} has no sparsity for it"
+            continue
         groups = promised_groups(described)
-        if n_of_m is None:
+        if asked.n_of_m is None:
             out_features, in_features = _features(described)
             rows = 1 if record["group"] == "row" else out_features
             fits = [
-                one.rows == rows and one.removed == math.floor(one.size * sparsity)
+                one.rows == rows and one.removed == math.floor(one.size * asked.sparsity)
                 for one in groups
             ]
             # Rows and matrices are not cut; only a method that says so has blocks of columns.
             fits.append(record["group"] == "columns" or groups[0].columns == in_features)
         else:
-            fits = [_is_n_of_m(one, *n_of_m, tail=one is groups[-1]) for one in groups]
+            fits = [_is_n_of_m(one, *asked.n_of_m, tail=one is groups[-1]) for one in groups]
         if not all(fits):
             yield (
                 f"{name}: {RECORD} promises {groups[0].removed} zeros in every {groups[0].size} "
                 f"weights of {groups[0].label(_features(described)[1])}, which is not the pattern "
-                f"{record['pattern']} at a sparsity of {float(sparsity):g} that it records"
+                f"{asked.text} at a sparsity of {float(asked.sparsity):g} that it records"
             )
 
 
@@ -109,21 +122,30 @@ def _is_n_of_m(one: PromisedGroups, n: int, m: int, *, tail: bool) -> bool:
     return tail and one.columns < m and (one.rows, one.repeat, one.removed) == (1, 1, 0)
 
 
-def _pattern(record: Mapping[str, Any]) -> tuple[Fraction, tuple[int, int] | None]:
-    """Return sparsity, and N and M, as they are recorded."""
-    if not isinstance(record["sparsity"], float):
+def _patterns(record: Mapping[str, Any]) -> dict[str, _Asked]:
+    """Return the patterns of a record by glob; of those that match a name the first counts."""
+    sparsity, pattern = record["sparsity"], record["pattern"]
+    if not isinstance(sparsity, dict):
+        return {"*": _pattern(sparsity, pattern)}
+    if list(sparsity) != list(pattern):
+        raise ValueError(f"sparsity and pattern have other globs: {sparsity}, {pattern}")
+    return {glob: _pattern(sparsity[glob], pattern[glob]) for glob in sparsity}
+
+
+def _pattern(asked: Any, text: Any) -> _Asked:
+    if not isinstance(asked, float):
         # A text may stand for a number of any length.
-        raise ValueError(f"not a sparsity: {record['sparsity']!r}")
+        raise ValueError(f"not a sparsity: {asked!r}")
     # The decimal that was asked, not the binary number next to it.
-    sparsity, text = Fraction(str(record["sparsity"])), record["pattern"]
+    sparsity = Fraction(str(asked))
     if not 0 < sparsity < 1:
         raise ValueError(f"not a sparsity: {sparsity}")
     if text == "unstructured":
-        return sparsity, None
+        return _Asked(sparsity, text, None)
     n, m = (int(part) for part in text.split(":"))
     if not 0 < n < m or float(sparsity) != float(1 - Decimal(n) / Decimal(m)):
         raise ValueError(f"not a pattern: {text}")
-    return sparsity, (n, m)
+    return _Asked(sparsity, text, (n, m))
 
 
 def _features(described: Mapping[str, Any]) -> tuple[int, int]:

@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.commands.method_options import check_method_options
+from lowmem_gblm.commands.pattern_rules import (
+    Rule,
+    Sparsity,
+    as_patterns,
+    as_sparsities,
+    pattern_rules,
+)
 from lowmem_gblm.commands.texts import IN_MEMORY, NAMED, InMemory, as_calibration, as_text
 from lowmem_gblm.errors import JobError, RequestError, shown, shown_value
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.methods.masks import Pattern, as_pattern, as_sparsity, parse_pattern
 from lowmem_gblm.options import (
     as_path,
     check_options,
@@ -55,11 +60,11 @@ class PruneRequest(TextOptions):
     output: Path | None = None
     method: str = option("gblm", "how weights are ranked", metavar="METHOD")
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    sparsity: str | float | Decimal | None = option(
-        None, "fraction of zeros, between 0 and 1 [0.5]", parse=as_sparsity, metavar="FRACTION"
+    sparsity: Sparsity | Mapping[str, Sparsity] | None = option(
+        None, "fraction of zeros, between 0 and 1 [0.5]", parse=as_sparsities, metavar="FRACTION"
     )
-    pattern: str | None = option(
-        None, "N:M keeps N of every M along the inputs, as 2:4", parse=as_pattern, metavar="N:M"
+    pattern: str | Mapping[str, str] | None = option(
+        None, "N:M keeps N of every M along the inputs, as 2:4", parse=as_patterns, metavar="N:M"
     )
     on_ragged: str = option(
         "error",
@@ -134,7 +139,7 @@ class PruneRequest(TextOptions):
         self._check_place()
         self._check_statistics()
         self._check_names()
-        _ = self.target
+        _ = self.rules
 
     def _take_samples(self, nsamples: int, seqlen: int) -> None:
         """Take the number and the length of samples that are given as token ids."""
@@ -192,9 +197,9 @@ class PruneRequest(TextOptions):
         return method.options(**checked_options(method.options, self.method_options))
 
     @cached_property
-    def target(self) -> Pattern:
-        """Return the pattern that `sparsity`, `pattern` and `on_ragged` mean together."""
-        return parse_pattern(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
+    def rules(self) -> tuple[Rule, ...]:
+        """Return what `sparsity`, `pattern` and `on_ragged` mean together."""
+        return pattern_rules(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
 
     @property
     def calibration_text(self) -> str:
@@ -294,7 +299,9 @@ def to_json(request: PruneRequest) -> dict[str, Any]:
     # With its meaning: a model called "demo" has the embedded text, its full name has not.
     asked["calibration"] = request.calibration_text
     asked["method_options"] = dict(request.method_options)
-    if request.sparsity is not None:
+    if isinstance(request.sparsity, Mapping):
+        asked["sparsity"] = {glob: str(one) for glob, one in request.sparsity.items()}
+    elif request.sparsity is not None:
         asked["sparsity"] = str(request.sparsity)
     return asked
 

@@ -110,20 +110,30 @@ def parse_pattern(
     "unstructured" means none; `keep_ragged_tail` is that of `NofM`.
     """
     if pattern is None or pattern == "unstructured":
-        return Unstructured(_decimal("0.5" if sparsity is None else sparsity))
-    try:
-        n, m = (int(part) for part in pattern.split(":"))
-    except ValueError:
-        raise RequestError(
-            f'the pattern must read "N:M", as in 2:4 for 2 kept of every 4; got {pattern!r}'
-        ) from None
-    parsed = NofM(n, m, keep_ragged_tail)
+        return parse_sparsity("0.5" if sparsity is None else sparsity)
+    parsed = parse_n_of_m(pattern, keep_ragged_tail)
     if sparsity is not None and float(_decimal(sparsity)) != float(parsed.sparsity):
         raise RequestError(
             f"--sparsity {sparsity} contradicts --pattern {parsed}, which is a sparsity of "
             f"{parsed.sparsity}: give one of the two"
         )
     return parsed
+
+
+def parse_sparsity(value: str | float | Decimal) -> Unstructured:
+    """Return the pattern meant by a sparsity; a float is taken as the decimal it prints as."""
+    return Unstructured(_decimal(value))
+
+
+def parse_n_of_m(text: str, keep_ragged_tail: bool) -> NofM:
+    """Return the pattern meant by "N:M"."""
+    try:
+        n, m = (int(part) for part in text.split(":"))
+    except (ValueError, AttributeError):
+        raise RequestError(
+            f'the pattern must read "N:M", as in 2:4 for 2 kept of every 4; got {text!r}'
+        ) from None
+    return NofM(n, m, keep_ragged_tail)
 
 
 def _decimal(value: str | float | Decimal) -> Decimal:

@@ -1,16 +1,14 @@
 """The prunable weights of decoder blocks, from headers and the meta model alone."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowmem_gblm.errors import RequestError
 from lowmem_gblm.model.matmul_tap import MatmulWeight
 from lowmem_gblm.model.streamed_model import StreamedModel
-from lowmem_gblm.planning.globs import check_globs, selected
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
 _ROUTER = re.compile(r"^(gate|shared_expert_gate)$|router", re.IGNORECASE)
@@ -64,30 +62,10 @@ class PrunableWeight:
         return part.mT if self.slot.in_first else part
 
 
-def prunable_weights(
-    checkpoint: Checkpoint,
-    streamed: StreamedModel,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-) -> list[list[PrunableWeight]]:
-    """Return the prunable weights of every block, from headers and the meta model alone.
-
-    `include` and `exclude` are globs over names on disk. Without `include` everything prunable is
-    pruned; what `exclude` matches stays dense.
-    """
+def prunable_weights(checkpoint: Checkpoint, streamed: StreamedModel) -> list[list[PrunableWeight]]:
+    """Return the prunable weights of every block, from headers and the meta model alone."""
     known: dict[Hashable, list[PrunableWeight]] = {}
-    found = [_alike_or_found(checkpoint, streamed, index, known) for index in range(streamed.depth)]
-    if include or exclude:
-        prunable = list(dict.fromkeys(weight.name for block in found for weight in block))
-        # A tensor that stays dense anyway may be excluded, too.
-        check_globs("include", include, prunable, "tensor that can be pruned")
-        check_globs("exclude", exclude, [*prunable, *checkpoint.tensors], "tensor of the model")
-    blocks = [
-        [weight for weight in block if selected(weight.name, include, exclude)] for block in found
-    ]
-    if not any(blocks):
-        raise RequestError("--include and --exclude leave nothing to prune")
-    return blocks
+    return [_alike_or_found(checkpoint, streamed, index, known) for index in range(streamed.depth)]
 
 
 def _alike_or_found(

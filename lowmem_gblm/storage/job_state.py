@@ -151,8 +151,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
     return {
         name: _difference(name, old.get(name), new.get(name))
         for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        if not _alike(old.get(name), new.get(name))
     }
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Return whether two values are the same; of globs the order counts."""
+    ordered = isinstance(old, dict) and isinstance(new, dict)
+    return bool(old == new) and (not ordered or list(old) == list(new))
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

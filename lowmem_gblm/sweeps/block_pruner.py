@@ -24,13 +24,14 @@ class BlockPruner:
     """A pruner of blocks, and the record of its decisions.
 
     Attributes:
+        patterns: By name on disk: what every tensor is pruned to.
         tensors: By name on disk: shape, zeros, layout, comparison groups.
         notes: What the method had to say.
         stop: Looked at before every matrix.
     """
 
     method: Method
-    pattern: Pattern
+    patterns: Mapping[str, Pattern]
     options: Any
     device: torch.device
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,8 +105,9 @@ class BlockPruner:
 
     def decide(self, weight: PrunableWeight, values_OI: Tensor, given: Statistics) -> Decision:
         """Return the decision of the method about a matrix of the disk, and note what it notes."""
+        pattern = self.patterns[weight.name]
         try:
-            decision = self.method.decide(values_OI, given, self.pattern, self.options)
+            decision = self.method.decide(values_OI, given, pattern, self.options)
         except NonFiniteError as error:
             raise NonFiniteError(f"{weight}: {error}") from None
         if decision.note is not None:
@@ -147,7 +149,7 @@ class BlockPruner:
                 "layout": "in,out" if weight.in_first_on_disk else "out,in",
                 # Of every matrix of the tensor: `verify` counts zeros by them.
                 "groups": self.method.comparison_groups(
-                    self.pattern, weight.out_features, weight.in_features
+                    self.patterns[weight.name], weight.out_features, weight.in_features
                 ),
             }
 

@@ -119,7 +119,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
             ["--include", "*norm*"],
             "--include '*norm*' matches no tensor that can be pruned, the nea",
         ),
-        (["--exclude", "*"], "--include and --exclude leave nothing to prune"),
+        (["--exclude", "*"], "and the globs of --sparsity leave nothing to prune"),
         (["--calibration", "nowhere.txt"], "there is no text 'nowhere.txt': give c4, wikitext2"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],

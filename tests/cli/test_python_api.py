@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
 from decimal import Decimal
 from os import PathLike
@@ -24,6 +24,7 @@ import torch
 import lowmem_gblm
 from lowmem_gblm import ProgressBar, Tick, api
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
+from lowmem_gblm.commands.pattern_rules import as_patterns, as_sparsities
 from lowmem_gblm.commands.request import MAY_CHANGE, EvalRequest, PruneRequest, to_json
 from lowmem_gblm.commands.texts import as_calibration, as_text
 from lowmem_gblm.errors import JobError, RequestError
@@ -53,6 +54,8 @@ TYPES: dict[Any, Any] = {
     parse_names: str | Sequence[str],
     as_sparsity: str | float | Decimal,
     as_pattern: str | tuple[int, int],
+    as_sparsities: str | float | Decimal | Mapping[str, str | float | Decimal],
+    as_patterns: str | tuple[int, int] | Mapping[str, str | tuple[int, int]],
     as_calibration: Calibration,
     as_text: Place,
     as_alpha: float | str,

@@ -47,6 +47,14 @@ class Grid:
         pattern = self.pattern
         if isinstance(pattern, tuple) and any(isinstance(part, int) for part in pattern):
             object.__setattr__(self, "pattern", [pattern])
+        if any(
+            isinstance(one, Mapping)
+            for one in (*parse_several(self.sparsity), *parse_several(self.pattern))
+        ):
+            raise RequestError(
+                "a comparison has one sparsity or pattern for all tensors of a row: prune by glob "
+                "with prune, then measure with eval"
+            )
         check_options(self)
         for name in ("methods", "seeds"):
             if not getattr(self, name):
@@ -124,8 +132,8 @@ def cells(
 
 def goal_of(request: PruneRequest) -> str:
     """Return the sparsity of a request as it is typed, or its pattern."""
-    target = request.target
-    return str(target) if isinstance(target, NofM) else f"{target.sparsity.normalize():f}"
+    pattern = request.rules[0].pattern
+    return str(pattern) if isinstance(pattern, NofM) else f"{pattern.sparsity.normalize():f}"
 
 
 def _combinations(varied: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

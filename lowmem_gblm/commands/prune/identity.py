@@ -12,6 +12,7 @@ from torch import Tensor
 from lowmem_gblm.commands.calibration import resolve_bos
 from lowmem_gblm.commands.method_options import recorded_options
 from lowmem_gblm.commands.paths import Paths
+from lowmem_gblm.commands.pattern_rules import described
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.options import options
@@ -66,8 +67,7 @@ def asked_and_understood(scope: PruneScope) -> dict[str, Any]:
         if one.metadata["identity"]
     }
     understood = {
-        "sparsity": float(request.target.sparsity),
-        "pattern": str(request.target),
+        **described(request.rules),
         "calibration": request.calibration_text,
         "bos": resolve_bos(request.bos, scope.model.model_type),
         "seqlen": scope.work.seqlen,

@@ -1,7 +1,7 @@
 """What a run prunes, and how: plain values that follow from the request and from headers alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,12 @@ from lowmem_gblm.commands.prune.reuse import (
     taken_names,
     with_its_samples,
 )
+from lowmem_gblm.commands.prune.selection import patterns_of
 from lowmem_gblm.commands.request import PruneRequest, resolve_seqlen
 from lowmem_gblm.commands.texts import InMemory, calibration_text_bytes, open_source
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import Method, find_method
-from lowmem_gblm.methods.masks import NofM
+from lowmem_gblm.methods.masks import Pattern
 from lowmem_gblm.model.open_model import OpenModel, check_tokens
 from lowmem_gblm.model.prunable import PrunableWeight, prunable_weights
 from lowmem_gblm.model.tokenizer import load_tokenizer
@@ -37,13 +38,14 @@ from lowmem_gblm.sweeps.statistics import NeededStatistics, needed_statistics
 from lowmem_gblm.sweeps.statistics.gradient import loss_scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneScope:
     """What is pruned, and how.
 
     Attributes:
         request: As asked, with the calibration samples of the statistics that are taken.
         weights: The matrices to prune, of every block.
+        patterns: What each of their tensors is pruned to, by its name on disk.
         candidates: The options of the method to choose among; empty where nothing is "auto".
         statistics, taken: What the method needs: what is measured, and what an earlier run has
             `saved`.
@@ -52,6 +54,7 @@ class PruneScope:
     request: PruneRequest
     model: OpenModel
     weights: Sequence[list[PrunableWeight]]
+    patterns: Mapping[str, Pattern]
     method: Method
     candidates: Sequence[Any]
     statistics: NeededStatistics
@@ -94,14 +97,11 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
     saved = None if request.statistics is None else StatisticsFolder(request.statistics)
     if saved is not None:
         request = with_its_samples(request, saved)
-    weights = prunable_weights(model.checkpoint, model.streamed, request.include, request.exclude)
-    every = [weight for block in weights for weight in block]
+    prunable = prunable_weights(model.checkpoint, model.streamed)
+    patterns = patterns_of(request, prunable, model.checkpoint.tensors)
+    weights = [[weight for weight in block if weight.name in patterns] for block in prunable]
     if request.in_place and Path(request.model).is_dir() and model.checkpoint.on_disk:
-        names = [weight.name for weight in every]
-        check_overwritable(model.checkpoint, names, shared=request.in_place_shared)
-    if isinstance(request.target, NofM):
-        for weight in every:
-            request.target.check_width(weight.name, weight.in_features)
+        check_overwritable(model.checkpoint, list(patterns), shared=request.in_place_shared)
     method = find_method(request.method)
     needs = method.needs_with(request.options)
     check_saves(request, needed_statistics(needs))
@@ -131,19 +131,19 @@ def prune_scope(request: PruneRequest, model: OpenModel) -> PruneScope:
     if candidates:
         held_out = held_out_windows(request.nsamples)
         work = replace(work, candidates=len(candidates), held_out=held_out)
-    return _with_files(
-        PruneScope(
-            request=request,
-            model=model,
-            weights=weights,
-            method=method,
-            candidates=candidates,
-            statistics=statistics,
-            taken=needed_statistics(taken),
-            saved=saved,
-            work=work,
-        )
+    scope = PruneScope(
+        request=request,
+        model=model,
+        weights=weights,
+        patterns=patterns,
+        method=method,
+        candidates=candidates,
+        statistics=statistics,
+        taken=needed_statistics(taken),
+        saved=saved,
+        work=work,
     )
+    return _with_files(scope)
 
 
 def _with_files(scope: PruneScope) -> PruneScope:

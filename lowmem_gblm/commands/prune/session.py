@@ -186,7 +186,7 @@ def _assemble(
         gradients=GradientStore(offload, choices, in_memory=in_memory),
         output=output,
         pruner=BlockPruner(
-            scope.method, request.target, request.options, streamed.device, stop=stop
+            scope.method, scope.patterns, request.options, streamed.device, stop=stop
         ),
         taken=TakenStatistics(
             statistics=scope.taken, folder=scope.saved, precision=precision, device=streamed.device

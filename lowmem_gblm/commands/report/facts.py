@@ -37,14 +37,20 @@ def _method(output: Run) -> Iterator[str]:
 
 def _pattern(output: Run) -> Iterator[str]:
     run = output["run"]
-    within = _WITHIN.get(str(run["group"]), str(run["group"]))
-    if run["pattern"] == "unstructured":
-        yield f"{run['sparsity']:.1%} of {within}"
+    sparsity, pattern = run["sparsity"], run["pattern"]
+    if isinstance(sparsity, dict):
+        yield from (f"{glob}: {_goal(run, sparsity[glob], pattern[glob])}" for glob in sparsity)
     else:
-        yield f"{run['pattern']} along the inputs"
+        yield _goal(run, sparsity, pattern)
     yield f"{output['total']['sparsity']:.2%} zeros measured"
     if run["updates_weights"]:
         yield "kept weights were updated"
+
+
+def _goal(run: Run, sparsity: float, pattern: str) -> str:
+    if pattern != "unstructured":
+        return f"{pattern} along the inputs"
+    return f"{sparsity:.1%} of {_WITHIN.get(str(run['group']), str(run['group']))}"
 
 
 def _calibration(output: Run) -> Iterator[str]:

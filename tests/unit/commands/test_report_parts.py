@@ -173,3 +173,7 @@ def test_facts_tell_what_is_recorded_and_nothing_else() -> None:
         "Perplexity": [["12.500 on t (3 windows of 8 tokens, each begun with <bos>)"]],
         "Tasks": [["boolq acc 0.500 ± 0.250"]],
     }
+    run |= {"pattern": {"a*": "2:4", "*": "unstructured"}, "sparsity": {"a*": 0.5, "*": 0.3}}
+    assert dict(facts([one]))["Pattern"] == [
+        ["a*: 2:4 along the inputs", "*: 30.0% of each row", "25.00% zeros measured"]
+    ]
