@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
+from lowmem_gblm.commands.recipe import with_recipe
 from lowmem_gblm.commands.request import (
     MAY_CHANGE,
     EvalRequest,
@@ -44,6 +46,7 @@ def prune(
     model: Place,
     output: Place | None = None,
     *,
+    recipe: Place | None = None,
     method: str = "gblm",
     sparsity: Sparsity | Mapping[str, Sparsity] | None = None,
     pattern: Pattern | Mapping[str, Pattern] | None = None,
@@ -84,6 +87,8 @@ def prune(
         model: Folder, Hub id, or "demo".
         output: Folder to create; None with `in_place=True, overwrite_my_only_copy=True`, which
             overwrites the weights of `model` itself.
+        recipe: YAML file, or the pruning.json of an output: its options stand for those that are
+            left out here, or given as their default.
         method_options: Options of a method of another package, by name.
         listener: Called with a `Tick` after every step, as by `ProgressBar()`.
 
@@ -135,6 +140,7 @@ def plan(asked: dict[str, Any]) -> dict[str, Any]:
     Args:
         model: Folder, Hub id, or "demo".
         output: The folder that would be created; its disk counts.
+        recipe: As for `prune`.
         method_options: Options of a method of another package, by name.
         listener: Not called.
 
@@ -287,7 +293,13 @@ def report(
 
 def _request(asked: Mapping[str, Any]) -> PruneRequest:
     """Return the request that the arguments of `prune` mean."""
-    return prune_request(**{name: value for name, value in asked.items() if name != "listener"})
+    defaults = {name: one.default for name, one in signature(prune).parameters.items()}
+    given = {name: value for name, value in asked.items() if value is not defaults[name]}
+    recipe = given.pop("recipe", None)
+    given.pop("listener", None)
+    return prune_request(
+        **with_recipe(None if recipe is None else as_path("recipe", recipe), given)
+    )
 
 
 def _checked(listener: Any) -> Listener | None:

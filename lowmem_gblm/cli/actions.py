@@ -17,7 +17,7 @@ from lowmem_gblm.cli.console import (
     tensor_lines,
 )
 from lowmem_gblm.cli.interruptions import made
-from lowmem_gblm.cli.options import method_options_of, request_from
+from lowmem_gblm.cli.options import method_options_of, prune_request_from, request_from
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.request import DEMO, MAY_CHANGE, EvalRequest, PruneRequest
 from lowmem_gblm.options import options
@@ -42,8 +42,7 @@ class Outcome(NamedTuple):
 def prune(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Prune a model into a new folder, or in place."""
     output = None if arguments.output is None else Path(arguments.output)
-    request = request_from(PruneRequest, arguments, output=output)
-    return _pruned(request, made(arguments), console)
+    return _pruned(prune_request_from(arguments, output), made(arguments), console)
 
 
 def resume(arguments: argparse.Namespace, console: Console) -> Outcome:
@@ -71,7 +70,7 @@ def plan(arguments: argparse.Namespace, console: Console) -> Outcome:
     with importing():
         from lowmem_gblm.commands.plan import plan_request, prunable_tensors
 
-    request = request_from(PruneRequest, arguments)
+    request = prune_request_from(arguments)
     if arguments.tensors:
         tensors = prunable_tensors(request)
         return Outcome({"model": request.model, "tensors": tensors}, tensor_lines(tensors))

@@ -3,15 +3,21 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.cli.streams import tell
 from lowmem_gblm.cli.usage import METHOD_OPTIONS, Parser, place_of
+from lowmem_gblm.commands.recipe import KEYS, with_recipe
+from lowmem_gblm.commands.request import PruneRequest, prune_request
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.methods import find_method, method_names, option_owners, usable_methods
 from lowmem_gblm.options import flag_of, options, parse_several
 
 _HELP = ("-h", "--help")
+_RECIPE = (
+    "options from a .yaml file or from the pruning.json of an output; those that are typed win"
+)
 
 
 def add_options(
@@ -21,12 +27,13 @@ def add_options(
     only: Sequence[str] | None = None,
     methods: Sequence[str] = (),
     several: bool = False,
+    recipe: bool = False,
 ) -> None:
     """Add a flag for every option of a class, and for those of the `methods`, to a command.
 
-    Their order is that of `usage.GROUPS`.
-    Fields named in `without` get none; where `only` names some, no other field gets one. Options of
-    the methods take `several` values, if asked.
+    Their order is that of `usage.GROUPS`. Fields named in `without` get none; where `only` names
+    some, no other field gets one. Options of the methods take `several` values, if asked. With a
+    `recipe`, an option that it may have has no default: it is there if it was typed.
     """
     for one in sorted(options(kind), key=lambda one: place_of(one.name)):
         if one.name in without or (only is not None and one.name not in only):
@@ -34,7 +41,12 @@ def add_options(
         help = one.metadata["help"]
         if one.name in ("method", "methods"):
             help = f"{help}, of {', '.join(method_names())}"
-        _add(command.group_of(one.name), one, default=one.default, help=help)
+        open_to_recipe = recipe and one.name in KEYS
+        default = argparse.SUPPRESS if open_to_recipe else one.default
+        _add(command.group_of(one.name), one, default=default, help=help)
+    if recipe:
+        group = command.group_of("recipe")
+        group.add_argument("--recipe", metavar="FILE", type=Path, help=_RECIPE)
     if methods:
         _add_method_options(command, methods, several=several)
 
@@ -119,10 +131,22 @@ def _add_several(
 
 def request_from(kind: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
     """Return the request that was typed; `more` are fields that no flag gives."""
-    values = {one.name: getattr(arguments, one.name, one.default) for one in options(kind)}
+    values = _typed_values(kind, arguments)
     if "method_options" in {one.name for one in fields(kind)}:
         values["method_options"] = method_options_of(arguments)
     return kind(model=arguments.model, **values | more)
+
+
+def prune_request_from(arguments: argparse.Namespace, output: Path | None = None) -> PruneRequest:
+    """Return the request that was typed for a command that takes a recipe."""
+    typed = _typed_values(PruneRequest, arguments) | method_options_of(arguments)
+    return prune_request(arguments.model, output, **with_recipe(arguments.recipe, typed))
+
+
+def _typed_values(kind: type[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a class that were typed, or have a default of the command line."""
+    names = [one.name for one in options(kind) if hasattr(arguments, one.name)]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _typed(parse: Callable[[str], Any], *, several: bool = False) -> Callable[[str], Any]:

@@ -97,7 +97,7 @@ def _add_prune(commands: Commands, methods: Sequence[str]) -> None:
         "output", metavar="OUTPUT", nargs="?", help="folder to create; none with --in-place"
     )
     command.last = "output"
-    add_options(command, PruneRequest, methods=methods)
+    add_options(command, PruneRequest, methods=methods, recipe=True)
 
 
 def _add_resume(commands: Commands) -> None:
@@ -116,7 +116,7 @@ def _add_plan(commands: Commands, methods: Sequence[str]) -> None:
     tensors.add_argument(
         "--tensors", action="store_true", help="only list the tensors that would be pruned"
     )
-    add_options(command, PruneRequest, methods=methods)
+    add_options(command, PruneRequest, methods=methods, recipe=True)
 
 
 def _add_eval(commands: Commands) -> None:

@@ -14,7 +14,8 @@ METHOD_OPTIONS = "options of methods"
 # Of every option the group in the help, in the order in which the help has them.
 GROUPS = {
     "what to prune": (
-        "method", "methods", "sparsity", "pattern", "on_ragged", "include", "exclude", "tensors",
+        "method", "methods", "sparsity", "pattern", "on_ragged", "include", "exclude", "recipe",
+        "tensors",
     ),
     METHOD_OPTIONS: (),
     "texts and samples": (

@@ -106,6 +106,15 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
             )
 
 
+def as_options(rules: Sequence[Rule]) -> dict[str, Any]:
+    """Return the options that mean these rules, as texts: one value of each, or one by glob."""
+    found: dict[str, dict[str, str]] = {}
+    for rule in rules:
+        value = rule.pattern if isinstance(rule.pattern, NofM) else rule.pattern.sparsity
+        found.setdefault(rule.option, {})[rule.glob] = str(value)
+    return {name: one.get(EVERY) if list(one) == [EVERY] else one for name, one in found.items()}
+
+
 def described(rules: Sequence[Rule]) -> dict[str, Any]:
     """Return sparsity and pattern as they are recorded: one of each, or one of each by glob."""
     sparsity = {rule.glob: float(rule.pattern.sparsity) for rule in rules}

@@ -62,7 +62,7 @@ TYPES: dict[Any, Any] = {
 }
 IN_PLACE = {"in_place", "overwrite_my_only_copy", "in_place_shared"}
 STATISTICS = {"save_statistics", "statistics_dtype", "statistics"}
-OTHERS = {"model", "output", "folder", "work_folder", "method_options", "listener"}
+OTHERS = {"recipe", "model", "output", "folder", "work_folder", "method_options", "listener"}
 
 
 def declared(*kinds: type[Any]) -> dict[str, Field[Any]]:
@@ -159,6 +159,11 @@ WRONG: dict[Any, list[Any]] = {
     "choices": ["other", 5, None, [], ("auto",)],
     "repeat": [5, [5], None, {"a": 1}],
 }
+WRONG[as_alpha] = [*WRONG[float], "much", b"auto"]
+WRONG[as_alpha].remove("5")
+# By glob over the names of tensors, too.
+for by_glob, one in ((as_sparsities, as_sparsity), (as_patterns, as_pattern)):
+    WRONG[by_glob] = [*WRONG[one], {}, {5: WRONG[one][0]}, *({"*": value} for value in WRONG[one])]
 WRONG[as_calibration] += [
     [[1]],
     [[-1, 2]],

@@ -71,6 +71,14 @@ def test_the_python_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(blocks("python")[0], {})
 
 
+def test_the_recipe_prunes(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(next(one for one in blocks("yaml") if "sparsity" in one))
+    output, size = tmp_path / "out", {"nsamples": 2, "seqlen": 32}
+    record = lowmem_gblm.prune("demo", output, recipe=tmp_path / "recipe.yaml", **size)
+    assert (record["alpha"], record["pattern"]["*.self_attn.*"]) == (30, "2:4")
+    assert lowmem_gblm.verify(output, "demo")["pruned_tensors"] == 28
+
+
 def test_the_example_of_a_method_decides() -> None:
     namespace: dict[str, object] = {}
     exec(blocks("python")[1], namespace)

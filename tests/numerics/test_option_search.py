@@ -54,7 +54,7 @@ class Case:
         drawn = calibration_samples(
             text, lambda text: tokenizer(text)["input_ids"], seed=0, held_out=WINDOWS, **SIZE
         )
-        return drawn[SIZE["nsamples"] :]
+        return drawn.tokens_NT[SIZE["nsamples"] :]
 
     def loss(self, pruned: Path) -> float:
         """The mean loss of the windows in a pruned model, which transformers holds in memory."""
@@ -212,3 +212,9 @@ def test_a_method_that_cannot_be_searched_is_named(
     monkeypatch.setattr("lowmem_gblm.commands.prune.scope.find_method", lambda name: method)
     with pytest.raises(RequestError, match="the method wanda lets a run choose among"):
         plan_request(prune_request(str(llama), method="wanda", seqlen=16))
+
+
+def test_nothing_is_held_out_of_calibration_in_memory(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with pytest.raises(RequestError, match="chosen by windows held out of a text: name a file or"):
+        lowmem_gblm.prune(model, tmp_path / "out", calibration=["a text " * 99], alpha="auto")

@@ -8,6 +8,7 @@ from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understo
 from lowmem_gblm.commands.prune.reuse import reuse_notes, rounded_to
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.prune.setup import PruneSetup
+from lowmem_gblm.commands.recipe import recipe_of
 from lowmem_gblm.planning.sizes import stores
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.accelerator import peak_bytes
@@ -25,10 +26,11 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
     numel = sum(math.prod(one["shape"]) for one in pruner.tensors.values())
     names = [name for name in run.checkpoint.tensors if name in pruner.tensors]
     tensors = {name: pruner.tensors[name] for name in names}
-    device = run.model.device
+    device, understood = run.model.device, asked_and_understood(scope)
     return {
         "model": scope.request.model,
-        **asked_and_understood(scope),
+        "recipe": recipe_of(scope.request, understood),
+        **understood,
         "group": scope.method.group,
         "updates_weights": scope.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,

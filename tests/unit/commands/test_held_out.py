@@ -48,8 +48,8 @@ def test_windows_overlap_neither_samples_nor_each_other(
 def test_they_follow_the_samples_of_a_text(bos: int | None) -> None:
     text = Text(counting(0, 1000), "t")
     options = {"nsamples": 6, "seqlen": 20, "seed": 3, "bos": bos}
-    alone = calibration_samples(text, words, **options)
-    drawn = calibration_samples(text, words, **options, held_out=8)
+    alone = calibration_samples(text, words, **options).tokens_NT
+    drawn = calibration_samples(text, words, **options, held_out=8).tokens_NT
     assert drawn[:6].equal(alone)
     windows = drawn[6:, bos is not None :]
     assert len(windows) == 8
@@ -62,8 +62,8 @@ def test_they_are_of_documents_that_no_sample_is_of() -> None:
     rows = [counting(1000 * number, 30 if number % 2 else 5) for number in range(24)]
     documents = Documents(rows, "d")
     options = {"nsamples": 4, "seqlen": 20, "seed": 1}
-    alone = calibration_samples(documents, words, **options)
-    drawn = calibration_samples(documents, words, **options, held_out=8)
+    alone = calibration_samples(documents, words, **options).tokens_NT
+    drawn = calibration_samples(documents, words, **options, held_out=8).tokens_NT
     assert drawn[:4].equal(alone)
     used = set((alone[:, 0] // 1000).tolist())
     held_out = (drawn[4:, 0] // 1000).tolist()
@@ -71,6 +71,17 @@ def test_they_are_of_documents_that_no_sample_is_of() -> None:
     assert not used & set(held_out)
     with pytest.raises(RequestError, match=r"beside the calibration samples d has \d+ windows of"):
         calibration_samples(documents, words, **options, held_out=12)
+
+
+def test_they_follow_packed_samples_and_repeat_no_document() -> None:
+    documents = Documents([counting(1000 * number, 12) for number in range(16)], "d")
+    options = {"nsamples": 3, "seqlen": 16, "seed": 1, "packing": True}
+    alone = calibration_samples(documents, words, **options).tokens_NT
+    drawn = calibration_samples(documents, words, **options, held_out=8).tokens_NT
+    assert drawn[:3].equal(alone)
+    assert len(drawn.unique()) == drawn.numel()
+    with pytest.raises(RequestError, match="d has 9 windows of 16 tokens, and 10 are needed"):
+        calibration_samples(documents, words, **options, held_out=10)
 
 
 def test_one_for_eight_samples_is_held_out() -> None:
