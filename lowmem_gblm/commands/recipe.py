@@ -28,7 +28,7 @@ KEYS = {
     if one.metadata["identity"] and one.name not in _NO_KEYS
 }
 _GOAL = {"sparsity", "pattern"}
-_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+_KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -45,7 +45,7 @@ def recipe_of(request: PruneRequest, understood: Mapping[str, Any]) -> dict[str,
 
 
 def with_recipe(recipe: str | PathLike[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are `given`, and those of a recipe that they leave open.
+    """Return the options that are `given`, and those of a recipe that are not; None gives none.
 
     A sparsity or a pattern that is given stands for both. Options of the recipe's method that a
     given method lacks are left out.
@@ -53,6 +53,7 @@ def with_recipe(recipe: str | PathLike[str] | None, given: Mapping[str, Any]) ->
     if recipe is None:
         return dict(given)
     found = read_recipe(Path(recipe))
+    given = {name: value for name, value in given.items() if value is not None}
     if _GOAL & given.keys():
         found = {name: value for name, value in found.items() if name not in _GOAL}
     if "method" in given:
@@ -91,25 +92,31 @@ def _unknown(path: Path, name: str, method: str) -> RequestError:
 
 
 def _parsed(path: Path, one: Field[Any], value: Any) -> Any:
-    """Return the value of an option as if it was typed; globs may have a value each."""
+    """Return the value of an option: what its text means when it is typed, or a number of JSON.
+
+    Globs may have a value each.
+    """
     if isinstance(value, dict) and one.name in _GOAL:
-        return {glob: _text(path, one.name, each) for glob, each in value.items()}
+        return {glob: _single(path, one.name, each) for glob, each in value.items()}
     if isinstance(value, list) and one.metadata["repeat"]:
-        return [_text(path, one.name, each) for each in value]
-    text, parse = _text(path, one.name, value), one.metadata["parse"]
+        return [_single(path, one.name, each) for each in value]
+    found, parse = _single(path, one.name, value), one.metadata["parse"]
     try:
-        return _BOOLEANS[text.lower()] if parse is bool else parse(text)
+        if parse is bool:
+            return _BOOLEANS[str(found).lower()]
+        return parse(str(found)) if isinstance(found, str) or parse in _KINDS else found
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
     except (ValueError, KeyError):
         kind = _KINDS.get(parse, "a value as it is typed")
-        raise RequestError(f"{path}: {one.name} must be {kind}; got {shown(repr(text))}") from None
+        said = f"{path}: {one.name} must be {kind}; got {shown(repr(found))}"
+        raise RequestError(said) from None
 
 
-def _text(path: Path, name: str, value: Any) -> str:
-    """Return a single value as it is typed."""
-    if value in (None, "") or isinstance(value, (dict, list)):
+def _single(path: Path, name: str, value: Any) -> str | float:
+    """Return a value that is a text or a number."""
+    if value in (None, "") or not isinstance(value, str | float | int):
         raise RequestError(
             f"{path}: {name} cannot be {shown_value(value)}: give one value, or leave out the key"
         )
-    return str(value)
+    return value

@@ -98,7 +98,7 @@ def test_a_recipe_says_what_is_typed_otherwise(written) -> None:
 @pytest.mark.parametrize(
     ("given", "left"),
     [
-        ({"nsamples": 128}, {"nsamples": 128}),
+        ({"nsamples": 128, "sparsity": None}, {"nsamples": 128}),
         ({"sparsity": "0.5"}, {"sparsity": "0.5", "pattern": None}),
         ({"pattern": "2:4"}, {"sparsity": None, "pattern": "2:4"}),
         ({"exclude": ["*.1.*"]}, {"exclude": ["*.1.*"]}),
@@ -130,6 +130,9 @@ def test_the_command_line_wins_with_a_default_too(
     names = ("method", "sparsity", "pattern", "seed", "seqlen", "activations")
     found = [record[name] for name in names]
     assert found == ["magnitude", 0.5, "unstructured", 0, 16, "pruned"]
+    given = {"seed": 0, "activations": "pruned"}
+    record = lowmem_gblm.prune(small, tmp_path / "again", recipe=path, **given)
+    assert [record[name] for name in names] == ["magnitude", 0.5, "2:4", 0, 16, "pruned"]
     capsys.readouterr()
     assert main(["plan", str(small), "--recipe", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"] == ["prune"]
@@ -177,7 +180,7 @@ def test_what_is_no_recipe_is_refused(text: str, sentence: str, written) -> None
     ("text", "sentence"),
     [
         ('{"seed": null}', "seed cannot be None: give one value, or leave out the key"),
-        ('{"seed": true}', "seed must be an integer; got 'True'"),
+        ('{"seed": true}', "seed must be an integer; got True"),
         ('{"seed": 1, "seed": 2}', "cannot be read: a name occurs twice: seed"),
         ('{"tensors": {}}', "is the record of a version of lowmem-gblm without recipes"),
         ('{"tensors": {}, "recipe": 3}', "must hold options, as sparsity: 0.5"),
@@ -195,16 +198,27 @@ def test_a_recipe_that_cannot_be_read_is_a_bad_request(
     assert "nowhere.yaml cannot be read: No such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("1", None)])
-def test_a_flag_is_true_or_false(
-    text: str, value: bool | None, written, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("recipe.yaml", "in_place: true\ndisk: 5GB", {"in_place": True, "disk": 5_000_000_000}),
+        ("recipe.json", '{"in_place": false, "disk": 5}', {"in_place": False, "disk": 5}),
+        ("recipe.yaml", "in_place: 1", "in_place must be true or false; got '1'"),
+        ("recipe.yaml", "disk: 5", "a size needs a unit"),
+    ],
+)
+def test_flags_and_sizes(
+    name: str,
+    text: str,
+    expected: dict[str, Any] | str,
+    written,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No option of a recipe is a flag as yet; one of another package's method may be."""
-    flag = next(one for one in options(PruneRequest) if one.name == "in_place")
-    monkeypatch.setitem(recipe.KEYS, "in_place", flag)
-    path = written(f"in_place: {text}")
-    if value is None:
-        with pytest.raises(RequestError, match="in_place must be true or false; got '1'"):
-            read_recipe(path)
+    """No option of a recipe is one as yet; those of another package's method may be."""
+    for one in options(PruneRequest):
+        monkeypatch.setitem(recipe.KEYS, one.name, one)
+    if isinstance(expected, dict):
+        assert read_recipe(written(text, name)) == expected
     else:
-        assert read_recipe(path) == {"in_place": value}
+        with pytest.raises(RequestError, match=expected):
+            read_recipe(written(text, name))

@@ -96,6 +96,10 @@ def test_saved_statistics_serve_any_sparsity(prune: Prune, tmp_path: Path) -> No
     prune("saving", save_statistics=saved, **DENSE)
     taken = prune("taken", statistics=saved, **DENSE | BY_GLOB)
     assert content(taken) == content(measured)
+    recipes = [
+        json.loads((one / "pruning.json").read_text())["recipe"] for one in (taken, measured)
+    ]
+    assert recipes[0] == recipes[1]
 
 
 def test_globs_in_another_order_are_another_job(prune: Prune, tmp_path: Path) -> None:
