@@ -7,7 +7,6 @@
 The folder has its name only when it is complete (`pending_folder`).
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from torch import Tensor
 from lowmem_gblm.errors import CheckpointError, JobError, shown
 from lowmem_gblm.storage.atomic import publish_json
 from lowmem_gblm.storage.checkpoint.checksums import check_hashes, hash_violations
-from lowmem_gblm.storage.checkpoint.header import TensorEntry, read_header
+from lowmem_gblm.storage.checkpoint.header import TensorEntry, new_entry, read_header
 from lowmem_gblm.storage.checkpoint.reader import read_tensor
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.checkpoint.writer import publish_shard, tensor_data
@@ -70,17 +69,7 @@ class StatisticsWriter:
         """
         assert self._folder is not None, "a step of a run whose statistics are published"
         path = self._folder.path / _file_name(index)
-        entries = [
-            TensorEntry(
-                name=name,
-                dtype=dtype,
-                shape=shape,
-                file=path,
-                offset=0,
-                nbytes=math.prod(shape) * dtype.itemsize,
-            )
-            for name, (dtype, shape) in layout.items()
-        ]
+        entries = [new_entry(path, name, dtype, shape) for name, (dtype, shape) in layout.items()]
         pieces = checked(tensor_data(entries, tensors), check)
         holds = f"the statistics of block {index}"
         self._files[path.name] = publish_shard(path, entries, pieces, holds)

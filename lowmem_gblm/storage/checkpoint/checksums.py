@@ -21,15 +21,18 @@ def check_hashes(shards: Any) -> None:
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"not shards with their hashes: {shown_value(shards)}")
     for name, described in shards.items():
-        valid = (
-            Path(name).name == name
-            and isinstance(described, dict)
-            and type(described.get("bytes")) is int
-            and isinstance(described.get("sha256"), str)
-            and _SHA256.fullmatch(described["sha256"])
-        )
-        if not valid:
+        if Path(name).name != name or not is_summary(described):
             raise ValueError(f"not a shard with its hash: {shown_value({name: described})}")
+
+
+def is_summary(value: Any) -> bool:
+    """Return whether a value is a size and a hash, as `raw_io.summary` returns them."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("bytes")) is int
+        and isinstance(value.get("sha256"), str)
+        and _SHA256.fullmatch(value["sha256"]) is not None
+    )
 
 
 def hash_violations(folder: Path, shards: Mapping[str, Any]) -> Iterator[str]:

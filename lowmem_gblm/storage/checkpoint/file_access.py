@@ -27,6 +27,7 @@ MARKER_FILE = "PRUNING-IN-PLACE"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",
 }  # fmt: skip
+_MARKS = {MARK, MARKER_FILE}
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -60,15 +61,23 @@ def ordinary_file(folder: Path, path: Path) -> int:
 def side_files(folder: Path) -> Iterator[Path]:
     """Yield all files but weights, such as config, tokenizer, generation config and licence.
 
-    Left out are caches, version control, folders that this tool writes or has written, linked
-    folders and the record of the model's own pruning. Raises OSError if a folder is gone or cannot
-    be listed: its files would be left out silently.
+    The record of the model's own pruning is left out, and what `all_files` leaves out.
+    """
+    return (path for path in all_files(folder) if not _is_no_side_file(path.name))
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    """Yield all files of a model folder.
+
+    Left out are marks of this tool, caches, version control, folders that this tool writes or has
+    written, and linked folders. Raises OSError if a folder is gone or cannot be listed: its files
+    would be left out silently.
     """
     for place, folders, files in os.walk(folder, onerror=_not_listed):
         inside = [Path(place, name) for name in sorted(set(folders) - _SKIPPED_FOLDERS)]
         ours = (MARK, RECORD)
         folders[:] = [one.name for one in inside if not any((one / name).exists() for name in ours)]
-        yield from (Path(place, name) for name in sorted(files) if not _is_no_side_file(name))
+        yield from (Path(place, name) for name in sorted(files) if name not in _MARKS)
 
 
 def _not_listed(error: OSError) -> NoReturn:
@@ -76,7 +85,7 @@ def _not_listed(error: OSError) -> NoReturn:
 
 
 def _is_no_side_file(name: str) -> bool:
-    made = name.endswith(".index.json") or name in (MARK, MARKER_FILE, RECORD)
+    made = name.endswith(".index.json") or name == RECORD
     return made or Path(name).suffix in WEIGHT_SUFFIXES
 
 

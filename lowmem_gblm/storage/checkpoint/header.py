@@ -49,12 +49,22 @@ class TensorEntry:
     nbytes: int
 
 
+def new_entry(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorEntry:
+    """Return the description of a tensor that is to be written to `path`; its offset is unset."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, offset=0, nbytes=nbytes)
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file of a model folder, by name."""
+    return parse_header(path, read_header_text(path), ordinary_file(path.parent, path))
+
+
+def read_header_text(path: Path) -> bytes:
+    """Return the JSON text of the header of a safetensors file of a model folder."""
     size = ordinary_file(path.parent, path)
     with open(path, "rb") as file:
-        length = header_length(path, file.read(_LENGTH_BYTES), size)
-        return parse_header(path, file.read(length), size)
+        return file.read(header_length(path, file.read(_LENGTH_BYTES), size))
 
 
 def header_length(path: Path, beginning: bytes, size: int) -> int:

@@ -21,7 +21,8 @@ from lowmem_gblm.storage.raw_io import opened, read_at
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_PIECE_BYTES = 1 << 24
+# A multiple of 64: pieces of a tensor of any dtype hold a multiple of 8 numbers.
+TENSOR_PIECE_BYTES = 1 << 24
 _PIECE_NUMBERS = 1 << 15
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -106,13 +107,18 @@ class Checkpoint:
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in pieces, each valid until the next one is asked for."""
-        entry = self.tensors[name]
-        buffer = torch.empty(min(entry.nbytes, _PIECE_BYTES), dtype=torch.uint8)
-        for start in range(0, entry.nbytes, _PIECE_BYTES):
-            part = buffer[: entry.nbytes - start]
-            _read_fully(entry, part, start)
-            self.bytes_read += len(part)
-            yield raw_bytes(part)
+        for piece in tensor_pieces(self.tensors[name]):
+            self.bytes_read += len(piece)
+            yield piece
+
+
+def tensor_pieces(entry: TensorEntry) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in pieces, each valid until the next one is asked for."""
+    buffer = torch.empty(min(entry.nbytes, TENSOR_PIECE_BYTES), dtype=torch.uint8)
+    for start in range(0, entry.nbytes, TENSOR_PIECE_BYTES):
+        part = buffer[: entry.nbytes - start]
+        _read_fully(entry, part, start)
+        yield raw_bytes(part)
 
 
 def read_tensor(entry: TensorEntry, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,6 +126,13 @@ def read_tensor(entry: TensorEntry, into: torch.Tensor | None = None) -> torch.T
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8) if into is None else into
     _read_fully(entry, buffer)
     return buffer.view(entry.dtype).view(entry.shape)
+
+
+def read_piece(entry: TensorEntry, start: int, nbytes: int) -> memoryview:
+    """Return `nbytes` bytes of a tensor from its byte `start` on."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    _read_fully(entry, buffer, start)
+    return raw_bytes(buffer)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
