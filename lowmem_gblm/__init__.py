@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 from lowmem_gblm.errors import LowmemGblmError
 
 if TYPE_CHECKING:
-    from lowmem_gblm.api import compare, evaluate, plan, prune, report, resume, verify
+    from lowmem_gblm.api.outputs import pack, report, unpack, verify
+    from lowmem_gblm.api.runs import compare, evaluate, plan, prune, resume
     from lowmem_gblm.commands.request import EvalRequest, PruneRequest
     from lowmem_gblm.runtime.progress import Listener, Tick
     from lowmem_gblm.runtime.progress_bar import ProgressBar
@@ -45,19 +46,20 @@ __all__ = [
     "Tick",
     "compare",
     "evaluate",
+    "pack",
     "plan",
     "prune",
     "report",
     "resume",
+    "unpack",
     "verify",
 ]
 
 # Modules of names that are imported on first use, so that `lowmem-gblm --help` is fast. No module
 # may have the name of a function, or importing it would hide the function.
 _MODULES = {
-    **dict.fromkeys(
-        ("compare", "evaluate", "plan", "prune", "report", "resume", "verify"), "lowmem_gblm.api"
-    ),
+    **dict.fromkeys(("compare", "evaluate", "plan", "prune", "resume"), "lowmem_gblm.api.runs"),
+    **dict.fromkeys(("pack", "report", "unpack", "verify"), "lowmem_gblm.api.outputs"),
     "EvalRequest": "lowmem_gblm.commands.request",
     "Listener": "lowmem_gblm.runtime.progress",
     "ProgressBar": "lowmem_gblm.runtime.progress_bar",

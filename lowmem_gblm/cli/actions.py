@@ -12,9 +12,11 @@ from lowmem_gblm.cli.completion import script
 from lowmem_gblm.cli.console import (
     Console,
     evaluation_lines,
+    pack_lines,
     plan_lines,
     prune_lines,
     tensor_lines,
+    unpack_lines,
 )
 from lowmem_gblm.cli.interruptions import made
 from lowmem_gblm.cli.options import method_options_of, prune_request_from, request_from
@@ -110,6 +112,24 @@ def report(arguments: argparse.Namespace, console: Console) -> Outcome:
     result = run(arguments.output, arguments.against, arguments.html, console)
     written = [f"the report is {arguments.html}"] if arguments.html else []
     return Outcome(result, [*result["headlines"], *written])
+
+
+def pack(arguments: argparse.Namespace, console: Console) -> Outcome:
+    """Store a checkpoint without its zeros."""
+    with importing():
+        from lowmem_gblm.commands.pack import pack as run
+
+    result = run(arguments.output, Path(arguments.packed), console)
+    return Outcome(result, pack_lines(result))
+
+
+def unpack(arguments: argparse.Namespace, console: Console) -> Outcome:
+    """Restore a packed checkpoint."""
+    with importing():
+        from lowmem_gblm.commands.pack import unpack as run
+
+    result = run(arguments.packed, Path(arguments.output), console)
+    return Outcome(result, unpack_lines(result))
 
 
 def compare(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -205,6 +205,24 @@ def _four(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else ""
 
 
+def pack_lines(result: dict[str, Any]) -> list[str]:
+    """Return the line that `pack` prints when it is done."""
+    before, after = result["bytes"], result["packed_bytes"]
+    return [
+        f"packed {result['masked_tensors']} of {result['tensors']} tensors: "
+        f"{gibibytes(before)} became {gibibytes(after)}, {after / before:.2%}; the packed "
+        f"checkpoint is {result['packed']}"
+    ]
+
+
+def unpack_lines(result: dict[str, Any]) -> list[str]:
+    """Return the line that `unpack` prints when it is done."""
+    return [
+        f"unpacked {result['files']} files, {gibibytes(result['bytes'])}, each with the SHA-256 "
+        f"that it had before; the checkpoint is {result['output']}"
+    ]
+
+
 def table_lines(lines: Sequence[tuple[str, ...]], left: Sequence[int]) -> list[str]:
     """Return lines of aligned cells; `left` are the columns of text."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

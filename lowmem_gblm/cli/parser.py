@@ -49,6 +49,8 @@ def _parser(methods: Sequence[str]) -> Parser:
     _add_compare(commands, methods)
     _add_verify(commands)
     _add_report(commands)
+    _add_pack(commands)
+    _add_unpack(commands)
     _add_demo(commands)
     _add_completion(commands, parser)
     return parser
@@ -160,6 +162,19 @@ def _add_report(commands: Commands) -> None:
     )
     html = command.group_of("html")
     html.add_argument("--html", metavar="FILE", type=Path, help="the page to write [none]")
+
+
+def _add_pack(commands: Commands) -> None:
+    command = _command(commands, "pack", actions.pack, "store a checkpoint without its zeros")
+    _takes_output(command)
+    command.add_argument("packed", metavar="PACKED", help="folder to create")
+
+
+def _add_unpack(commands: Commands) -> None:
+    help = "restore what was packed, byte for byte"
+    command = _command(commands, "unpack", actions.unpack, help)
+    command.add_argument("packed", metavar="PACKED", help="folder made by pack")
+    command.add_argument("output", metavar="OUTPUT", help="folder to create")
 
 
 def _add_demo(commands: Commands) -> None:

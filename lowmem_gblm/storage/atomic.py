@@ -109,7 +109,7 @@ def _check_still_absent(final: Path) -> None:
     if os.path.lexists(final):
         raise JobError(
             f"{final} exists by now: another process made it during the run. Move it away, "
-            f"then give the same command again; what is done is kept"
+            f"then give the same command again; finished steps of a job are kept"
         )
 
 

@@ -24,7 +24,7 @@ from lowmem_gblm.storage.locking import OwnedFolder
 from support.crashes import ctrl_c
 from support.tiny_models import sample_text, save_tiny
 
-COMMANDS = ("prune", "plan", "eval", "compare", "verify", "report", "demo")
+COMMANDS = ("prune", "plan", "eval", "compare", "verify", "report", "pack", "unpack", "demo")
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 

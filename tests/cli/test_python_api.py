@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import lowmem_gblm
-from lowmem_gblm import ProgressBar, Tick, api
+from lowmem_gblm import ProgressBar, Tick
+from lowmem_gblm.api import runs
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.pattern_rules import as_patterns, as_sparsities
 from lowmem_gblm.commands.request import MAY_CHANGE, EvalRequest, PruneRequest, to_json
@@ -94,7 +95,7 @@ def type_of(one: Field[Any]) -> Any:
 def test_parameters_are_the_options(function: Callable[..., Any]) -> None:
     """Names, types and defaults; None stands for the default of a method."""
     expected = FUNCTIONS[function]
-    names = {**vars(api), "Calibration": Calibration, "Listener": Listener}
+    names = {**vars(runs), "Calibration": Calibration, "Listener": Listener}
     hints = get_type_hints(inspect.unwrap(function), names)
     if function is lowmem_gblm.plan:
         hints = get_type_hints(lowmem_gblm.prune, names)
@@ -197,6 +198,10 @@ MORE: list[tuple[Callable[..., Any], str, list[Any]]] = [
     (lowmem_gblm.report, "output", WRONG_PLACES),
     (lowmem_gblm.report, "against", [5, b"out", "a\0b", [5]]),
     (lowmem_gblm.report, "html", [5, "a\0b", b"page"]),
+    (lowmem_gblm.pack, "output", WRONG_PLACES),
+    (lowmem_gblm.pack, "packed", WRONG_PLACES),
+    (lowmem_gblm.unpack, "packed", WRONG_PLACES),
+    (lowmem_gblm.unpack, "output", WRONG_PLACES),
 ]
 
 
@@ -238,6 +243,8 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, An
         lowmem_gblm.resume: {"work_folder": work},
         lowmem_gblm.evaluate: {"model": model},
         lowmem_gblm.compare: {"model": model, "methods": ["gblm"], "folder": folder / "compared"},
+        lowmem_gblm.pack: {"output": model, "packed": folder / "packed"},
+        lowmem_gblm.unpack: {"packed": model, "output": folder / "unpacked"},
         lowmem_gblm.verify: {"output": folder / "out"},
         lowmem_gblm.report: {"output": folder / "out"},
     }
@@ -361,7 +368,7 @@ FUNCTIONS_ALONE = """
 [mypy]
 follow_imports = skip
 strict = true
-[mypy-lowmem_gblm,lowmem_gblm.api,lowmem_gblm.runtime.progress,lowmem_gblm.runtime.progress_bar,lowmem_gblm.commands.texts,lowmem_gblm.commands.tables,lowmem_gblm.commands.signatures,numbers,os,pathlib,decimal,builtins,typing,collections.*,_typeshed.*,types,abc]
+[mypy-lowmem_gblm,lowmem_gblm.api.*,lowmem_gblm.runtime.progress,lowmem_gblm.runtime.progress_bar,lowmem_gblm.commands.texts,lowmem_gblm.commands.tables,lowmem_gblm.commands.signatures,numbers,os,pathlib,decimal,builtins,typing,collections.*,_typeshed.*,types,abc]
 follow_imports = silent
 """
 

@@ -24,7 +24,8 @@ from lowmem_gblm.runtime.progress import Tick
 from support.crashes import ctrl_c
 
 COMMANDS = [
-    "prune", "resume", "plan", "eval", "compare", "verify", "report", "demo", "completion",
+    "prune", "resume", "plan", "eval", "compare", "verify", "report", "pack", "unpack",
+    "demo", "completion",
 ]  # fmt: skip
 
 

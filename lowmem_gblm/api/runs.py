@@ -1,4 +1,4 @@
-"""The Python API: a function for every command, with the options of the command line as keywords.
+"""Functions that run a model, with the options of the command line as keywords.
 
 Names, types and defaults are stated here for editors, type checkers and `help`; what an option
 means is said once, where it is declared (`options.option`), and is in `help` by way of that.
@@ -6,13 +6,13 @@ means is said once, where it is declared (`options.option`), and is in `help` by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from inspect import signature
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_gblm.api.arguments import Place, checked
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.recipe import with_recipe
 from lowmem_gblm.commands.request import (
@@ -23,14 +23,12 @@ from lowmem_gblm.commands.request import (
     sort_options,
 )
 from lowmem_gblm.commands.signatures import documented, with_arguments_of
-from lowmem_gblm.errors import RequestError, shown_value
 from lowmem_gblm.options import as_path, options
 
 if TYPE_CHECKING:
     from lowmem_gblm.commands.texts import Calibration
     from lowmem_gblm.runtime.progress import Listener
 
-Place = str | PathLike[str]
 # Bytes, or a text such as "24GiB".
 Size = int | str
 Sparsity = str | float | Decimal
@@ -98,7 +96,7 @@ def prune(
     asked = dict(locals())
     from lowmem_gblm.commands.prune.pipeline import prune as run
 
-    return run(_request(asked), _checked(listener))
+    return run(_request(asked), checked(listener))
 
 
 @documented(PruneRequest)
@@ -127,7 +125,7 @@ def resume(
     from lowmem_gblm.commands.prune.resume import find_job
 
     changes = {name: given[name] for name in MAY_CHANGE}
-    return run(find_job(Path(as_path("WORKDIR", work_folder)), **changes), _checked(listener))
+    return run(find_job(Path(as_path("WORKDIR", work_folder)), **changes), checked(listener))
 
 
 @documented(PruneRequest)
@@ -189,7 +187,7 @@ def evaluate(
     from lowmem_gblm.commands.evaluate import evaluate as run
 
     del asked["listener"]
-    return run(EvalRequest(**asked), _checked(listener))
+    return run(EvalRequest(**asked), checked(listener))
 
 
 @documented(Grid, PruneRequest, EvalRequest)
@@ -252,43 +250,7 @@ def compare(
     grid = Grid(**{one.name: asked.pop(one.name) for one in options(Grid)})
     values, given = sort_options(asked)
     place = Path(as_path("the folder", folder))
-    return run(PruneRequest(**values), grid, place, evaluation, given, _checked(listener))
-
-
-def verify(output: Place, against: Place | None = None) -> dict[str, Any]:
-    """Prove that `output` keeps its promises; `against` is the dense model it was pruned from.
-
-    Raises:
-        VerificationError: A promise is broken; names the first violations.
-        LowmemGblmError: A folder cannot be read.
-    """
-    from lowmem_gblm.commands.verify import verify as run
-
-    dense = None if against is None else as_path("against", against)
-    return run(as_path("OUTPUT", output), dense)
-
-
-def report(
-    output: Place, against: Place | Iterable[Place] = (), html: Place | None = None
-) -> dict[str, Any]:
-    """Measure the structure of the masks of `output`, and of others of the same model beside it.
-
-    Args:
-        output: Folder made by `prune`.
-        against: Another such folder, or several.
-        html: File for a page that shows the numbers; an earlier report there is replaced.
-
-    Raises:
-        LowmemGblmError: A folder is no output, or one of another model, or the page cannot be
-            written there.
-    """
-    from lowmem_gblm.commands.report.pipeline import report as run
-
-    others = (
-        against if isinstance(against, Iterable) and not isinstance(against, str) else [against]
-    )
-    page = None if html is None else Path(as_path("html", html))
-    return run(as_path("OUTPUT", output), [as_path("against", one) for one in others], page)
+    return run(PruneRequest(**values), grid, place, evaluation, given, checked(listener))
 
 
 def _request(asked: Mapping[str, Any]) -> PruneRequest:
@@ -300,13 +262,3 @@ def _request(asked: Mapping[str, Any]) -> PruneRequest:
     return prune_request(
         **with_recipe(None if recipe is None else as_path("recipe", recipe), given)
     )
-
-
-def _checked(listener: Any) -> Listener | None:
-    if listener is not None and not callable(listener):
-        raise RequestError(
-            f"the listener must be a function of a Tick, as ProgressBar(); got "
-            f"{shown_value(listener)}"
-        )
-    found: Listener | None = listener
-    return found

@@ -1,0 +1,1 @@
+"""The Python API: a function for every command."""

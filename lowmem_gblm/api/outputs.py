@@ -1,0 +1,98 @@
+"""Functions that read pruned models, and write them in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem_gblm.api.arguments import Place, checked
+from lowmem_gblm.options import as_path
+
+if TYPE_CHECKING:
+    from lowmem_gblm.runtime.progress import Listener
+
+
+def verify(
+    output: Place, against: Place | None = None, *, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Prove that `output` keeps its promises; `against` is the dense model it was pruned from.
+
+    Args:
+        output: Folder made by `prune`.
+        against: The model it was made from, or None.
+        listener: Called with a `Tick` after every step, as by `ProgressBar()`.
+
+    Raises:
+        VerificationError: A promise is broken; names the first violations.
+        LowmemGblmError: A folder cannot be read.
+    """
+    from lowmem_gblm.commands.verify import verify as run
+
+    dense = None if against is None else as_path("against", against)
+    return run(as_path("OUTPUT", output), dense, checked(listener))
+
+
+def report(
+    output: Place,
+    against: Place | Iterable[Place] = (),
+    html: Place | None = None,
+    *,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Measure the structure of the masks of `output`, and of others of the same model beside it.
+
+    Args:
+        output: Folder made by `prune`.
+        against: Another such folder, or several.
+        html: File for a page that shows the numbers; an earlier report there is replaced.
+        listener: Called with a `Tick` after every step, as by `ProgressBar()`.
+
+    Raises:
+        LowmemGblmError: A folder is no output, or one of another model, or the page cannot be
+            written there.
+    """
+    from lowmem_gblm.commands.report.pipeline import report as run
+
+    others = (
+        against if isinstance(against, Iterable) and not isinstance(against, str) else [against]
+    )
+    paths = [as_path("against", one) for one in others]
+    page = None if html is None else Path(as_path("html", html))
+    return run(as_path("OUTPUT", output), paths, page, checked(listener))
+
+
+def pack(output: Place, packed: Place, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Write a checkpoint without its zeros to the new folder `packed`; return sizes and counts.
+
+    Args:
+        output: Folder, or Hub id, of a safetensors checkpoint; it stays as it is.
+        packed: Folder to create. Models cannot be loaded from it.
+        listener: Called with a `Tick` after every shard, as by `ProgressBar()`.
+
+    Raises:
+        LowmemGblmError: A file cannot be read or written, or is not as pruning.json says; nothing
+            is left under the name `packed`.
+    """
+    from lowmem_gblm.commands.pack import pack as run
+
+    place = Path(as_path("PACKED", packed))
+    return run(as_path("OUTPUT", output), place, checked(listener))
+
+
+def unpack(packed: Place, output: Place, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Write the checkpoint that `pack` was given to the new folder `output`, byte for byte.
+
+    Args:
+        packed: Folder made by `pack`, or a Hub id of such.
+        output: Folder to create.
+        listener: Called with a `Tick` after every shard, as by `ProgressBar()`.
+
+    Raises:
+        LowmemGblmError: A file is missing or damaged, which is named, or cannot be written; nothing
+            is left under the name `output`.
+    """
+    from lowmem_gblm.commands.pack import unpack as run
+
+    place = Path(as_path("OUTPUT", output))
+    return run(as_path("PACKED", packed), place, checked(listener))
