@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lowmem_gblm
 from lowmem_gblm.methods.masks import bisected, keep_largest
@@ -54,3 +55,15 @@ def test_selection_on_a_gpu_is_that_of_a_cpu(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes_works_there(kind: str, device: torch.device) -> None:
     check_usable(device, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_products_of_semi_structured_matrices_are_those_of_dense_ones(tmp_path: Path) -> None:
+    lowmem_gblm.prune("demo", tmp_path / "out", method="magnitude", pattern="2:4")
+    shard = load_file(tmp_path / "out" / "model-00001-of-00005.safetensors", device="cuda")
+    weight = shard["model.layers.0.mlp.down_proj.weight"].half()
+    inputs = torch.randn(64, weight.shape[1], device="cuda", dtype=torch.half)
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(inputs, sparse), inputs @ weight.T, atol=1e-2, rtol=1e-2
+    )
