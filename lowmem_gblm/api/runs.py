@@ -77,6 +77,7 @@ def prune(
     cpu_memory: Size | None = None,
     disk: Size | None = None,
     work_dir: Place | None = None,
+    max_shard_size: Size | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Prune `model` into the new folder `output`, or in place; return the content of pruning.json.
@@ -228,6 +229,7 @@ def compare(
     cpu_memory: Size | None = None,
     disk: Size | None = None,
     work_dir: Place | None = None,
+    max_shard_size: Size | None = None,
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Prune `model` in every way of a grid into `folder`, measure each result, and return the rows.

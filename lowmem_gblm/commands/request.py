@@ -23,6 +23,7 @@ from lowmem_gblm.options import (
     checked_options,
     flag_of,
     option,
+    parse_bytes,
     parse_names,
 )
 from lowmem_gblm.planning.globs import as_globs
@@ -31,6 +32,7 @@ from lowmem_gblm.planning.sizes import STORES
 
 DEMO = "demo"
 DEFAULT_SEQLEN = 2048
+DEFAULT_SHARD_BYTES = 5_000_000_000
 # What may be another when a job is resumed.
 MAY_CHANGE = ("device", "gpu_memory", "cpu_memory", "disk", "accept_other_rounding")
 _FOLDERS = ("output", "work_dir", "save_statistics", "statistics")
@@ -115,6 +117,10 @@ class PruneRequest(TextOptions):
         False, "say to --in-place that the files may be those of others, too: links, a Hub cache",
         identity=False, parse=bool,
     )  # fmt: skip
+    max_shard_size: int | None = option(
+        None, "bytes of a shard of OUTPUT at most, as 2GB; a block is never divided [5GB]",
+        parse=parse_bytes, metavar="SIZE",
+    )  # fmt: skip
     include: tuple[str, ...] = option(
         (), "prune only tensors whose name matches (repeatable)", metavar="GLOB", repeat=True
     )
@@ -136,6 +142,8 @@ class PruneRequest(TextOptions):
             raise RequestError(f"--nsamples must be at least 1; got {self.nsamples}")
         if self.seqlen is not None and self.seqlen < 2:
             raise RequestError(f"--seqlen must be at least 2 tokens; got {self.seqlen}")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise RequestError(f"--max-shard-size must be at least 1B; got {self.max_shard_size}")
         self._check_place()
         self._check_statistics()
         self._check_names()
@@ -162,6 +170,8 @@ class PruneRequest(TextOptions):
                 f"--in-place overwrites {self.model} itself: give that, or the OUTPUT "
                 f"{self.output}, not both"
             )
+        elif self.max_shard_size is not None:
+            raise RequestError("--in-place keeps the shards of MODEL: leave out --max-shard-size")
         elif self.model == DEMO:
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
 
@@ -200,6 +210,11 @@ class PruneRequest(TextOptions):
     def rules(self) -> tuple[Rule, ...]:
         """Return what `sparsity`, `pattern` and `on_ragged` mean together."""
         return pattern_rules(self.sparsity, self.pattern, keep_ragged_tail=self.on_ragged == "keep")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Return the most bytes of a shard of the output."""
+        return self.max_shard_size or DEFAULT_SHARD_BYTES
 
     @property
     def calibration_text(self) -> str:

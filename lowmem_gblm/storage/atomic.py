@@ -43,6 +43,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
+def name_file(path: Path) -> None:
+    """Give a file that is durable under its temporary name its final one."""
+    os.rename(temporary_name(path), path)
+    flush_folder(path.parent)
+
+
 class PendingFile:
     """A file that is written piece by piece, and has its name only when it is complete.
 
@@ -73,8 +79,7 @@ class PendingFile:
         """Give the file its name; nothing can be written any more."""
         with blamed(self._path, self._holds):
             os.fsync(self._descriptor)
-            os.rename(self._temporary, self._path)
-            flush_folder(self._path.parent)
+            name_file(self._path)
         self._close()
 
     def discard(self) -> None:

@@ -32,12 +32,8 @@ from lowmem_gblm.storage.atomic import publish_json
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD, named
 from lowmem_gblm.storage.checkpoint.header import TensorEntry, read_header
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
-from lowmem_gblm.storage.checkpoint.writer import (
-    CheckpointWriter,
-    publish_shard,
-    shard_summary,
-    tensor_data,
-)
+from lowmem_gblm.storage.checkpoint.shard import publish_shard, shard_summary, tensor_data
+from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.disk_errors import blamed
 from lowmem_gblm.storage.in_place_marker import remove_marker, write_marker
 from lowmem_gblm.storage.job import Job

@@ -16,11 +16,17 @@ from lowmem_gblm.storage.disk_errors import blamed
 from lowmem_gblm.storage.raw_io import opened
 
 MARK = ".lowmem-gblm"
+# The unit of `st_blocks`, whatever the file system.
+_DISK_BLOCK_BYTES = 512
 
 
 def size_on_disk(folder: Path) -> int:
-    """Return the bytes of all files in a folder; 0 if the folder does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Return the bytes that all files in a folder take; 0 if the folder does not exist.
+
+    What has not been written yet of a file takes nothing.
+    """
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(min(one.st_size, one.st_blocks * _DISK_BLOCK_BYTES) for one in found)
 
 
 class OwnedFolder:

@@ -20,7 +20,7 @@ Bytes = bytes | memoryview
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Open a file or folder; the body gets its descriptor."""
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor
     finally:
@@ -53,6 +53,13 @@ def file_pieces(path: Path, holds: str = "") -> Iterator[bytes]:
     with open(path, "rb") as file, blamed(path, holds):
         while piece := file.read(PIECE_BYTES):
             yield piece
+
+
+def pieces_between(descriptor: int, start: int, end: int) -> Iterator[Bytes]:
+    """Yield the bytes of an open file between two offsets in pieces; fewer if it ends before."""
+    for offset in range(start, end, PIECE_BYTES):
+        piece = memoryview(bytearray(min(PIECE_BYTES, end - offset)))
+        yield piece[: read_at(descriptor, piece, offset)]
 
 
 def checked(pieces: Iterable[Bytes], check: Callable[[], None]) -> Iterator[Bytes]:

@@ -21,8 +21,8 @@ from lowmem_gblm.storage.atomic import publish_json
 from lowmem_gblm.storage.checkpoint.checksums import check_hashes, hash_violations
 from lowmem_gblm.storage.checkpoint.header import TensorEntry, new_entry, read_header
 from lowmem_gblm.storage.checkpoint.reader import read_tensor
+from lowmem_gblm.storage.checkpoint.shard import publish_shard, tensor_data
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
-from lowmem_gblm.storage.checkpoint.writer import publish_shard, tensor_data
 from lowmem_gblm.storage.locking import MARK
 from lowmem_gblm.storage.pending_folder import PendingFolder, partial_folder
 from lowmem_gblm.storage.raw_io import checked, file_pieces, summary

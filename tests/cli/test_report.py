@@ -39,6 +39,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callab
             save_tiny(architecture, folder / architecture, blocks=2)
         if not (folder / name).exists():
             size = {"nsamples": 2, "seqlen": 32, "calibration": str(text_file)}
+            size["max_shard_size"] = 1
             model = folder / architecture
             lowmem_gblm.prune(model, folder / name, method=method, **size, **options)
         return folder / name

@@ -20,6 +20,7 @@ from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning import planner
 from lowmem_gblm.planning.sizes import Choices
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
+from lowmem_gblm.storage.checkpoint.header import read_header
 from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_at
 from support.tiny_models import save_tiny
 
@@ -92,6 +93,8 @@ def test_killed_between_two_durable_steps(
     """
     model = save_tiny("llama", tmp_path / "model", blocks=4, width=16)
     options = {"method": method, "activations": activations, "calibration": str(text_file)}
+    # Two blocks, and what no block holds.
+    options["max_shard_size"] = 25000
 
     def run(output: Path) -> dict:
         return lowmem_gblm.prune(model, output, **SIZE, **options)
@@ -326,7 +329,7 @@ def test_another_device_has_to_be_accepted(
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")])
-@pytest.mark.parametrize("place", ["out.work/loss-gradient-1", "out.partial/model-00001*"])
+@pytest.mark.parametrize("place", ["out.work/loss-gradient-1", "out.partial/model.safetensors*"])
 def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
     stopped_at(run, tmp_path / "out", *(("prune", 1) if "partial" in place else ("reverse", 1)))
     (path,) = tmp_path.glob(place)
@@ -335,6 +338,33 @@ def test_a_damaged_job_is_told(damage, place: str, run, tmp_path: Path) -> None:
         JobError, match=r"missing or damaged: look at the disk; to start over, remove "
     ):
         run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["wanda", "gradient"])
+def test_a_block_that_was_changed_in_its_shard_is_told(method: str, run, tmp_path: Path) -> None:
+    """First block to last with `wanda`, last to first with `gradient`."""
+    stage = "prune" if method == "wanda" else "reverse"
+    stopped_at(run, tmp_path / "out", stage, 1, method=method)
+    (path,) = tmp_path.glob("out.partial/model.safetensors.tmp")
+    before = path.read_bytes()
+    entries = read_header(path)
+    done = 0 if method == "wanda" else 1
+    for name, entry in entries.items():
+        if f"layers.{done}." not in name:
+            # Not written, or cut short: it will be written.
+            assert before[entry.offset :][: entry.nbytes] == bytes(entry.nbytes)
+            with path.open("r+b") as file:
+                file.seek(entry.offset)
+                file.write(b"?" * entry.nbytes)
+    scribbled = path.read_bytes()
+    place = max(entry.offset for name, entry in entries.items() if f"layers.{done}." in name)
+    path.write_bytes(scribbled[:place] + bytes([scribbled[place] ^ 1]) + scribbled[place + 1 :])
+    with pytest.raises(JobError, match="does not hold what an interrupted run has written"):
+        run(tmp_path / "out", method=method)
+    path.write_bytes(scribbled)
+    run(tmp_path / "out", method=method)
+    run(tmp_path / "expected", method=method)
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])

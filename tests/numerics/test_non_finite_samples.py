@@ -48,7 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(model: Path, text_file: Path) -> Run:
     def run(output: Path, **options: Any) -> dict[str, Any]:
-        return lowmem_gblm.prune(model, output, calibration=str(text_file), **SIZE | options)
+        asked = {"calibration": str(text_file), "max_shard_size": 1} | SIZE | options
+        return lowmem_gblm.prune(model, output, **asked)
 
     return run
 

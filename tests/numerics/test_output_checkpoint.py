@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import shutil
@@ -116,15 +117,55 @@ def test_nothing_is_left_beside_the_output(pruned):
     assert not [path for path in pruned.output.rglob("*") if path.name.startswith(".")]
 
 
-def test_there_is_one_shard_per_block_and_one_for_the_rest(pruned):
-    names = [path.name for path in sorted(pruned.output.glob("*.safetensors"))]
-    assert names == [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
-    index = json.loads((pruned.output / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {
-        name: shard for shard in names for name in load_file(pruned.output / shard)
+def test_a_small_model_is_one_file(pruned):
+    names = [path.name for path in pruned.output.glob("*.safetensors*")]
+    assert names == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize(
+    ("blocks_of_a_shard", "blocks"),
+    [(0.01, ["0", "1", "2", None]), (2, ["01", "2", None]), (3, ["012", None])],
+)
+def test_shards_hold_complete_blocks_up_to_a_size(
+    blocks_of_a_shard, blocks, activations, tmp_path, text_file
+):
+    """The last shard has what no block holds, which is larger than a block here."""
+    source = save_tiny("llama", tmp_path / "model", width=16)
+    in_blocks = {
+        index: {name: one for name, one in tensors_of(source).items() if f"layers.{index}." in name}
+        for index in "012"
     }
-    total = sum(tensor.nbytes for tensor in tensors_of(pruned.output).values())
+    one_block = sum(tensor.nbytes for tensor in in_blocks["0"].values())
+    size = int(one_block * blocks_of_a_shard)
+    options = {"method": "gradient", "activations": activations, "max_shard_size": size}
+    made = prune(source, tmp_path / "out", text_file, **options)
+    shards = {path.name: load_file(path) for path in sorted(made.output.glob("*.safetensors"))}
+    count = len(blocks)
+    assert list(shards) == [f"model-{at + 1:05d}-of-{count:05d}.safetensors" for at in range(count)]
+    for tensors, held in zip(shards.values(), blocks[:-1], strict=False):
+        assert tensors.keys() == {name for index in held for name in in_blocks[index]}
+    index = json.loads((made.output / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: shard for shard in shards for name in shards[shard]}
+    total = sum(tensor.nbytes for tensor in tensors_of(made.output).values())
     assert index["metadata"] == {"total_size": total}
+    assert AutoModelForCausalLM.from_pretrained(made.output)
+    assert made.record["shards"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name in shards
+        for data in [(made.output / name).read_bytes()]
+    }
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_shard_without_a_size_is_refused(size):
+    with pytest.raises(RequestError, match="--max-shard-size must be at least 1B; got"):
+        PruneRequest(model="m", max_shard_size=size)
+
+
+def test_in_place_has_the_shards_of_the_model(tmp_path):
+    with pytest.raises(RequestError, match="--in-place keeps the shards of MODEL: leave out"):
+        PruneRequest(model=str(tmp_path), in_place=True, max_shard_size=1000)
 
 
 def test_transformers_loads_it_like_any_other(pruned):
@@ -269,9 +310,9 @@ def test_a_run_that_fails_can_be_gone_on_with(step, error, tmp_path, llama, text
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, step, fail)
         with pytest.raises(DiskFull if isinstance(error, OSError) else KeyboardInterrupt):
-            prune(llama, tmp_path / "out", text_file)
+            prune(llama, tmp_path / "out", text_file, max_shard_size=1)
     assert not (tmp_path / "out").exists()
-    prune(llama, tmp_path / "out", text_file)
+    prune(llama, tmp_path / "out", text_file, max_shard_size=1)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -282,7 +323,7 @@ def test_leftovers_of_a_killed_run_do_not_get_into_the_next_one(tmp_path, llama,
         (tmp_path / name / "model-00009-of-00009.safetensors").touch()
     prune(llama, tmp_path / "out", text_file)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_an_output_within_the_model_s_own_folder_holds_no_copy_of_itself_or_another(

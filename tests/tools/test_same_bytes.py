@@ -46,8 +46,8 @@ def test_another_damping_is_seen_where_it_matters(
 def test_a_verdict_names_what_is_not_the_same(same_bytes: ModuleType) -> None:
     verdict = same_bytes.verdict
     assert verdict({"a": "1", "b": "2"}, {"b": "2", "a": "1"}) == "same"
-    assert verdict({"a": "1", "b": "2"}, {"a": "1", "c": "2"}) == "differs: 2 of 3 shards, first b"
-    assert verdict({}, {}) == "fails: no shards"
+    assert verdict({"a": "1", "b": "2"}, {"a": "1", "c": "2"}) == "differs: 2 of 3 tensors, first b"
+    assert verdict({}, {}) == "fails: no tensors"
     broken = {same_bytes.FAILURE: "why"}
     assert verdict(broken, broken) == "fails: here: why; there: why"
     assert verdict({"a": "1"}, broken) == "fails: there: why"

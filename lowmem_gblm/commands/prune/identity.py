@@ -71,6 +71,7 @@ def asked_and_understood(scope: PruneScope) -> dict[str, Any]:
         "calibration": request.calibration_text,
         "bos": resolve_bos(request.bos, scope.model.model_type),
         "seqlen": scope.work.seqlen,
+        "max_shard_size": None if request.in_place else request.shard_bytes,
         "include": list(request.include),
         "exclude": list(request.exclude),
         "device": device_name(streamed.device),

@@ -106,8 +106,15 @@ def _writer(setup: PruneSetup, job: Job) -> BlockWriter:
     if setup.paths.in_place:
         return InPlaceWriter(checkpoint, scope.pruned_names, job, keep)
     check_partial(setup.paths.output, job)
-    blocks = scope.model.streamed.block_tensors
-    return CheckpointWriter(setup.paths.output, checkpoint, blocks, job.owner, keep)
+    return CheckpointWriter(
+        setup.paths.output,
+        checkpoint,
+        blocks=scope.model.streamed.block_tensors,
+        order=[step.block for step in setup.table if step.prunes and step.block is not None],
+        shard_bytes=scope.request.shard_bytes,
+        owner=job.owner,
+        keep=keep,
+    )
 
 
 def _statistics_writer(setup: PruneSetup, job: Job) -> StatisticsWriter | None:
@@ -224,5 +231,5 @@ def _restore(run: PruneContext, job: Job) -> None:
 
 
 def _files(job: Job, kind: Literal["shards", "statistics"]) -> dict[str, Any]:
-    """Return the files of a kind that earlier attempts have finished."""
+    """Return the files of a kind that earlier attempts have written, as last noted."""
     return {name: file for entry in job.entries for name, file in entry[kind].items()}

@@ -30,7 +30,7 @@ from lowmem_gblm.storage.checkpoint.header import (
     read_header_text,
 )
 from lowmem_gblm.storage.checkpoint.reader import TENSOR_PIECE_BYTES, read_piece, tensor_pieces
-from lowmem_gblm.storage.checkpoint.writer import publish_shard
+from lowmem_gblm.storage.checkpoint.shard import publish_shard
 from lowmem_gblm.storage.raw_io import Bytes, checked, summary
 
 SUFFIX = ".packed.safetensors"

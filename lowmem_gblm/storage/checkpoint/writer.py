@@ -1,12 +1,11 @@
-"""Writing the pruned checkpoint: one shard per decoder block, index last, then one rename.
+"""Writing the pruned checkpoint: shards of complete blocks, side files, index, then one rename.
 
-Everything is written to `OUTPUT.partial/`, which `from_pretrained` refuses because the index is
-missing until the very end. Shard names are known up front, so blocks may come in any order. Writing
-raises OSError if the disk is full or failing, perhaps for a block before.
+Everything is written to `OUTPUT.partial/`, where a shard has its name when it is complete. Which
+blocks a shard holds, and where, is known up front, so blocks may come in any order and are never
+moved. Writing raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 
+from lowmem_gblm.planning.sizes import slices_within
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.storage.atomic import publish_file, publish_json
 from lowmem_gblm.storage.checkpoint.file_access import RECORD, ordinary_file, side_files
-from lowmem_gblm.storage.checkpoint.header import DTYPE_NAMES, TensorEntry
-from lowmem_gblm.storage.checkpoint.reader import INDEX, Checkpoint, raw_bytes
-from lowmem_gblm.storage.pending_folder import PendingFolder
-from lowmem_gblm.storage.raw_io import Bytes, checked, file_pieces, summary
+from lowmem_gblm.storage.checkpoint.header import TensorEntry
+from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from lowmem_gblm.storage.checkpoint.shard import PendingShard, tensor_data
+from lowmem_gblm.storage.pending_folder import PendingFolder, partial_folder
+from lowmem_gblm.storage.raw_io import Bytes, checked, file_pieces
 
 
 class CheckpointWriter:
@@ -28,29 +29,48 @@ class CheckpointWriter:
 
     Args:
         blocks: Names on disk of the tensors of every decoder block.
+        order: The blocks in the order in which they are written.
+        shard_bytes: Most that the blocks of a shard take; a larger block has a shard of its own.
         owner: The job, as `storage.job.check_partial` reads it from the mark.
-        keep: Shards that an earlier attempt has finished; all other files it left are removed.
+        keep: The shards as earlier attempts have noted them; all other files they left are removed.
 
-    Attributes:
-        shards: Finished shards, each with its `bytes` and its `sha256`.
+    Raises:
+        JobError: `final` exists, or what earlier attempts have written is not there any more.
     """
 
     def __init__(
         self,
         final: Path,
         source: Checkpoint,
-        blocks: list[list[str]],
+        blocks: Sequence[Sequence[str]],
+        order: Sequence[int],
+        shard_bytes: int,
         owner: str,
-        keep: Mapping[str, dict[str, Any]] | None = None,
+        keep: Mapping[str, dict[str, Any]],
     ) -> None:
-        self.shards = dict(keep or {})
         self.bytes_written = 0
         self._source = source
-        self._blocks = blocks
         in_blocks = {name for names in blocks for name in names}
-        self._rest = [name for name in source.tensors if name not in in_blocks]
-        self._folder = PendingFolder(final, owner, self.shards)
+        # What no block holds is written last, as if it were one more block.
+        self._rest = len(blocks)
+        self._parts = [*blocks, [name for name in source.tensors if name not in in_blocks]]
+        self._shard_of = self._layout(partial_folder(final), [*order, self._rest], shard_bytes)
+        self._finished: dict[int, dict[str, Any]] = {}
+        begun = [shard for shard in self._shards if shard.path.name in keep]
+        files = {shard.file.name: {"bytes": shard.nbytes} for shard in begun}
+        self._folder = PendingFolder(final, owner, files)
+        try:
+            for shard in begun:
+                shard.take_over(keep[shard.path.name])
+        except BaseException:
+            self._folder.close(keep=True)
+            raise
         self._writer = SerialWorker("write-block")
+
+    @property
+    def shards(self) -> dict[str, Any]:
+        """Return all shards, each with the `bytes` and the `sha256` of what is written."""
+        return {shard.path.name: shard.written for shard in self._shards}
 
     def close(self, *, keep: bool) -> None:
         """Stop writing; an unpublished output is kept for another attempt, or removed."""
@@ -58,11 +78,11 @@ class CheckpointWriter:
         self._folder.close(keep=keep)
 
     def finished(self, blocks: Iterable[int]) -> dict[str, Any]:
-        """Return the entries of `shards` for these written blocks, for the journal."""
-        return {shard: self.shards[shard] for shard in map(self._shard, blocks)}
+        """Return the shards of these blocks, as they were after each of them, for the journal."""
+        return {name: shard for index in blocks for name, shard in self._finished[index].items()}
 
     def write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> Future[None]:
-        """Publish the shard of decoder block `index` in a thread; return the future of that.
+        """Write decoder block `index` to the disk in a thread; return the future of that.
 
         `tensors` are on the CPU, dtypes as in the source, and unmodified until the future is done.
         """
@@ -73,14 +93,13 @@ class CheckpointWriter:
         self._writer.settle()
 
     def committed(self, blocks: Iterable[int]) -> None:
-        """Do nothing: once the journal has these blocks, their shards are final."""
+        """Do nothing: once the journal has these blocks, they are final."""
 
     def write_rest(self, check: Callable[[], None]) -> None:
-        """Write the shard of all other tensors and the side files; `check` may raise to stop."""
+        """Write all other tensors and the side files; `check` may raise to stop."""
         self.settle()
-        entries = [self._source.tensors[name] for name in self._rest]
-        pieces = chain.from_iterable(map(self._source.pieces, self._rest))
-        self._write_shard(len(self._blocks), entries, checked(pieces, check))
+        pieces = chain.from_iterable(map(self._source.pieces, self._parts[self._rest]))
+        self._write_part(self._rest, checked(pieces, check))
         for path in side_files(self._source.folder):
             ordinary_file(self._source.folder, path)
             copy = self._folder.path / path.relative_to(self._source.folder)
@@ -89,17 +108,37 @@ class CheckpointWriter:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write `record` as pruning.json, then the index; rename the folder."""
-        publish_json(self._folder.path / RECORD, record, "the record")
-        publish_json(self._folder.path / INDEX, self._index(), "the index")
+        folder = self._folder.path
+        publish_json(folder / RECORD, record, "the record")
+        if len(self._shards) > 1:
+            publish_json(folder / INDEX, self._index(), "the index")
         self._folder.publish()
 
-    def _shard(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{len(self._blocks) + 1:05d}.safetensors"
+    @property
+    def _shards(self) -> list[PendingShard]:
+        return list(dict.fromkeys(self._shard_of.values()))
+
+    def _layout(
+        self, folder: Path, order: Sequence[int], shard_bytes: int
+    ) -> dict[int, PendingShard]:
+        """Return the shard of every part."""
+        groups = slices_within([self._source.nbytes(names) for names in self._parts], shard_bytes)
+        found: dict[int, PendingShard] = {}
+        for number, group in enumerate(groups, start=1):
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            path = folder / (name if len(groups) > 1 else SINGLE)
+            parts = {part: self._entries(part) for part in group}
+            shard = PendingShard(path, parts, [part for part in order if part in parts])
+            found |= dict.fromkeys(group, shard)
+        return found
+
+    def _entries(self, part: int) -> list[TensorEntry]:
+        return [self._source.tensors[name] for name in self._parts[part]]
 
     def _index(self) -> dict[str, Any]:
         weight_map = {
-            name: self._shard(index)
-            for index, names in enumerate([*self._blocks, self._rest])
+            name: self._shard_of[part].path.name
+            for part, names in enumerate(self._parts)
             for name in names
         }
         return {
@@ -108,48 +147,12 @@ class CheckpointWriter:
         }
 
     def _write_block(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        entries = [self._source.tensors[name] for name in self._blocks[index]]
-        data = tensor_data(entries, (tensors[entry.name] for entry in entries))
-        self._write_shard(index, entries, data)
+        entries = self._entries(index)
+        self._write_part(index, tensor_data(entries, (tensors[entry.name] for entry in entries)))
 
-    def _write_shard(self, index: int, entries: list[TensorEntry], data: Iterable[Bytes]) -> None:
-        path = self._folder.path / self._shard(index)
-        self.shards[path.name] = publish_shard(path, entries, data, "the shard")
-        self.bytes_written += self.shards[path.name]["bytes"]
-
-
-def publish_shard(
-    path: Path, entries: Sequence[TensorEntry], data: Iterable[Bytes], holds: str
-) -> dict[str, Any]:
-    """Create a safetensors file of tensors, with their data in this order; return its summary."""
-    return publish_file(path, chain([_header(entries)], data), holds)
-
-
-def shard_summary(source: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Return the summary of a shard that holds these tensors as the source has them."""
-    header = _header([source.tensors[name] for name in names])
-    return summary(chain([header], *map(source.pieces, names)))
-
-
-def _header(entries: Iterable[TensorEntry]) -> bytes:
-    """Return the safetensors header, padded to 8 bytes; one metadata key keeps it deterministic."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.nbytes],
-        }
-        position += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def tensor_data(entries: Iterable[TensorEntry], tensors: Iterable[torch.Tensor]) -> Iterator[Bytes]:
-    """Yield the data of these entries from their tensors, which are asked for one by one."""
-    for entry, tensor in zip(entries, tensors, strict=True):
-        assert (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape), entry.name
-        if entry.nbytes:
-            yield raw_bytes(tensor.cpu().contiguous())
+    def _write_part(self, part: int, data: Iterable[Bytes]) -> None:
+        shard = self._shard_of[part]
+        before = shard.written["bytes"]
+        shard.write(part, data)
+        self._finished[part] = {shard.path.name: shard.written}
+        self.bytes_written += shard.written["bytes"] - before
