@@ -64,7 +64,7 @@ def _pruned(request: PruneRequest, folder: str, console: Console) -> Outcome:
         from lowmem_gblm.commands.prune.pipeline import prune as run
 
     record = run(request, console)
-    return Outcome(record, prune_lines(record, folder), Path(folder))
+    return Outcome(record, prune_lines(record, folder, request.save_statistics), Path(folder))
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lowmem_gblm.cli.streams import write
@@ -116,11 +117,10 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
-def prune_lines(record: dict[str, Any], output: str) -> list[str]:
-    """Return the lines that `prune` prints when it is done."""
+def prune_lines(record: dict[str, Any], output: str, saved: Path | None) -> list[str]:
+    """Return the lines that `prune` prints when it is done; `saved` statistics are in a folder."""
     used = record["memory"]
     gpu = f", {gibibytes(used['gpu_peak_bytes'])} GPU" if used["gpu_peak_bytes"] else ""
-    saved = record["statistics"]["saved_in"]
     return [
         *(f"note: {note}" for note in record["notes"]),
         f"pruned {len(record['tensors'])} tensors with {record['method']} to "

@@ -1,5 +1,6 @@
 """The place of a model: a folder, the embedded model, or the Hub; and whether the Hub is there."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 _EMBEDDED = "demo"
+# What the folder of a model in a cache of the Hub begins with.
+CACHED = "models--"
 # For a connection, and for the answer; and for all, as to look up a name may take longer.
 _PATIENCE_S = 2.0
 _LONGEST_S = 4.0
@@ -48,6 +51,16 @@ def locate(
 def is_on_hub(model: str) -> bool:
     """Return whether `model` may be a Hub id: neither a folder nor the embedded model."""
     return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
+
+
+def public_name(model: str) -> str:
+    """Return what a model is called elsewhere: its Hub id, or else the name of its folder."""
+    if is_on_hub(model):
+        return model
+    for part in Path(model).resolve().parts:
+        if part.startswith(CACHED):
+            return part.removeprefix(CACHED).replace("--", "/")
+    return Path(os.path.abspath(model)).name
 
 
 def _download(model: str, wanted: list[str]) -> Path:

@@ -28,13 +28,20 @@ import torch
 
 from lowmem_gblm.errors import JobError, RequestError, shown
 from lowmem_gblm.runtime.background import SerialWorker
-from lowmem_gblm.storage.atomic import publish_json
-from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD, named
+from lowmem_gblm.storage.atomic import publish_file, publish_json
+from lowmem_gblm.storage.checkpoint.file_access import (
+    BASE_CARD,
+    CARD,
+    MARKER_FILE,
+    RECORD,
+    named,
+)
 from lowmem_gblm.storage.checkpoint.header import TensorEntry, read_header
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.checkpoint.shard import publish_shard, shard_summary, tensor_data
 from lowmem_gblm.storage.checkpoint.writer import CheckpointWriter
 from lowmem_gblm.storage.disk_errors import blamed
+from lowmem_gblm.storage.hub import CACHED
 from lowmem_gblm.storage.in_place_marker import remove_marker, write_marker
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.storage.job_state import read_journal
@@ -47,8 +54,6 @@ from lowmem_gblm.storage.raw_io import (
     summary,
     write_at,
 )
-
-_HUB_MODEL = "models--"
 
 
 class InPlaceWriter:
@@ -119,10 +124,12 @@ class InPlaceWriter:
         }
         self._source.bytes_read += self._source.nbytes()
 
-    def publish(self, record: dict[str, Any]) -> None:
-        """Write `record` as pruning.json, and remove the marker."""
-        publish_json(self._source.folder / RECORD, record, "the record")
-        remove_marker(self._source.folder)
+    def publish(self, record: dict[str, Any], card: str) -> None:
+        """Replace the card, write `record` as pruning.json, and remove the marker."""
+        folder = self._source.folder
+        _replace_card(folder, card)
+        publish_json(folder / RECORD, record, "the record")
+        remove_marker(folder)
 
     def _publish(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         entries = [self._source.tensors[name] for name in self._pruned[index]]
@@ -228,10 +235,20 @@ def _elsewhere(file: Path) -> str | None:
     real = Path(os.path.realpath(file))
     if file.is_symlink():
         return f"is a symbolic link to {shown(real)}"
-    if any(part.startswith(_HUB_MODEL) for part in real.parts):
+    if any(part.startswith(CACHED) for part in real.parts):
         return "lies in a cache of the Hub"
     names = real.stat().st_nlink
     return f"has {names} names (hard links)" if names > 1 else None
+
+
+def _replace_card(folder: Path, text: str) -> None:
+    """Write a card, and keep the one that is there; do nothing if it is this one already."""
+    card, content = folder / CARD, text.encode()
+    if card.is_file():
+        if card.read_bytes() == content:
+            return
+        publish_file(folder / BASE_CARD, file_pieces(card), "the card of the model", replaces=True)
+    publish_file(card, [content], "the model card", replaces=True)
 
 
 def _file_name(block: int | str) -> str:

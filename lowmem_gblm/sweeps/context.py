@@ -201,23 +201,25 @@ class PruneContext(SweepContext):
             self.output.write_rest(self.progress.check)
             self.progress.step()
 
-    def publish(self, record: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    def publish(
+        self, record: dict[str, Any], card: str, manifest: dict[str, Any]
+    ) -> dict[str, Any]:
         """Give the results their names, whatever interrupts; return `record` (pruning.json).
 
         `manifest` is what saved statistics are of; they come first, as the output ends the job.
         """
-        self._committer.begin(self._publish, record, manifest).result()
+        self._committer.begin(self._publish, record, card, manifest).result()
         return record
 
     def close(self) -> None:
         """Let the step under way become durable."""
         self._committer.close()
 
-    def _publish(self, record: dict[str, Any], manifest: dict[str, Any]) -> None:
+    def _publish(self, record: dict[str, Any], card: str, manifest: dict[str, Any]) -> None:
         """Publish the results and forget the job, in the committing thread."""
         if self.saver is not None:
             self.saver.writer.publish(manifest)
-        self.output.publish(record)
+        self.output.publish(record, card)
         self.job.forget()
 
     def _make_durable(

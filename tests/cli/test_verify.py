@@ -521,6 +521,7 @@ def test_a_shard_of_a_model_pruned_in_place_that_the_index_forgot_is_found(outpu
 def test_an_edited_model_card_is_no_fault(output, llama, tmp_path):
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     (source / "README.md").write_text("dense")
+    (output / "README.md").unlink()
     with pytest.raises(VerificationError, match=r"README\.md of the source is missing"):
         lowmem_gblm.verify(output, source)
     (output / "README.md").write_text("pruned")

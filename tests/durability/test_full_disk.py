@@ -29,7 +29,7 @@ SIZE = ("--nsamples", "4", "--seqlen", "32", "--disk", "1GiB")
 WHAT = (
     r"(the shard|the hidden states before block \d|the gradients before block \d|the journal|"
     r"the gradient magnitudes of block \d|the description of the job|the index|the record|"
-    r"the mark of the folder|the file [\w.-]+)"
+    r"the model card|the mark of the folder|the file [\w.-]+)"
 )
 NEEDS = r"[\d.]+ [KMG]?i?B more are needed in \S+ and [\d.]+ [KMG]?i?B are free"
 WAY_OUT = (

@@ -247,7 +247,8 @@ def test_a_job_in_place_is_stopped_and_goes_on(
         if (tick.stage, tick.step) == (stage, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    whole, stopped = (Path(shutil.copytree(small, tmp_path / name)) for name in ("whole", "model"))
+    names = ("whole/model", "model")
+    whole, stopped = (Path(shutil.copytree(small, tmp_path / name)) for name in names)
     prune_in_place(whole, method="wanda")
     with pytest.raises(StopRequested):
         prune_in_place(stopped, method="wanda", listener=listener)

@@ -243,7 +243,7 @@ def test_what_is_left_of_an_output_whose_job_is_gone_is_written_anew(
 def test_a_model_that_is_half_pruned_may_be_moved_with_its_work_folder(
     in_place: Run, copy: Path, tmp_path: Path
 ) -> None:
-    in_place(Path(shutil.copytree(copy, tmp_path / "expected")))
+    in_place(Path(shutil.copytree(copy, tmp_path / "expected" / "copy")))
     stopped_at(in_place, copy, "prune", 1)
     there = tmp_path / "there"
     there.mkdir()
@@ -255,7 +255,7 @@ def test_a_model_that_is_half_pruned_may_be_moved_with_its_work_folder(
     )
     Path(f"{copy}.work").rename(there / "copy.work")
     assert main(["resume", str(there / "copy.work")]) == 0
-    assert content(there / "copy") == content(tmp_path / "expected")
+    assert content(there / "copy") == content(tmp_path / "expected" / "copy")
     assert names(there) == {"copy"}
 
 
@@ -404,7 +404,7 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
     def killed(*args: object, **options: object) -> None:
         raise Killed
 
-    in_place(Path(shutil.copytree(copy, tmp_path / "expected")))
+    in_place(Path(shutil.copytree(copy, tmp_path / "expected" / "copy")))
     for name in (
         "lowmem_gblm.commands.prune.session._assemble",
         "lowmem_gblm.storage.job.publish_json",
@@ -420,7 +420,7 @@ def test_a_job_in_place_that_came_to_nothing_twice_can_be_begun_again(
                 in_place(copy)
         assert (copy / MARKER_FILE).exists()
     in_place(copy)
-    assert content(copy) == content(tmp_path / "expected")
+    assert content(copy) == content(tmp_path / "expected" / "copy")
     assert names(tmp_path) == {"copy", "expected"}
 
 

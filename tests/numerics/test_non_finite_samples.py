@@ -102,13 +102,15 @@ def test_a_sample_that_gradients_were_saved_without_is_left_out_where_they_are_t
     taking = {"statistics": saved, "sparsity": 0.6}
     record = run(tmp_path / "taken", **taking)
     assert record["dropped_samples"] == expected["dropped_samples"] != []
-    left_out = f"1 of {COUNT} calibration samples turned non-finite and are not in {saved}"
+    left_out = f"1 of {COUNT} calibration samples turned non-finite and are not in {saved.name}"
     assert left_out in record["notes"]
     stopped_at(run, tmp_path / "resumed", "prune", 1, **taking)
     resumed = run(tmp_path / "resumed", **taking)
     assert resumed["dropped_samples"] == expected["dropped_samples"]
     for name in ("taken", "resumed"):
-        assert content(tmp_path / name) == content(tmp_path / "expected"), name
+        assert content(tmp_path / name, card=False) == content(tmp_path / "expected", card=False), (
+            name
+        )
 
 
 @pytest.mark.parametrize("activations", ["pruned", "dense"])
@@ -128,7 +130,7 @@ def test_before_any_statistics_it_is_as_if_the_sample_had_not_been_drawn(
     expected = without_the_sick(run, tmp_path / "expected", monkeypatch, **options)
     poison(name)
     record = run(tmp_path / "out", **options)
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     assert record["dropped_samples"] == [{"sample": SICK, "pass": stage, "block": block}]
     if stage != "reverse":
         assert record["calibration_loss"] == expected["calibration_loss"]
@@ -184,7 +186,7 @@ def test_a_resumed_job_knows_who_was_dropped(
     expected = run(tmp_path / "expected")
     stopped_at(run, tmp_path / "out", stage, 3 if stage != "head" else COUNT - 1)
     record = run(tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     assert record["dropped_samples"] == expected["dropped_samples"] != []
     assert record["calibration_loss"] == expected["calibration_loss"]
 
@@ -287,7 +289,7 @@ def test_an_overflow_is_tried_again_with_less_and_changes_no_bit(
     run(tmp_path / "expected", **options)
     tried = overflowing(8)
     record = run(tmp_path / "out", **options)
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     assert record["dropped_samples"] == []
     assert tried == [0, 4, 8]
 
@@ -300,7 +302,7 @@ def test_a_resumed_job_knows_what_was_scaled_with_less(
     tried = overflowing(8)
     stopped_at(run, tmp_path / "out", "reverse", 2)
     run(tmp_path / "out")
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     assert tried == [0, 4, 8]
 
 
@@ -330,7 +332,7 @@ def test_the_head_tries_again_too(
 
     monkeypatch.setattr(StreamedModel, "loss_and_gradient", overflowing)
     record = run(tmp_path / "out", nsamples=COUNT)
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     assert scales == [1024.0, 64.0, 4.0] * COUNT
     assert record["dropped_samples"] == []
 
@@ -361,7 +363,7 @@ def test_a_gradient_that_overflows_though_what_goes_on_does_not_is_found(
     monkeypatch.setattr(Offload, "prefetch", counted)
     monkeypatch.setattr(Gradient, "_magnitude", overflowing)
     record = run(tmp_path / "out", method="gradient")
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert content(tmp_path / "out", card=False) == content(tmp_path / "expected", card=False)
     dropped = {"sample": SICK, "pass": "reverse", "block": BLOCKS - 1}
     assert record["dropped_samples"] == [dropped]
     assert expected["dropped_samples"] == []

@@ -95,7 +95,7 @@ def test_gradients_serve_where_activations_are_those_of_the_pruned_model(
     record = case.reuse(tmp_path / "taken", sparsity=0.6)
     assert content(tmp_path / "taken") == content(tmp_path / "measured")
     assert record["seconds"].keys() == {"embed", "prune", "finish", "total"}
-    told = f"gradient_l1 taken from {case.saved}; input_norm measured again"
+    told = f"gradient_l1 taken from {case.saved.name}; input_norm measured again"
     assert told in record["notes"]
 
 
@@ -148,7 +148,9 @@ def test_magnitudes_may_be_saved_in_fewer_bits(
     assert content(tmp_path / "saving") == content(case.saved.parent / "saving")
     options = {"method": "gradient", **DENSE}
     record = lowmem_gblm.prune(case.model, tmp_path / "taken", statistics=saved, **options)
-    told = f"gradient magnitudes in {saved} are rounded to {dtype}: some decisions will be others"
+    told = (
+        f"gradient magnitudes in {saved.name} are rounded to {dtype}: some decisions will be others"
+    )
     assert any(note.startswith(told) for note in record["notes"])
     case.prune(tmp_path / "measured", **options)
     pairs = [

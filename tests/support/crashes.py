@@ -34,12 +34,16 @@ KILL_MATRIX = [
 ]
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Every file of a finished output but the records of what it took, by its hash."""
+def content(folder: Path, *, card: bool = True) -> dict[str, str]:
+    """Every file of a finished output but the records of what it took, by its hash.
+
+    Without the `card` where that may say more: results of a comparison, or samples left out.
+    """
+    left_out = ("pruning.json", "evaluation-compare.json", *([] if card else ["README.md"]))
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("pruning.json", "evaluation-compare.json")
+        if path.is_file() and path.name not in left_out
     }
 
 

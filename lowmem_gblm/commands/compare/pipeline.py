@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem_gblm.commands.card import show_results
 from lowmem_gblm.commands.compare.grid import Cell, Grid, cells, goal_of
 from lowmem_gblm.commands.compare.ledger import Ledger, comparison_folder
 from lowmem_gblm.commands.compare.measures import asked_for, evaluations, measure
@@ -138,6 +139,7 @@ class _Comparison:
             self.announce(f"{name}: measuring {self._measures}")
             found = measure(self.requests, str(run.output), self.listener)
             publish_json(_output(run) / _EVALUATION, found, "what was measured", replaces=True)
+            show_results(_output(run), record)
             # A user may have put another output there.
             own = noted.get("own", False) and job in (None, record["job"])
             self.ledger.note(name, own=own, dropped=False, record=record, evaluation=found)

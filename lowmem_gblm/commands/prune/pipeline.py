@@ -18,7 +18,7 @@ was under way, and `commands.prune.endings` says what is kept after an error.
               the blocks as every candidate for the option prunes them
     choose    norm, head and loss of these windows: the candidate with the least loss is chosen
     prune     first block to last: activations of the model pruned so far, decide, write, advance
-    finish    what lies outside the blocks, side files, pruning.json, index, one rename
+    finish    what lies outside the blocks, side files, model card, pruning.json, index, one rename
 
 Statistics that an earlier run has saved are not measured again: of the sweeps above only those run
 that the others need (`commands.prune.reuse`).
@@ -26,6 +26,7 @@ that the others need (`commands.prune.reuse`).
 
 from typing import Any
 
+from lowmem_gblm.commands.card import model_card
 from lowmem_gblm.commands.paths import check_paths
 from lowmem_gblm.commands.prune.record import run_record, saved_manifest
 from lowmem_gblm.commands.prune.scope import draw_samples, prune_scope
@@ -82,4 +83,5 @@ def prune(request: PruneRequest, listener: Listener | None = None) -> dict[str, 
             if "prune" in stages:
                 prune_sweep(run)
             run.write_rest()
-            return run.publish(run_record(setup, run), saved_manifest(setup, run))
+            record = run_record(setup, run)
+            return run.publish(record, model_card(scope, record), saved_manifest(setup, run))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lowmem_gblm.commands.prune.identity import FINGERPRINTS, asked_and_understood, versions
@@ -12,6 +13,7 @@ from lowmem_gblm.commands.recipe import recipe_of
 from lowmem_gblm.planning.sizes import stores
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.accelerator import peak_bytes
+from lowmem_gblm.storage.hub import public_name
 from lowmem_gblm.storage.job import Job
 from lowmem_gblm.storage.statistics_folder import CALIBRATION
 from lowmem_gblm.sweeps.context import PruneContext
@@ -27,10 +29,13 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
     names = [name for name in run.checkpoint.tensors if name in pruner.tensors]
     tensors = {name: pruner.tensors[name] for name in names}
     device, understood = run.model.device, asked_and_understood(scope)
+    recipe = recipe_of(scope.request, understood)
     return {
-        "model": scope.request.model,
-        "recipe": recipe_of(scope.request, understood),
+        # Names only: a path of this machine says nothing elsewhere, and may say too much.
+        "model": public_name(scope.request.model),
+        "recipe": recipe,
         **understood,
+        "calibration": recipe["calibration"],
         "group": scope.method.group,
         "updates_weights": scope.method.updates_weights,
         "sparsity_measured": sum(one["zeros"] for one in tensors.values()) / numel,
@@ -51,9 +56,9 @@ def run_record(setup: PruneSetup, run: PruneContext) -> dict[str, Any]:
         "statistics": {
             "measured": scope.statistics.names,
             "taken": scope.taken.names,
-            "taken_from": str(scope.request.statistics) if scope.taken.classes else None,
+            "taken_from": _name(scope.request.statistics) if scope.taken.classes else None,
             "taken_rounded_to": rounded_to(scope.saved, scope.taken),
-            "saved_in": None if setup.paths.statistics is None else str(setup.paths.statistics),
+            "saved_in": _name(setup.paths.statistics),
         },
         "tensors": tensors,
         "seconds": {**run.progress.seconds, "total": run.progress.total_seconds()},
@@ -116,6 +121,10 @@ def _search(scope: PruneScope, search: OptionSearch) -> dict[str, Any] | None:
         "held_out_windows": scope.work.held_out,
         "candidates": [{**values, "loss": loss} for values, loss in losses],
     }
+
+
+def _name(folder: Path | None) -> str | None:
+    return None if folder is None else public_name(str(folder))
 
 
 def _other_rounding(job: Job, here: str) -> list[str]:

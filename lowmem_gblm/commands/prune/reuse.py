@@ -13,6 +13,7 @@ from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.commands.texts import InMemory
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.options import options
+from lowmem_gblm.storage.hub import public_name
 from lowmem_gblm.storage.job_state import differences
 from lowmem_gblm.storage.statistics_folder import CALIBRATION, StatisticsFolder
 from lowmem_gblm.sweeps.statistics import NeededStatistics
@@ -123,18 +124,18 @@ def reuse_notes(
     """Return sentences for the record: what a run has taken, and where it is not exact."""
     if saved is None or not taken.classes:
         return []
-    manifest = saved.manifest
+    manifest, where = saved.manifest, public_name(str(saved.folder))
     again = f"; {' and '.join(measured.names)} measured again" if measured.classes else ""
-    notes = [f"{' and '.join(taken.names)} taken from {saved.folder}{again}"]
+    notes = [f"{' and '.join(taken.names)} taken from {where}{again}"]
     rounded = rounded_to(saved, taken)
     if rounded:
         notes.append(
-            f"gradient magnitudes in {saved.folder} are rounded to {' and '.join(rounded)}"
+            f"gradient magnitudes in {where} are rounded to {' and '.join(rounded)}"
             f": some decisions will be others than in float32"
         )
     if manifest["dropped_samples"]:
         notes.append(
             f"{len(manifest['dropped_samples'])} of {manifest['calibration']['nsamples']} "
-            f"calibration samples turned non-finite and are not in {saved.folder}"
+            f"calibration samples turned non-finite and are not in {where}"
         )
     return notes

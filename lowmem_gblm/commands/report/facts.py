@@ -8,7 +8,8 @@ from lowmem_gblm.planning.messages import gibibytes
 
 Run = dict[str, Any]
 
-_NO_TOKENS = hashlib.sha256().hexdigest()
+# The hash of the samples of a run that needs none.
+NO_TOKENS = hashlib.sha256().hexdigest()
 _WITHIN = {"row": "each row", "matrix": "each matrix", "columns": "blocks of columns"}
 # Of the harness: what a task reports that is no number of its own.
 _ERROR = "_stderr"
@@ -55,7 +56,7 @@ def _goal(run: Run, sparsity: float, pattern: str) -> str:
 
 def _calibration(output: Run) -> Iterator[str]:
     run = output["run"]
-    if _at(run, "fingerprints", "calibration_tokens") == _NO_TOKENS:
+    if _at(run, "fingerprints", "calibration_tokens") == NO_TOKENS:
         yield "none needed"
     elif "calibration" in run:
         size = f"{run.get('nsamples')} × {run.get('seqlen')} tokens"

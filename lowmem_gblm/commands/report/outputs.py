@@ -45,7 +45,7 @@ def open_outputs(paths: Sequence[str]) -> list[Output]:
     for path, folder, label, record in zip(paths, folders, labels, records, strict=True):
         if any(folder.samefile(one.checkpoint.folder) for one in found):
             raise RequestError(f"{path} is named twice: give other outputs to --against")
-        evaluations, notes = _evaluations(folder, record)
+        evaluations, notes = evaluations_of(folder, record)
         output = Output(
             path=path,
             label=label,
@@ -115,7 +115,7 @@ def _other_source(first: Output, other: Output) -> list[str]:
     return [f"pruned from other weights than {first.path}, of the same names and shapes"]
 
 
-def _evaluations(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def evaluations_of(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what was measured of the output that the record describes, and what was not used."""
     evaluations, notes = [], []
     for path in sorted(folder.glob(EVALUATIONS)):

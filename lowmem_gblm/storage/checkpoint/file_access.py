@@ -23,6 +23,8 @@ from lowmem_gblm.storage.locking import MARK
 
 ALLOWED = "LOWMEM_GBLM_LINKS"
 RECORD = "pruning.json"
+CARD = "README.md"
+BASE_CARD = "README.base.md"
 MARKER_FILE = "PRUNING-IN-PLACE"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite",

@@ -5,7 +5,7 @@ blocks a shard holds, and where, is known up front, so blocks may come in any or
 moved. Writing raises OSError if the disk is full or failing, perhaps for a block before.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,13 @@ import torch
 from lowmem_gblm.planning.sizes import slices_within
 from lowmem_gblm.runtime.background import SerialWorker
 from lowmem_gblm.storage.atomic import publish_file, publish_json
-from lowmem_gblm.storage.checkpoint.file_access import RECORD, ordinary_file, side_files
+from lowmem_gblm.storage.checkpoint.file_access import (
+    BASE_CARD,
+    CARD,
+    RECORD,
+    ordinary_file,
+    side_files,
+)
 from lowmem_gblm.storage.checkpoint.header import TensorEntry
 from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from lowmem_gblm.storage.checkpoint.shard import PendingShard, tensor_data
@@ -100,15 +106,15 @@ class CheckpointWriter:
         self.settle()
         pieces = chain.from_iterable(map(self._source.pieces, self._parts[self._rest]))
         self._write_part(self._rest, checked(pieces, check))
-        for path in side_files(self._source.folder):
-            ordinary_file(self._source.folder, path)
-            copy = self._folder.path / path.relative_to(self._source.folder)
+        for path, name in _copies(self._source.folder):
+            copy = self._folder.path / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             publish_file(copy, checked(file_pieces(path), check))
 
-    def publish(self, record: dict[str, Any]) -> None:
-        """Write `record` as pruning.json, then the index; rename the folder."""
+    def publish(self, record: dict[str, Any], card: str) -> None:
+        """Write the card, `record` as pruning.json, then the index; rename the folder."""
         folder = self._folder.path
+        publish_file(folder / CARD, [card.encode()], "the model card")
         publish_json(folder / RECORD, record, "the record")
         if len(self._shards) > 1:
             publish_json(folder / INDEX, self._index(), "the index")
@@ -156,3 +162,17 @@ class CheckpointWriter:
         shard.write(part, data)
         self._finished[part] = {shard.path.name: shard.written}
         self.bytes_written += shard.written["bytes"] - before
+
+
+def _copies(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the side files of a model, each with its name in an output.
+
+    The card of the model makes room for that of the output; the card of its own base stays behind.
+    """
+    for path in side_files(folder):
+        ordinary_file(folder, path)
+        name = path.relative_to(folder)
+        if name == Path(CARD):
+            yield path, Path(BASE_CARD)
+        elif name != Path(BASE_CARD) or not (folder / CARD).exists():
+            yield path, name
