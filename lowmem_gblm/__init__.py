@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from lowmem_gblm.errors import LowmemGblmError
 
 if TYPE_CHECKING:
-    from lowmem_gblm.api.outputs import pack, report, unpack, verify
+    from lowmem_gblm.api.outputs import pack, report, unpack, upload, verify
     from lowmem_gblm.api.runs import compare, evaluate, plan, prune, resume
     from lowmem_gblm.commands.request import EvalRequest, PruneRequest
     from lowmem_gblm.runtime.progress import Listener, Tick
@@ -52,6 +52,7 @@ __all__ = [
     "report",
     "resume",
     "unpack",
+    "upload",
     "verify",
 ]
 
@@ -59,7 +60,7 @@ __all__ = [
 # may have the name of a function, or importing it would hide the function.
 _MODULES = {
     **dict.fromkeys(("compare", "evaluate", "plan", "prune", "resume"), "lowmem_gblm.api.runs"),
-    **dict.fromkeys(("pack", "report", "unpack", "verify"), "lowmem_gblm.api.outputs"),
+    **dict.fromkeys(("pack", "report", "unpack", "upload", "verify"), "lowmem_gblm.api.outputs"),
     "EvalRequest": "lowmem_gblm.commands.request",
     "Listener": "lowmem_gblm.runtime.progress",
     "ProgressBar": "lowmem_gblm.runtime.progress_bar",

@@ -106,6 +106,12 @@ class NonFiniteError(LowmemGblmError):
     exit_code = 6
 
 
+class UploadError(LowmemGblmError):
+    """The Hub cannot be reached, refuses, or has other weights in the repository."""
+
+    exit_code = 2
+
+
 class VerificationError(LowmemGblmError):
     """An output checkpoint breaks its promises: the message has a line for each."""
 

@@ -96,3 +96,30 @@ def unpack(packed: Place, output: Place, *, listener: Listener | None = None) ->
 
     place = Path(as_path("OUTPUT", output))
     return run(as_path("PACKED", packed), place, checked(listener))
+
+
+def upload(
+    output: Place,
+    repo: str,
+    *,
+    against: Place | None = None,
+    public: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Verify `output`, as `verify` does, and upload it to `repo` on the Hub.
+
+    Args:
+        output: Folder made by `prune`.
+        repo: Name of a repository, as "you/name". A new one is private unless it is to be `public`.
+        against: The dense model that `output` was pruned from, or None.
+        listener: Called with a `Tick` after every step of the verification, as by `ProgressBar()`.
+
+    Raises:
+        VerificationError: A promise is broken; nothing is uploaded.
+        LowmemGblmError: There is no token, or the Hub refuses.
+    """
+    from lowmem_gblm.commands.upload import upload as run
+
+    dense = None if against is None else as_path("against", against)
+    folder, name = as_path("OUTPUT", output), as_path("REPO", repo)
+    return run(folder, name, dense, checked(listener), public=public)

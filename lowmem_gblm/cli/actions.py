@@ -104,6 +104,17 @@ def verify(arguments: argparse.Namespace, console: Console) -> Outcome:
     return Outcome(result, [line, *(f"note: {note}" for note in result["notes"])])
 
 
+def upload(arguments: argparse.Namespace, console: Console) -> Outcome:
+    """Verify an output, and upload it to the Hub."""
+    with importing():
+        from lowmem_gblm.commands.upload import upload as run
+
+    result = run(
+        arguments.output, arguments.repo, arguments.against, console, public=arguments.public
+    )
+    return Outcome(result, [f"uploaded {len(result['files'])} files: {result['url']}"])
+
+
 def report(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Measure the structure of masks, and write the page that was asked for."""
     with importing():

@@ -40,3 +40,8 @@ def compare_kept(arguments: argparse.Namespace) -> str:
     if arguments.output is None:
         return nothing_left(arguments)
     return f"What is pruned is kept in {arguments.output}. To resume"
+
+
+def upload_kept(arguments: argparse.Namespace) -> str:
+    """Say that an interrupted `upload` resumes."""
+    return "What was sent is not sent again. To resume"

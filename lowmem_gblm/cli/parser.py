@@ -48,6 +48,7 @@ def _parser(methods: Sequence[str]) -> Parser:
     _add_eval(commands)
     _add_compare(commands, methods)
     _add_verify(commands)
+    _add_upload(commands)
     _add_report(commands)
     _add_pack(commands)
     _add_unpack(commands)
@@ -152,6 +153,17 @@ def _add_verify(commands: Commands) -> None:
     _takes_output(command)
     against = command.group_of("against")
     against.add_argument("--against", metavar="MODEL", help="the model it was made from")
+
+
+def _add_upload(commands: Commands) -> None:
+    help, kept = "verify an output, and upload it to the Hub", interruptions.upload_kept
+    command = _command(commands, "upload", actions.upload, help, interrupted=kept)
+    _takes_output(command)
+    command.add_argument("repo", metavar="REPO", help="as you/name; made if need be")
+    against = command.group_of("against")
+    against.add_argument("--against", metavar="MODEL", help="the model it was made from")
+    public = command.group_of("public")
+    public.add_argument("--public", action="store_true", help="make a new REPO public [private]")
 
 
 def _add_report(commands: Commands) -> None:

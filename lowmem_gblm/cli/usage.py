@@ -30,7 +30,10 @@ GROUPS = {
         "accept_other_rounding", "trust_remote_code",
     ),
     "in place": ("in_place", "overwrite_my_only_copy", "in_place_shared"),
-    "output": ("output", "max_shard_size", "html", "keep", "format", "json", "quiet", "verbose"),
+    "output": (
+        "output", "max_shard_size", "public", "html", "keep", "format", "json", "quiet",
+        "verbose",
+    ),
 }  # fmt: skip
 _ORDER = [name for names in GROUPS.values() for name in names]
 

@@ -202,6 +202,9 @@ MORE: list[tuple[Callable[..., Any], str, list[Any]]] = [
     (lowmem_gblm.pack, "packed", WRONG_PLACES),
     (lowmem_gblm.unpack, "packed", WRONG_PLACES),
     (lowmem_gblm.unpack, "output", WRONG_PLACES),
+    (lowmem_gblm.upload, "output", WRONG_PLACES),
+    (lowmem_gblm.upload, "repo", WRONG_PLACES),
+    (lowmem_gblm.upload, "against", [5, b"out", "a\0b", ["out"]]),
 ]
 
 
@@ -244,6 +247,7 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, An
         lowmem_gblm.evaluate: {"model": model},
         lowmem_gblm.compare: {"model": model, "methods": ["gblm"], "folder": folder / "compared"},
         lowmem_gblm.pack: {"output": model, "packed": folder / "packed"},
+        lowmem_gblm.upload: {"output": folder / "out", "repo": "me/x"},
         lowmem_gblm.unpack: {"packed": model, "output": folder / "unpacked"},
         lowmem_gblm.verify: {"output": folder / "out"},
         lowmem_gblm.report: {"output": folder / "out"},

@@ -86,9 +86,13 @@ def _not_listed(error: OSError) -> NoReturn:
     raise error
 
 
+def is_weights(name: str) -> bool:
+    """Return whether a file of this name holds weights, or is an index of them."""
+    return name.endswith(".index.json") or Path(name).suffix in WEIGHT_SUFFIXES
+
+
 def _is_no_side_file(name: str) -> bool:
-    made = name.endswith(".index.json") or name == RECORD
-    return made or Path(name).suffix in WEIGHT_SUFFIXES
+    return is_weights(name) or name == RECORD
 
 
 def named(path: Path) -> str:
