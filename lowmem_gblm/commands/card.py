@@ -13,7 +13,8 @@ from typing import Any
 from lowmem_gblm.commands.prune.scope import PruneScope
 from lowmem_gblm.commands.report.facts import NO_TOKENS, facts
 from lowmem_gblm.commands.report.outputs import evaluations_of
-from lowmem_gblm.commands.request import PruneRequest
+from lowmem_gblm.commands.request import DEFAULT_SHARD_BYTES, PruneRequest
+from lowmem_gblm.methods import find_method
 from lowmem_gblm.options import flag_of, options, parse_bytes
 from lowmem_gblm.storage.atomic import publish_file
 from lowmem_gblm.storage.checkpoint.file_access import BASE_CARD, CARD, RECORD
@@ -54,8 +55,8 @@ _HOW, _RESULTS = ("Method", "Pattern", "Calibration"), ("Perplexity", "Tasks")
 _DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
 _LICENCE = re.compile(r"^(license|license_name|license_link): (.{1,200})$", re.MULTILINE)
 _LONGEST_FRONT_MATTER = 1 << 16
-# What another run with the same weights need not ask for.
-_UNASKED = ("in_place", "statistics_dtype")
+# What an option means that is not given.
+_UNDERSTOOD = {"max_shard_size": DEFAULT_SHARD_BYTES}
 
 
 def model_card(scope: PruneScope, record: dict[str, Any]) -> str:
@@ -75,7 +76,7 @@ def model_card(scope: PruneScope, record: dict[str, Any]) -> str:
         else "Kept weights are those of the base model, bit for bit.",
         how=_table(record, [], _HOW),
         results=f"{_BEGIN}\n{_UNMEASURED}\n{_END}",
-        command=_command(scope.request, record),
+        command=_command(record),
         record=RECORD,
         base_card=BASE_CARD,
     )
@@ -184,20 +185,18 @@ def _said_of_licence(card: Path) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str) and value}
 
 
-def _command(request: PruneRequest, record: dict[str, Any]) -> str:
-    """Return what to type for the same weights."""
+def _command(record: dict[str, Any]) -> str:
+    """Return what to type for the same weights, as the recipe of a record says."""
     words = ["lowmem-gblm", "prune", record["model"], "OUTPUT"]
+    recipe = record["recipe"]
     if isinstance(record["pattern"], dict):
         return shlex.join([*words, "--recipe", RECORD])
-    words += ["--method", request.method]
-    for one in options(PruneRequest):
-        value = getattr(request, one.name)
-        asked = one.metadata["identity"] and value != one.default and one.name not in _UNASKED
-        if asked and one.name != "method":
-            value = record["calibration"] if one.name == "calibration" else value
-            words += _typed(one.name, value, one.metadata["parse"])
-    for name, value in request.method_options.items():
-        words += _typed(name, value, str)
+    kinds: list[type[Any]] = [PruneRequest, find_method(recipe["method"]).options]
+    declared = {one.name: one for kind in kinds for one in options(kind)}
+    defaults = {name: one.default for name, one in declared.items()} | _UNDERSTOOD
+    for name, value in recipe.items():
+        if value != defaults[name] or name == "method":
+            words += _typed(name, value, declared[name].metadata["parse"])
     return shlex.join(words)
 
 
@@ -206,6 +205,6 @@ def _typed(name: str, value: Any, parse: Any) -> Iterator[str]:
     if parse is bool:
         yield flag_of(name)
         return
-    for one in value if isinstance(value, tuple) else (value,):
+    for one in value if isinstance(value, list) else (value,):
         yield flag_of(name)
         yield f"{one}B" if parse is parse_bytes else str(one)

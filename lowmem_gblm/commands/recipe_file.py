@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 from lowmem_gblm.errors import RequestError, shown
-from lowmem_gblm.storage.checkpoint.strict_json import MAX_JSON_BYTES, strict_json
 
 _MAX_YAML_BYTES = 1 << 16
 _LONGEST_REASON = 400
@@ -15,6 +14,8 @@ _QUOTES = '. Globs need quotes in YAML, as "*.mlp.*": 0.6'
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Return keys and values of a recipe; raise `RequestError` if the file holds none."""
+    from lowmem_gblm.storage.checkpoint.strict_json import MAX_JSON_BYTES, strict_json
+
     is_json = path.suffix == ".json"
     most = MAX_JSON_BYTES if is_json else _MAX_YAML_BYTES
     try:

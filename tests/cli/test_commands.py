@@ -102,7 +102,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
         (["--seqlen", "1"], "--seqlen must be at least 2 tokens; got 1"),
         (["--nsamples", "0"], "--nsamples must be at least 1; got 0"),
         (["--nsamples", "two"], "argument --nsamples: invalid int value: 'two'"),
-        (["--alpha", "-1"], "--alpha must be auto or a number from 0 on; got -1.0"),
+        (["--alpha", "-1"], "--alpha must be auto or a number from 0 on; got -1"),
         (["--alpha", "nan"], "--alpha must be auto or a number from 0 on; got nan"),
         (["--alpha", "best"], "--alpha must be auto or a number from 0 on; got best"),
         (["--gradient-norm", "l3"], "--gradient-norm: invalid choice: 'l3'"),

@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def output(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output of prune, with a folder of its own in it. Not to be modified."""
     folder = tmp_path_factory.mktemp("output") / "out"
-    lowmem_gblm.prune(small, folder, method="magnitude")
+    lowmem_gblm.prune(small, folder, method="magnitude", max_shard_size=1)
     (folder / "notes").mkdir()
     (folder / "notes" / "read me.txt").write_text("hello")
     return folder

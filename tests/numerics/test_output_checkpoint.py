@@ -158,10 +158,9 @@ def test_shards_hold_complete_blocks_up_to_a_size(
     }
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_a_shard_without_a_size_is_refused(size):
-    with pytest.raises(RequestError, match="--max-shard-size must be at least 1B; got"):
-        PruneRequest(model="m", max_shard_size=size)
+def test_a_shard_without_a_size_is_refused():
+    with pytest.raises(RequestError, match="--max-shard-size must be at least 1B; got 0"):
+        PruneRequest(model="m", max_shard_size=0)
 
 
 def test_in_place_has_the_shards_of_the_model(tmp_path):

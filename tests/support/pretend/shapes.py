@@ -148,6 +148,7 @@ def simulate(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         mock.patch.object(pipeline, "draw_samples", samples),
         mock.patch.object(pipeline, "prepare", prepare),
         mock.patch.object(pipeline, "run_record", return_value={}),
+        mock.patch.object(pipeline, "model_card", return_value=""),
         mock.patch.object(session, "check_usable"),
         # Thousands of small operations, whose memory is that of the first.
         mock.patch.object(sparsegpt, "_sweep_columns", lambda weight, *more: weight.clone()),
