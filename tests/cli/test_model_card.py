@@ -61,8 +61,10 @@ def test_the_hub_reads_what_it_is_and_where_it_is_from(
         "tags": ["pruned", "sparse", "wanda", "2:4", "lowmem-gblm"],
     }
     assert (tmp_path / "out" / "README.base.md").read_text() == BASE
-    command = "lowmem-gblm prune some-one/Small-1B OUTPUT --method wanda --pattern 2:4 "
-    assert f"{command}--calibration {text_file.name} --nsamples 2 --seqlen 16\n" in card.text
+    assert (
+        "lowmem-gblm prune some-one/Small-1B OUTPUT --method wanda --pattern 2:4 --dtype float32 "
+        f"--bos never --calibration {text_file.name} --nsamples 2 --seqlen 16\n"
+    ) in card.text
     assert "| Calibration | 2 × 16 tokens of text.txt<br>seed 0 |" in card.text
     assert "50.00% of the weights of 14 matrices of some-one/Small-1B are zero." in card.text
 

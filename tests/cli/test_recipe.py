@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
@@ -139,6 +140,15 @@ def test_the_command_line_wins_with_a_default_too(
     assert json.loads(capsys.readouterr().out)["stages"] == ["prune"]
 
 
+def test_a_nesting_too_deep_for_python_is_refused(written, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deep(*_: object) -> None:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(yaml, "compose", deep)
+    with pytest.raises(RequestError, match="cannot be read: maximum recursion depth"):
+        with_recipe(written("[[[]]]"), {})
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -166,7 +176,6 @@ def test_the_command_line_wins_with_a_default_too(
         ('sparsity: {"*": 0.5, "*": 0.6}', r"it has the key \* twice"),
         ("? [seed]\n: 1", "a recipe has no key .*ScalarNode"),
         ("seed: 1\n---\nseed: 2", "cannot be read: expected a single document"),
-        ("[" * 9000 + "]" * 9000, "cannot be read: maximum recursion depth"),
         ("- seed", "recipe.yaml must hold options, as sparsity: 0.5"),
         ("", "recipe.yaml must hold options"),
         ("#" * 70000, "has more than 65536 bytes, which is too long for a recipe"),

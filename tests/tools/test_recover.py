@@ -74,6 +74,7 @@ def test_it_is_better_afterwards_and_every_zero_is_one(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+@pytest.mark.slow
 def test_lora_would_be_refused(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:

@@ -21,6 +21,7 @@ def soak() -> ModuleType:
     return load_tool("soak")
 
 
+@pytest.mark.slow
 def test_a_few_seconds_of_it_find_nothing(tmp_path: Path) -> None:
     """It goes on until there was some of each, however busy the machine is."""
     command = [str(TOOLS / "soak"), "--minutes", "0", *SMALL, "--folder", str(tmp_path)]
