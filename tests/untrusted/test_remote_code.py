@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def modules_of_strangers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
         patch.syspath_prepend(folder)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_imported() -> None:
+    """The code of no earlier test counts as imported: tests come in any order, in any process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture
