@@ -130,6 +130,7 @@ def goes_on(code: int, lines: list[str], output: Path, expected: dict[str, str])
     assert not work_folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_interrupted_at_random_moments(
     number: signal.Signals,
