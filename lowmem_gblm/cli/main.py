@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = shlex.join([*(_program() if argv is None else [PROGRAM]), *words])
     as_json = arguments.json
     try:
-        with raise_on_signals(f"{_ENDED}\n{typed}\n", ends=argv is None):
-            stream = None if arguments.quiet else sys.stderr
-            with (
-                Console(stream, verbose=arguments.verbose) as console,
-                announced(console, verbose=arguments.verbose),
-            ):
+        display = Console(None if arguments.quiet else sys.stderr, verbose=arguments.verbose)
+        # Python drops what a signal raises while the handler of the log is freed: that comes last.
+        with (
+            announced(display, verbose=arguments.verbose),
+            raise_on_signals(f"{_ENDED}\n{typed}\n", ends=argv is None),
+        ):
+            with display as console:
                 outcome = arguments.run(arguments, console)
             _print(outcome, as_json=as_json)
             # Stdout has its one object.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -130,7 +131,6 @@ def goes_on(code: int, lines: list[str], output: Path, expected: dict[str, str])
     assert not work_folder.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_interrupted_at_random_moments(
     number: signal.Signals,
@@ -153,6 +153,26 @@ def test_interrupted_at_random_moments(
         goes_on(code, lines, tmp_path / "out", expected[0])
         shutil.rmtree(tmp_path / "out")
     assert interrupted > MOMENTS / 4
+
+
+def test_a_signal_while_the_display_of_progress_is_freed_is_no_second_one(
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python runs a callback when a handler of `logging` goes, and drops what that raises."""
+    forget = logging._removeHandlerRef
+
+    def interrupted(reference: object) -> None:
+        forget(reference)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logging, "_removeHandlerRef", interrupted)
+        code, lines = Child(argv, tmp_path / "log").ended()
+    assert (code, [line for line in lines if "ended at once" in line]) == (0, [])
+    assert content(tmp_path / "out") == expected[0]
 
 
 def test_interrupted_while_the_output_gets_its_place(
