@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Place = str | PathLike[str]
 
 
-def checked(listener: Any) -> Listener | None:
+def checked_listener(listener: Any) -> Listener | None:
     """Return a listener, or None; raise `RequestError` for what cannot be called."""
     if listener is not None and not callable(listener):
         raise RequestError(

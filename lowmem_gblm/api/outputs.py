@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem_gblm.api.arguments import Place, checked
+from lowmem_gblm.api.arguments import Place, checked_listener
 from lowmem_gblm.options import as_path
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def verify(
     from lowmem_gblm.commands.verify import verify as run
 
     dense = None if against is None else as_path("against", against)
-    return run(as_path("OUTPUT", output), dense, checked(listener))
+    return run(as_path("OUTPUT", output), dense, checked_listener(listener))
 
 
 def report(
@@ -59,7 +59,7 @@ def report(
     )
     paths = [as_path("against", one) for one in others]
     page = None if html is None else Path(as_path("html", html))
-    return run(as_path("OUTPUT", output), paths, page, checked(listener))
+    return run(as_path("OUTPUT", output), paths, page, checked_listener(listener))
 
 
 def pack(output: Place, packed: Place, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def pack(output: Place, packed: Place, *, listener: Listener | None = None) -> d
     from lowmem_gblm.commands.pack import pack as run
 
     place = Path(as_path("PACKED", packed))
-    return run(as_path("OUTPUT", output), place, checked(listener))
+    return run(as_path("OUTPUT", output), place, checked_listener(listener))
 
 
 def unpack(packed: Place, output: Place, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def unpack(packed: Place, output: Place, *, listener: Listener | None = None) ->
     from lowmem_gblm.commands.pack import unpack as run
 
     place = Path(as_path("OUTPUT", output))
-    return run(as_path("PACKED", packed), place, checked(listener))
+    return run(as_path("PACKED", packed), place, checked_listener(listener))
 
 
 def upload(
@@ -122,4 +122,4 @@ def upload(
 
     dense = None if against is None else as_path("against", against)
     folder, name = as_path("OUTPUT", output), as_path("REPO", repo)
-    return run(folder, name, dense, checked(listener), public=public)
+    return run(folder, name, dense, checked_listener(listener), public=public)

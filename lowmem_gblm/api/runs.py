@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_gblm.api.arguments import Place, checked
+from lowmem_gblm.api.arguments import Place, checked_listener
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
 from lowmem_gblm.commands.recipe import with_recipe
 from lowmem_gblm.commands.request import (
@@ -97,7 +97,7 @@ def prune(
     asked = dict(locals())
     from lowmem_gblm.commands.prune.pipeline import prune as run
 
-    return run(_request(asked), checked(listener))
+    return run(_request(asked), checked_listener(listener))
 
 
 @documented(PruneRequest)
@@ -126,7 +126,9 @@ def resume(
     from lowmem_gblm.commands.prune.resume import find_job
 
     changes = {name: given[name] for name in MAY_CHANGE}
-    return run(find_job(Path(as_path("WORKDIR", work_folder)), **changes), checked(listener))
+    return run(
+        find_job(Path(as_path("WORKDIR", work_folder)), **changes), checked_listener(listener)
+    )
 
 
 @documented(PruneRequest)
@@ -188,7 +190,7 @@ def evaluate(
     from lowmem_gblm.commands.evaluate import evaluate as run
 
     del asked["listener"]
-    return run(EvalRequest(**asked), checked(listener))
+    return run(EvalRequest(**asked), checked_listener(listener))
 
 
 @documented(Grid, PruneRequest, EvalRequest)
@@ -252,7 +254,7 @@ def compare(
     grid = Grid(**{one.name: asked.pop(one.name) for one in options(Grid)})
     values, given = sort_options(asked)
     place = Path(as_path("the folder", folder))
-    return run(PruneRequest(**values), grid, place, evaluation, given, checked(listener))
+    return run(PruneRequest(**values), grid, place, evaluation, given, checked_listener(listener))
 
 
 def _request(asked: Mapping[str, Any]) -> PruneRequest:
