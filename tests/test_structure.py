@@ -31,7 +31,7 @@ ROWS = (
     ("model",),
     ("storage",),
     ("methods", "planning", "runtime"),
-    ("options", "extensions"),
+    ("options", "extensions", "embedded"),
     ("errors",),
 )
 # Its strings are the words of children's stories.

@@ -21,7 +21,9 @@ from lowmem_gblm.cli.console import (
 from lowmem_gblm.cli.interruptions import made
 from lowmem_gblm.cli.options import method_options_of, prune_request_from, request_from
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
-from lowmem_gblm.commands.request import DEMO, MAY_CHANGE, EvalRequest, PruneRequest
+from lowmem_gblm.commands.request import MAY_CHANGE, EvalRequest, PruneRequest
+from lowmem_gblm.embedded import EMBEDDED, is_embedded
+from lowmem_gblm.errors import RequestError
 from lowmem_gblm.options import options
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime.activity import activity
@@ -152,8 +154,13 @@ def compare(arguments: argparse.Namespace, console: Console) -> Outcome:
 
 def demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     """Compare all methods on the embedded model."""
+    if not is_embedded(EMBEDDED):
+        raise RequestError(
+            f"the folder {EMBEDDED} here holds a model of your own, which has that name first: "
+            f"run the demo in another folder"
+        )
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
-    request = PruneRequest(model=DEMO, seqlen=_DEMO_SEQLEN, **resources)
+    request = PruneRequest(model=EMBEDDED, seqlen=_DEMO_SEQLEN, **resources)
     arguments.output = arguments.output or str(_demo_folder(arguments.methods.split(",")))
     return _compared(arguments, request, Path(arguments.output), {}, console)
 

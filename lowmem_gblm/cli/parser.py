@@ -14,7 +14,8 @@ from lowmem_gblm.cli.console import Console
 from lowmem_gblm.cli.options import add_options, methods_to_offer
 from lowmem_gblm.cli.usage import Parser
 from lowmem_gblm.commands.compare.grid import EVALUATION, Grid
-from lowmem_gblm.commands.request import DEMO, MAY_CHANGE, EvalRequest, PruneRequest
+from lowmem_gblm.commands.request import MAY_CHANGE, EvalRequest, PruneRequest
+from lowmem_gblm.embedded import EMBEDDED
 from lowmem_gblm.planning.resources import Resources
 
 _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
@@ -192,7 +193,7 @@ def _add_unpack(commands: Commands) -> None:
 def _add_demo(commands: Commands) -> None:
     help, kept = "all methods on the embedded model, offline", interruptions.compare_kept
     command = _command(commands, "demo", actions.demo, help, interrupted=kept)
-    command.set_defaults(model=DEMO, methods=DEMO_METHODS)
+    command.set_defaults(model=EMBEDDED, methods=DEMO_METHODS)
     output = command.group_of("output")
     output.add_argument("--output", metavar="DIR", help=f"folder to create [{DEMO_FOLDER}]")
     add_options(command, Resources)

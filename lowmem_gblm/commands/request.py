@@ -15,6 +15,7 @@ from lowmem_gblm.commands.pattern_rules import (
     pattern_rules,
 )
 from lowmem_gblm.commands.texts import IN_MEMORY, NAMED, InMemory, as_calibration, as_text
+from lowmem_gblm.embedded import EMBEDDED, is_embedded
 from lowmem_gblm.errors import JobError, RequestError, shown, shown_value
 from lowmem_gblm.methods import find_method
 from lowmem_gblm.options import (
@@ -30,7 +31,6 @@ from lowmem_gblm.planning.globs import as_globs
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.sizes import STORES
 
-DEMO = "demo"
 DEFAULT_SEQLEN = 2048
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # What may be another when a job is resumed.
@@ -172,7 +172,7 @@ class PruneRequest(TextOptions):
             )
         elif self.max_shard_size is not None:
             raise RequestError("--in-place keeps the shards of MODEL: leave out --max-shard-size")
-        elif self.model == DEMO:
+        elif is_embedded(self.model):
             raise RequestError("--in-place needs a model folder; the embedded model stays as it is")
 
     def _check_statistics(self) -> None:
@@ -221,7 +221,7 @@ class PruneRequest(TextOptions):
         """Return where samples come from: a file by its full name, C4, or the text of "demo"."""
         if isinstance(self.calibration, InMemory):
             return IN_MEMORY
-        asked = self.calibration or (DEMO if self.model == DEMO else "c4")
+        asked = self.calibration or (EMBEDDED if is_embedded(self.model) else "c4")
         is_file = asked not in NAMED and Path(asked).exists()
         return str(Path(asked).resolve()) if is_file else asked
 
@@ -300,13 +300,13 @@ class EvalRequest(TextOptions):
     @property
     def evaluation_text(self) -> str:
         """Return the text to measure on: as asked, else WikiText-2, or the embedded text."""
-        return self.text or (DEMO if self.model == DEMO else "wikitext2")
+        return self.text or (EMBEDDED if is_embedded(self.model) else "wikitext2")
 
 
 def to_json(request: PruneRequest) -> dict[str, Any]:
     """Return all options, with full paths, so that the request can be made again from anywhere."""
     asked = {one.name: getattr(request, one.name) for one in fields(request)}
-    if Path(request.model).exists():
+    if Path(request.model).exists() and not is_embedded(request.model):
         asked["model"] = str(Path(request.model).absolute())
     for name in _FOLDERS:
         if asked[name] is not None:

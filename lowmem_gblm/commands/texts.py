@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lowmem_gblm.commands.tables import Table, table_from_hub, table_of_file
+from lowmem_gblm.embedded import EMBEDDED, embedded_file
 from lowmem_gblm.errors import RequestError, shown_value
 from lowmem_gblm.options import as_path
 
@@ -21,7 +21,7 @@ Split = Literal["calibration", "evaluation"]
 # A document: a text, or a conversation as a list of messages with "role" and "content".
 Document: TypeAlias = str | Sequence[Mapping[str, Any]]
 # Texts that are known by name; any other name is that of a file, or of a data set of the Hub.
-NAMED = ("c4", "wikitext2", "demo")
+NAMED = ("c4", "wikitext2", EMBEDDED)
 # The name of texts and samples that Python code has given.
 IN_MEMORY = "in memory"
 
@@ -123,8 +123,8 @@ def open_source(source: str | InMemory, split: Split, column: str = _TEXT) -> Te
     """
     if isinstance(source, InMemory):
         return _given_documents(source.content, column)
-    if source == "demo":
-        text = _embedded(split).read_text(encoding="utf-8")
+    if source == EMBEDDED:
+        text = embedded_file(f"{split}.txt").read_text(encoding="utf-8")
         return Text(text, f"the embedded {split} text")
     if source == "c4":
         return _c4(split)
@@ -149,15 +149,11 @@ def open_source(source: str | InMemory, split: Split, column: str = _TEXT) -> Te
     raise RequestError(f"there is no text {source!r}: give {named}{also}, or the path of {_A_FILE}")
 
 
-def _embedded(split: Split) -> Path:
-    return Path(str(resources.files("lowmem_gblm") / "demo" / f"{split}.txt"))
-
-
 def calibration_text_bytes(name: str) -> int:
     """Return how many bytes of calibration text are tokenized in one piece; 0 for documents."""
     if name == "wikitext2":
         return _WIKITEXT2_CALIBRATION_BYTES
-    path = _embedded("calibration") if name == "demo" else Path(name)
+    path = embedded_file("calibration.txt") if name == EMBEDDED else Path(name)
     return path.stat().st_size if path.suffix == ".txt" and path.is_file() else 0
 
 

@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import resources
 from pathlib import Path
 from threading import Event, Thread
 
+from lowmem_gblm.embedded import EMBEDDED, embedded_file, is_embedded
 from lowmem_gblm.errors import CheckpointError, first_line
 from lowmem_gblm.runtime.activity import activity
 from lowmem_gblm.storage.checkpoint.remote_code import PATTERN
@@ -16,7 +16,6 @@ from lowmem_gblm.storage.in_place_marker import check_complete
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
-_EMBEDDED = "demo"
 # What the folder of a model in a cache of the Hub begins with.
 CACHED = "models--"
 # For a connection, and for the answer; and for all, as to look up a name may take longer.
@@ -34,10 +33,10 @@ def locate(
     has already are in the folder all the same. Only an `unfinished` model may be one that is being
     pruned in place.
     """
-    if Path(model).is_dir():
+    if is_embedded(model):
+        found = embedded_file("model")
+    elif Path(model).is_dir():
         found = Path(model)
-    elif model == _EMBEDDED:
-        found = Path(str(resources.files("lowmem_gblm") / "demo" / "model"))
     elif is_on_hub(model):
         wanted = [*(_WANTED if weights else ["config.json"]), *([PATTERN] if code else [])]
         found = _download(model, wanted)
@@ -50,7 +49,7 @@ def locate(
 
 def is_on_hub(model: str) -> bool:
     """Return whether `model` may be a Hub id: neither a folder nor the embedded model."""
-    return not Path(model).exists() and model != _EMBEDDED and bool(_HUB_ID.fullmatch(model))
+    return not Path(model).exists() and model != EMBEDDED and bool(_HUB_ID.fullmatch(model))
 
 
 def public_name(model: str) -> str:

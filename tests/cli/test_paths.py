@@ -100,12 +100,12 @@ def test_a_request_comes_back_as_it_was_made(here: Path) -> None:
     assert replace(again, calibration=None, sparsity=0.3) == asked
 
 
-def test_a_model_folder_that_is_called_demo_keeps_its_text(llama: Path, here: Path) -> None:
+def test_a_model_folder_that_is_called_demo_is_no_embedded_one(llama: Path, here: Path) -> None:
     shutil.copytree(llama, "demo")
     asked = PruneRequest(model="demo", output=Path("out"))
     again = request_from_json(to_json(asked))
     assert again.model == str(here / "demo")
-    assert again.calibration_text == asked.calibration_text == "demo"
+    assert again.calibration_text == asked.calibration_text == "c4"
 
 
 @pytest.mark.parametrize(

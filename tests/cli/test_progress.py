@@ -221,6 +221,21 @@ def test_a_repeated_demo_resumes_one_that_was_interrupted(
     assert _demo_folder(["magnitude", "wanda"]) == Path("lowmem-gblm-demo-2")
 
 
+@pytest.mark.usefixtures("brief")
+def test_a_demo_in_a_folder_of_the_name_of_its_model_prunes_the_embedded_one(
+    run: Callable[[str], tuple[int, str, str]], tmp_path: Path
+) -> None:
+    assert run("demo --output demo")[0] == 0
+    code, _, told = run("demo --output demo")
+    assert code == 0
+    assert "magnitude: is pruned already\n" in told
+    (tmp_path / "demo" / "config.json").touch()
+    assert run("demo") == (2, "", (
+        "lowmem-gblm: the folder demo here holds a model of your own, which has that name first: "
+        "run the demo in another folder\n"
+    ))  # fmt: skip
+
+
 def test_a_demo_leaves_a_folder_alone_that_is_none_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
