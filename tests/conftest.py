@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,22 +15,20 @@ import pytest
 # as processes of their own inherits this; it is read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+# The process that only gives tests to workers reads this file, too: it imports no torch for that.
 import hypothesis
-import torch
-from transformers.utils import logging as transformers_logging
 
 import lowmem_gblm
-from support.pretend import device as pretend
 from support.pretend.jobs import PRETENDS
-from support.tiny_models import sample_text, save_tiny
 
-torch.set_num_threads(1)
 if PRETENDS in os.environ:
     # For tests that are run once more on the pretended device, which "auto" then means.
+    from support.pretend import device as pretend
+
     pretend.install()
-transformers_logging.disable_progress_bar()
 
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("busy", deadline=None)
@@ -50,6 +49,13 @@ def shared() -> Path:
 def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Data sets built from local files must not end in the home directory."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """What tests have imported stays: to look through it for garbage takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,6 +85,8 @@ def patience() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 4000 characters."""
+    from support.tiny_models import sample_text
+
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(sample_text(4000), encoding="utf-8")
     return path
@@ -87,12 +95,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in one file. Not to be modified."""
+    from support.tiny_models import save_tiny
+
     return save_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small blocks in one file. Not to be modified."""
+    from support.tiny_models import save_tiny
+
     return save_tiny("llama", tmp_path_factory.mktemp("small") / "model", blocks=2, width=16)
 
 

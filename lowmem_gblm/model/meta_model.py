@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel, first_line, shown, shown_value
@@ -41,7 +42,7 @@ def build_meta_model(
     configuration asks for; then, only if that fits the headers, with real buffers.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         twin = _build(config, dtype, trust_remote_code)
     check_headers(twin, find_layers(twin)[0], checkpoint)
     with init_empty_weights(include_buffers=False):

@@ -15,7 +15,7 @@ from support.tiny_models import save_tiny
 
 METHODS = ("magnitude", "wanda", "gradient", "gblm", "sparsegpt")
 # A dense model, one with experts, and one whose matrices are stored the other way round.
-BLOCKS = {"llama": 4, "mixtral": 2, "gpt2": 2}
+BLOCKS = {"llama": 3, "mixtral": 2, "gpt2": 2}
 FEW, MORE = 2, 4
 SEQLEN = 16
 # Methods whose waits are compared, for a few samples and for more; experts are chosen by numbers,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands.prune import identity
 from lowmem_gblm.errors import (
     BudgetError,
     CheckpointError,
@@ -371,6 +372,8 @@ def test_a_package_that_is_not_there_is_no_fault(
         return version(name)
 
     monkeypatch.setattr(metadata, "version", without)
+    identity.versions.cache_clear()
     versions = prune(tmp_path / "out", method="magnitude")["versions"]
+    identity.versions.cache_clear()
     assert versions["bitsandbytes"] == "not installed"
     assert versions["torch"] == version("torch")

@@ -42,7 +42,7 @@ FAILING = (
     rf"read from \S+: look after that disk, "
 )
 # How many calls of an operation fail, each in a run; a failing disk differs in the sentence only.
-TIMES = {errno.ENOSPC: 10, errno.EIO: 3}
+TIMES = {errno.ENOSPC: 6, errno.EIO: 3}
 SENTENCES = {errno.ENOSPC: (4, FULL + WAY_OUT), errno.EIO: (2, FAILING + WAY_OUT)}
 Prune = Callable[..., tuple[int, str]]
 

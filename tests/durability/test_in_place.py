@@ -26,7 +26,7 @@ from support.crashes import KILL_MATRIX, Killer, Photographer, Stop, content, st
 from support.tiny_models import save_tiny
 
 SIZE = {"nsamples": 2, "seqlen": 16}
-KILLS = 15
+KILLS = 10
 Run = Callable[..., dict[str, Any]]
 
 

@@ -32,7 +32,7 @@ from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from support.crashes import SIGNALS, content, ctrl_c, out_of_memory
 from support.tiny_models import save_tiny
 
-MOMENTS = 12
+MOMENTS = 8
 MOST_MOMENTS = 200
 KEPT = r"lowmem-gblm: interrupted\. What is done is kept in (\S+|'.*')\. To resume:"
 NOTHING = r"lowmem-gblm: interrupted\. Nothing was done yet that could be kept\. To begin again:"
@@ -71,8 +71,10 @@ def expected(
 class Child:
     """A command in a forked process, whose stderr goes to a file. Comes back once it has begun."""
 
-    def __init__(self, argv: list[str], log: Path, ignoring: int | None = None) -> None:
-        self._log = log
+    def __init__(
+        self, argv: list[str], log: Path, ignoring: int | None = None, program: str = "lowmem-gblm"
+    ) -> None:
+        self._log, self._program = log, program
         begun, to_begin = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -97,7 +99,7 @@ class Child:
                 return run(*given)
 
             actions.prune = announced
-            sys.argv = ["lowmem-gblm", *argv]
+            sys.argv = [self._program, *argv]
             code = cli.main()
         finally:
             os._exit(code)
@@ -381,25 +383,19 @@ def test_a_signal_that_is_ignored_stays_ignored(
 
 
 def test_the_printed_command_can_be_pasted_into_a_shell(
-    model: Path, text_file: Path, tmp_path: Path
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    undisturbed, output = (
-        # Long enough for the signal to arrive on a busy machine.
-        [*arguments(model, tmp_path / name, text_file), "--nsamples", "32"]
-        for name in ("undisturbed", "out")
-    )
-    command = [sys.executable, "-m", "lowmem_gblm", *output]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        # What takes long before it is announced: "importing PyTorch and transformers … 3 s".
-        assert next(line for line in process.stderr if " … " not in line).startswith("embed")
-        process.send_signal(signal.SIGTERM)
-        lines = process.stderr.read().splitlines()
-    assert process.returncode == 130
+    with monkeypatch.context() as patch:
+        at_tick(patch, "dense", 1, lambda: signal.raise_signal(signal.SIGTERM))
+        child = Child(argv, tmp_path / "log", program="/lib/lowmem_gblm/__main__.py")
+        code, lines = child.ended()
+    assert code == 130
     assert lines[-1].startswith(f"{sys.executable} -m lowmem_gblm prune ")
     assert subprocess.run(["bash", "-c", lines[-1]], capture_output=True).returncode == 0
-    assert cli.main(undisturbed) == 0
-    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert content(tmp_path / "out") == expected[0]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from support.crashes import KILL_MATRIX, Killer, Photographer, content, stopped_
 from support.tiny_models import save_tiny
 
 SIZE = {"nsamples": 2, "seqlen": 16}
-KILLS = 25
+KILLS = 12
 
 
 @pytest.fixture

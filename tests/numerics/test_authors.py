@@ -39,13 +39,11 @@ CASES = {
 
 # Every method, norm and amount is among them; the others are slow.
 CHOSEN = {
-    "wanda/0.3",
     "wanda/2:4",
     "gradient/l1/0.5",
     "gradient/l2/0.5",
     "gblm/l1/0.5",
     "gblm/l1/2:4",
-    "gblm/l2/0.6",
     "magnitude/2:4",
     "sparsegpt/0.5",
     "sparsegpt/2:4",

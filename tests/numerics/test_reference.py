@@ -46,9 +46,9 @@ AGREEMENT = {
 CASES = (
     "magnitude/0.5",
     "wanda/2:4",
-    "gradient/l2/0.5",
     "gblm/l1/0.5",
     "sparsegpt/2:4",
+    pytest.param("gradient/l2/0.5", marks=pytest.mark.slow),
     pytest.param("wanda/0.5", marks=pytest.mark.slow),
     pytest.param("gblm/l1/2:4", marks=pytest.mark.slow),
     pytest.param("gblm/l2/0.5", marks=pytest.mark.slow),

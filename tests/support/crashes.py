@@ -24,7 +24,7 @@ METHODS = [
     for method in ("gblm", "wanda", "sparsegpt", "gradient", "magnitude")
     for activations in ("pruned", "dense")
 ]
-SAMPLED = 4
+SAMPLED = 6
 # A method, its activations, and of how many photographs one is resumed from: CI takes all of the
 # method with most steps and a sample of the others, of which all are slow.
 KILL_MATRIX = [

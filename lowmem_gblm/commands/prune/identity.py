@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def recorded_identity(record: Mapping[str, Any], names: Iterable[str]) -> dict[s
     return {name: said[name] for name in names if name in said}
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions of what the result depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
