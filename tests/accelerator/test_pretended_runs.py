@@ -48,11 +48,13 @@ def jobs(architecture: str, every: bool) -> list[dict[str, Any]]:
             {"method": "gblm", "compute_weights": "nf4"},
             {"method": "gblm", "dtype": "bfloat16", "pattern": "2:4"},
             {"method": "gblm", "gradient_norm": "l2"},
-            {"method": "gblm", "alpha": "auto"},
             {"method": "gblm", "alpha": "auto", "activations": "dense", "compute_weights": "nf4"},
         ]
     if llama and every:
-        found += [{"method": "sparsegpt", "compute_weights": "nf4"}]
+        found += [
+            {"method": "sparsegpt", "compute_weights": "nf4"},
+            {"method": "gblm", "alpha": "auto"},
+        ]
     if llama or (every and architecture not in CHOOSE_BY_NUMBERS):
         found += [{"method": method, "nsamples": MORE} for method in COMPARED]
     return [{"nsamples": FEW, "seqlen": SEQLEN} | one for one in found]

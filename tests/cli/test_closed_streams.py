@@ -96,12 +96,15 @@ def printed_nowhere(*argv: object, closed: bool = False) -> tuple[int, str]:
     return process.returncode, "".join(lines)
 
 
-@needs_full
-def test_what_is_on_the_disk_is_not_lost_with_stdout(llama: Path, tmp_path: Path) -> None:
+def test_what_is_on_the_disk_is_not_lost_with_stdout(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
-    code, error = printed_nowhere("prune", llama, output, "--method", "magnitude")
-    *progress, told = error.splitlines()
-    assert code == 0
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone(full, terminal=False))
+        assert main(["prune", str(llama), str(output), "--method", "magnitude"]) == 0
+    *progress, told = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in progress] == ["prune", "finish"]
     assert told == (
         f"lowmem-gblm: the result could not be printed ([Errno 28] No space left on device): it is "

@@ -23,7 +23,7 @@ from lowmem_gblm.storage.disk_errors import blamed, explained
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
 from support.tiny_models import save_tiny
 
-SHARES = (0.002, 0.01, 0.05, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.002, 0.01, 0.15, 0.45, 0.7, 0.9)
 ROOM = "64m"
 SIZE = ("--nsamples", "4", "--seqlen", "32", "--disk", "1GiB")
 WHAT = (
@@ -42,7 +42,7 @@ FAILING = (
     rf"read from \S+: look after that disk, "
 )
 # How many calls of an operation fail, each in a run; a failing disk differs in the sentence only.
-TIMES = {errno.ENOSPC: 6, errno.EIO: 3}
+TIMES = {errno.ENOSPC: 4, errno.EIO: 3}
 SENTENCES = {errno.ENOSPC: (4, FULL + WAY_OUT), errno.EIO: (2, FAILING + WAY_OUT)}
 Prune = Callable[..., tuple[int, str]]
 

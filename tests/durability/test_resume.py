@@ -77,7 +77,13 @@ def check_resumed(photographs, run, expected: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "activations", "every"),
-    [("gblm", "pruned", 4), ("gblm", "dense", 4), ("wanda", "pruned", 3)],
+    [
+        ("gblm", "pruned", 6),
+        ("wanda", "pruned", 6),
+        pytest.param("gblm", "pruned", 1, marks=pytest.mark.slow),
+        pytest.param("gblm", "dense", 1, marks=pytest.mark.slow),
+        pytest.param("wanda", "pruned", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_between_two_durable_steps(
     method: str,

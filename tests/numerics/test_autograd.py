@@ -121,7 +121,15 @@ def plain(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     return stream_statistics(case, tmp_path_factory.mktemp("plain") / "out", "l1")
 
 
-@pytest.mark.parametrize(("interval", "limit"), [(2, None), (3, 1 << 14), (1, 1)])
+@pytest.mark.parametrize(
+    ("interval", "limit"),
+    [
+        (2, 1 << 14),
+        pytest.param(2, None, marks=pytest.mark.slow),
+        pytest.param(3, 1 << 14, marks=pytest.mark.slow),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_recomputed_boundaries_and_sliced_accumulators_change_no_bit(
     case: Case, interval: int, limit: int | None, plain: Statistics, tmp_path: Path
 ) -> None:

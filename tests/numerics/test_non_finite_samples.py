@@ -113,7 +113,7 @@ def test_a_sample_that_gradients_were_saved_without_is_left_out_where_they_are_t
         )
 
 
-@pytest.mark.parametrize("activations", ["pruned", "dense"])
+@pytest.mark.parametrize("activations", ["pruned", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "method", "stage", "block"), BEFORE_STATISTICS)
 def test_before_any_statistics_it_is_as_if_the_sample_had_not_been_drawn(
     name: str,
@@ -136,7 +136,7 @@ def test_before_any_statistics_it_is_as_if_the_sample_had_not_been_drawn(
         assert record["calibration_loss"] == expected["calibration_loss"]
     where = "" if block is None else f"block {block} of "
     assert (
-        f"1 of 12 calibration samples turned non-finite and were left out: it began with "
+        f"1 of {COUNT} calibration samples turned non-finite and were left out: it began with "
         f"calibration sample 4 in {where}the {stage} pass"
     ) in record["notes"]
 
@@ -178,7 +178,9 @@ def test_the_boundaries_of_the_pruned_model_are_looked_at_too(
 
 
 @pytest.mark.parametrize("stage", ["dense", "head", "reverse", "prune"])
-@pytest.mark.parametrize("name", ["dense-1", f"loss-gradient-{BLOCKS}"])
+@pytest.mark.parametrize(
+    "name", [f"loss-gradient-{BLOCKS}", pytest.param("dense-1", marks=pytest.mark.slow)]
+)
 def test_a_resumed_job_knows_who_was_dropped(
     name: str, stage: str, run: Run, poison: Poison, tmp_path: Path
 ) -> None:

@@ -81,7 +81,9 @@ def test_rounded_stores_agree_and_say_so(store: str, least: float, choose, tmp_p
     assert least <= same / total < 1
 
 
-@pytest.mark.parametrize("method", ["gblm", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    "method", ["gblm", "sparsegpt", pytest.param("wanda", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_masks_from_small_weights_go_to_the_whole_ones(
