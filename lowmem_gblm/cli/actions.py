@@ -30,7 +30,8 @@ from lowmem_gblm.runtime.activity import activity
 
 DEMO_FOLDER = "lowmem-gblm-demo"
 DEMO_METHODS = "magnitude,gradient,wanda,gblm,sparsegpt"
-_DEMO_SEQLEN = 256
+# Half a minute on two cores.
+_DEMO_SEQLEN, _DEMO_SAMPLES, _DEMO_WINDOWS = 256, 64, 80
 # The functions import when they are called, so that `lowmem-gblm --help` is fast.
 importing = partial(activity, "importing PyTorch and transformers")
 
@@ -160,9 +161,10 @@ def demo(arguments: argparse.Namespace, console: Console) -> Outcome:
             f"run the demo in another folder"
         )
     resources = {one.name: getattr(arguments, one.name) for one in options(Resources)}
-    request = PruneRequest(model=EMBEDDED, seqlen=_DEMO_SEQLEN, **resources)
+    request = PruneRequest(model=EMBEDDED, seqlen=_DEMO_SEQLEN, nsamples=_DEMO_SAMPLES, **resources)
     arguments.output = arguments.output or str(_demo_folder(arguments.methods.split(",")))
-    return _compared(arguments, request, Path(arguments.output), {}, console)
+    evaluation = {"windows": _DEMO_WINDOWS}
+    return _compared(arguments, request, Path(arguments.output), evaluation, console)
 
 
 def completion(arguments: argparse.Namespace, console: Console) -> Outcome:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from support.forks import run_forked
 from support.pretend.jobs import PRETENDS, TESTS
 
 # Two errors at each of two stops; CI takes one at each.
@@ -21,15 +18,10 @@ CHOSEN = [
 
 @pytest.mark.parametrize("chosen", CHOSEN)
 def test_no_error_costs_a_job_on_the_device(chosen: str) -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-p", "no:xdist", "-k", chosen,
-            str(TESTS / "durability" / "test_device_errors.py"),
-        ],
-        env=os.environ | {PRETENDS: "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout, done.stdout
+    tests = str(TESTS / "durability" / "test_device_errors.py")
+    # Of what is imported there already, pytest says that it is too late to rewrite it.
+    asked = ["-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", chosen]
+    asked += ["--rootdir", str(TESTS.parent), tests]
+    done = run_forked(pytest.main, asked, env={PRETENDS: "1"})
+    assert done.code == 0, done.out
+    assert "2 passed" in done.out, done.out

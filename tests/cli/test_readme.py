@@ -38,8 +38,9 @@ def test_the_commands_can_be_pasted_into_a_shell(
 ) -> None:
     """A shell, where only the installed environment is at hand, reads them; this process runs them.
 
-    A process for each would import torch as often.
+    A process for each would import torch as often. This one holds more than it would.
     """
+    monkeypatch.setattr("lowmem_gblm.runtime.memory.host_resident_bytes", lambda: 400 << 20)
     (block,) = blocks("bash")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -13,8 +10,10 @@ import pytest
 import torch
 
 import lowmem_gblm
+from lowmem_gblm.cli.main import main
 from lowmem_gblm.model import block_loader
 from lowmem_gblm.model.streamed_model import StreamedModel
+from support.forks import run_forked
 from support.tiny_models import save_tiny
 
 
@@ -72,37 +71,21 @@ def test_never_more_than_one_block_and_the_next_are_alive(
     assert residents.most_buffers == 2
 
 
-MEASURE = """
-import json, sys, torch
-torch.set_num_threads(1)
-import lowmem_gblm
-method, text, *folders = sys.argv[1:]
-peaks = [
-    lowmem_gblm.prune(
-        model, f"{model}-pruned", method=method, nsamples=4, seqlen=128, calibration=text
-    )["memory"]["host_peak_bytes"]
-    for model in folders
-]
-print(json.dumps(peaks))
-"""
-
-
 @pytest.mark.parametrize("method", ["gblm", pytest.param("wanda", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_depth(method: str, text_file: Path, tmp_path: Path) -> None:
-    """Peaks of host memory, of 4 blocks and of 40, in a process with nothing else.
+    """Peaks of host memory, of 4 blocks and of 40, each in a process with nothing else.
 
     Of 36 more blocks the weights are 44 MB, and the hidden states before them 12 MB: 5 % are 20 MB.
     All sweeps of `wanda` are sweeps of `gblm`.
     """
+    size = ["--nsamples", "4", "--seqlen", "128", "--calibration", str(text_file)]
     models = [
         save_tiny("llama", tmp_path / f"{blocks}", blocks=blocks, width=160) for blocks in (4, 40)
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, method, str(text_file), *map(str, models)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    shallow, deep = json.loads(done.stdout)
+    peaks = []
+    for model in models:
+        command = ["prune", str(model), f"{model}-pruned", "--json", *size, "--method", method]
+        done = run_forked(main, command)
+        peaks.append(json.loads(done.out)["memory"]["host_peak_bytes"])
+    shallow, deep = peaks
     assert deep <= 1.05 * shallow, f"{deep / shallow:.3f} times as much"

@@ -26,10 +26,10 @@ METHODS = [
 ]
 SAMPLED = 6
 # A method, its activations, and of how many photographs one is resumed from: CI takes all of the
-# method with most steps and a sample of the others, of which all are slow.
+# method with most steps and a sample of some others, of which all are slow.
 KILL_MATRIX = [
     pytest.param(*METHODS[0], 1, id="gblm-pruned"),
-    *(pytest.param(*one, SAMPLED, id=f"{'-'.join(one)}-{SAMPLED}") for one in METHODS[1:]),
+    *(pytest.param(*one, SAMPLED, id=f"{'-'.join(one)}-{SAMPLED}") for one in METHODS[1:8:2]),
     *(pytest.param(*one, 1, marks=pytest.mark.slow, id="-".join(one)) for one in METHODS[1:]),
 ]
 

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
+
+from support.forks import run_forked
 
 TESTS = Path(__file__).parents[2]
 # Set, it gives a test process the pretended device.
 PRETENDS = "LOWMEM_GBLM_TESTS_PRETEND"
 
 
-def in_process(module: str, asked: Any, *, timeout_s: float = 600) -> Any:
-    """Run a module of this package on a JSON value; return the JSON value that it prints.
-
-    A fork would not do: after a backward pass, autograd takes no further device.
-    """
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", f"support.pretend.{module}"],
-        input=json.dumps(asked),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def in_process(module: str, asked: Any) -> Any:
+    """Run a module of this package on a JSON value; return the JSON value that it prints."""
+    name = f"support.pretend.{module}"
+    done = run_forked(runpy.run_module, name, None, "__main__", input=json.dumps(asked))
+    assert done.code == 0, done.err
+    return json.loads(done.out)
