@@ -21,7 +21,7 @@ def test_no_error_costs_a_job_on_the_device(chosen: str) -> None:
     tests = str(TESTS / "durability" / "test_device_errors.py")
     # Of what is imported there already, pytest says that it is too late to rewrite it.
     asked = ["-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", chosen]
-    asked += ["--rootdir", str(TESTS.parent), tests]
+    asked += ["-m", "", "--rootdir", str(TESTS.parent), tests]
     done = run_forked(pytest.main, asked, env={PRETENDS: "1"})
     assert done.code == 0, done.out
     assert "2 passed" in done.out, done.out
