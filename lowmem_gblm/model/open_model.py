@@ -11,7 +11,12 @@ from lowmem_gblm.errors import CheckpointError, RequestError
 from lowmem_gblm.model.from_config import read_or_describe
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.resources import Resources
-from lowmem_gblm.runtime.accelerator import choose_device, has_bfloat16, is_accelerator
+from lowmem_gblm.runtime.accelerator import (
+    choose_device,
+    has_bfloat16,
+    is_accelerator,
+    settle_vector_math,
+)
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.hub import is_on_hub, locate
 
@@ -53,6 +58,7 @@ def open_model(
         RequestError: The device does not exist.
         JobError: The model is being pruned in place, and that has not been finished.
     """
+    settle_vector_math()
     trusted = resources.trust_remote_code
     if to_plan or is_on_hub(model):
         # An unusable model is refused before its weights are downloaded.

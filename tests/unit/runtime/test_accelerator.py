@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 from lowmem_gblm.errors import BudgetError, RequestError
+from lowmem_gblm.model.open_model import open_model
+from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.runtime import accelerator
 from lowmem_gblm.runtime.accelerator import CONTEXT_BYTES, CPU, CopyStream
 
@@ -162,3 +167,39 @@ def test_copies_of_a_cpu_are_the_tensors_themselves() -> None:
     assert stream.to_host(tensor, accelerator.computed(tensor)) is tensor
     accelerator.take_over([tensor])
     assert not accelerator.empty_on_host([3], torch.float32, CPU).is_pinned()
+
+
+VECTOR_MATH = """
+import os, torch
+from lowmem_gblm.runtime.accelerator import settle_vector_math
+differing = 0
+for _ in range(1000):
+    if not (child := os.fork()):
+        settle_vector_math()
+        angles = torch.arange(64.0)[:, None] * torch.linspace(0, 1, 64)
+        os._exit(not torch.equal(angles.cos(), angles.cos()))
+    differing += os.waitpid(child, 0)[1] != 0
+print(differing)
+"""
+
+
+@pytest.mark.slow
+def test_two_threads_may_make_the_first_call_of_vector_math() -> None:
+    """In a thousand processes of two threads; without it, some tens of them compute otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", VECTOR_MATH],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "0\n"
+
+
+def test_vector_math_is_settled_before_a_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle() -> None:
+        raise RequestError("settled")
+
+    monkeypatch.setattr("lowmem_gblm.model.open_model.settle_vector_math", settle)
+    with pytest.raises(RequestError, match="settled"):
+        open_model("nowhere", Resources())
