@@ -22,6 +22,7 @@ from lowmem_gblm.commands.request import PruneRequest, request_from_json, to_jso
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.storage.atomic import publish_folder
 from lowmem_gblm.storage.checkpoint.file_access import side_files
+from lowmem_gblm.storage.hub import locate
 from lowmem_gblm.storage.locking import MARK, OwnedFolder
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
@@ -106,6 +107,14 @@ def test_a_model_folder_that_is_called_demo_is_no_embedded_one(llama: Path, here
     again = request_from_json(to_json(asked))
     assert again.model == str(here / "demo")
     assert again.calibration_text == asked.calibration_text == "c4"
+
+
+def test_a_folder_that_is_called_demo_and_has_only_weights_is_meant(here: Path) -> None:
+    """The embedded model in its place would be a result of another model."""
+    Path("demo").mkdir()
+    assert locate("demo") != Path("demo")
+    Path("demo", "model.safetensors").touch()
+    assert locate("demo") == Path("demo")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "transformers.modeling_utils"])
+# Of a process that hangs; the slowest one takes a tenth of it.
+_LONGEST_S = 600
 
 
 class Done(NamedTuple):
@@ -33,14 +35,13 @@ def run_forked(
     *given: Any,
     input: str = "",
     env: Mapping[str, str] | None = None,
-    timeout_s: float = 600,
 ) -> Done:
     """Calls what can be imported by its name; an int that it returns is the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
         process = _CONTEXT.Process(target=_be, args=(call, given, input, dict(env or {}), files))
         process.start()
-        process.join(timeout_s)
+        process.join(_LONGEST_S)
         if process.exitcode is None:
             process.kill()
             process.join()
