@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 EMBEDDED = "demo"
-# A folder with one of these is meant as a model, even if it is not a whole one.
+# A folder with one of these is meant as a model, even if it is not complete.
 _OF_MODELS = ("config.json", "*.safetensors", "*.bin")
 
 

@@ -28,6 +28,12 @@ def made(arguments: argparse.Namespace) -> str:
     return str(arguments.output or arguments.model)
 
 
+def evaluation_kept(arguments: argparse.Namespace) -> str:
+    """Say where an interrupted `eval` has its finished blocks, as the interruption has noted."""
+    notes = getattr(arguments.stopped, "__notes__", [])
+    return f"{notes[0]}. To resume" if notes else nothing_left(arguments)
+
+
 def resume_kept(arguments: argparse.Namespace) -> str | None:
     """Say what an interrupted `resume` has kept; None if it was done."""
     if arguments.output and (arguments.output / RECORD).is_file():

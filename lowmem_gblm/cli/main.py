@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Stdout has its one object.
             as_json = False
             return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        arguments.stopped = stopped
         failure = _interrupted(arguments, typed)
     except Exception as error:
         failure = failure_of(error)

@@ -124,8 +124,8 @@ def _add_plan(commands: Commands, methods: Sequence[str]) -> None:
 
 
 def _add_eval(commands: Commands) -> None:
-    help = "perplexity and language tasks, streamed"
-    command = _command(commands, "eval", actions.evaluate, help)
+    help, kept = "perplexity and language tasks, streamed", interruptions.evaluation_kept
+    command = _command(commands, "eval", actions.evaluate, help, interrupted=kept)
     _takes_model(command)
     add_options(command, EvalRequest)
 

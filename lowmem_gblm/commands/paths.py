@@ -6,7 +6,8 @@ from pathlib import Path
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.errors import RequestError
 from lowmem_gblm.storage.in_place import check_confirmed
-from lowmem_gblm.storage.job_state import forget_finished, has_steps
+from lowmem_gblm.storage.job_state import forget_finished
+from lowmem_gblm.storage.journal import has_steps
 from lowmem_gblm.storage.pending_folder import check_absent, partial_folder
 
 

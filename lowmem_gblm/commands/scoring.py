@@ -1,15 +1,19 @@
 """The sweep of an evaluation: rows of tokens through a streamed model, once for all of them."""
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from lowmem_gblm.commands.causes import cause_of
 from lowmem_gblm.commands.estimate import budget_of, limited, work_of
-from lowmem_gblm.errors import BudgetError, JobError
+from lowmem_gblm.commands.prune.identity import COMPUTING, source_fingerprints, versions
+from lowmem_gblm.errors import BudgetError, LowmemGblmError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.open_model import OpenModel, check_tokens, open_model
 from lowmem_gblm.model.prunable import PrunableWeight, prunable_weights
@@ -18,14 +22,18 @@ from lowmem_gblm.planning.plan import Budget, Plan
 from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.schedule import EVALUATION
-from lowmem_gblm.planning.steps import Layout, steps
+from lowmem_gblm.planning.sizes import Choices, Workload
+from lowmem_gblm.planning.steps import step_table, steps_done
 from lowmem_gblm.runtime import machine, memory
-from lowmem_gblm.runtime.accelerator import peak_bytes
+from lowmem_gblm.runtime.accelerator import device_name, peak_bytes
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
+from lowmem_gblm.storage.checkpoint.file_access import RECORD
 from lowmem_gblm.storage.disk_errors import explained, is_trouble
+from lowmem_gblm.storage.evaluation_job import EvaluationJob, clear_away
 from lowmem_gblm.storage.in_place_marker import check_complete
-from lowmem_gblm.storage.locking import OwnedFolder, model_lock, owner_of
+from lowmem_gblm.storage.locking import model_lock, size_on_disk
+from lowmem_gblm.storage.raw_io import file_pieces, summary
 from lowmem_gblm.sweeps.batches import TOKENS_AT_ONCE, Batch, Row, Score, pack
 from lowmem_gblm.sweeps.boundaries import embed
 from lowmem_gblm.sweeps.context import SweepContext
@@ -34,8 +42,6 @@ from lowmem_gblm.sweeps.offload import Offload, open_store
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
 _ON_DISK = Path("/var/tmp")
-_PREFIX = "lowmem-gblm-"
-_OWNER = "eval"
 
 
 @dataclass(frozen=True)
@@ -68,105 +74,205 @@ def score(
 ) -> Scored:
     """Score rows in one sweep over the blocks; `packed`, several of them at once.
 
+    Blocks that an interrupted call has finished are not computed again by the same call.
+
     Raises:
         NonFiniteError: A batch has left a block non-finite.
         DiskFull: The disk that hidden states are stored on has become full.
+        JobError: What an interrupted call has left is damaged.
     """
-    checkpoint, streamed = opened.checkpoint, opened.streamed
-    folder = _work_folder(resources)
-    _remove_left_behind(folder)
-    weights = prunable_weights(checkpoint, streamed)
-    budget = budget_of(resources, streamed.device, [folder])
-    batches, planned = _plan(opened, weights, resources, rows, budget, packed=packed)
-    check_tokens(opened, chain.from_iterable(batch.ids() for batch in batches))
-    stop = StopFlag()
-    progress = Progress(
-        [
-            Stage(name="embed", steps=len(batches), cost=0),
-            Stage(name="dense", steps=streamed.depth, cost=1),
-            Stage(name="head", steps=len(batches), cost=1 / streamed.depth),
-        ],
-        listener,
-        stop,
-    )
-    with (
-        stop_on_signals(stop),
-        _told_of_its_disk(planned, folder),
-        limited(budget, planned, streamed.device, stop),
-        _folder(folder) as own,
-    ):
-        what = "batch" if packed else "window"
-        scores = _sweep(opened, resources, weights, planned, batches, what, own, progress)
+    streamed, stop = opened.streamed, StopFlag()
+    identity = _identity(opened, resources, rows, packed=packed)
+    with _kept_or_removed(_work_folder(resources), identity) as job:
+        setup = _planned(opened, resources, rows, job, packed=packed)
+        check_tokens(opened, chain.from_iterable(batch.ids() for batch in setup.batches))
+        progress = Progress(_stages(setup), listener, stop)
+        with (
+            stop_on_signals(stop),
+            _told_of_its_disk(setup.plan, job.folder.parent),
+            limited(setup.budget, setup.plan, streamed.device, stop),
+            _started_or_resumed(setup, job, progress) as run,
+        ):
+            embed(run)
+            dense_sweep(run)
+            scores = row_scores(run, setup.batches)
     return Scored(
         scores,
         seconds={**progress.seconds, "total": progress.total_seconds()},
         memory={
             "host_peak_bytes": memory.host_peak_bytes(),
+            "host_planned_bytes": setup.plan.predicted.host_bytes,
             "gpu_peak_bytes": peak_bytes(streamed.device),
+            "gpu_planned_bytes": setup.plan.predicted.gpu_bytes,
         },
     )
 
 
-def _plan(
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """What a sweep needs to know, and how it is done.
+
+    Attributes:
+        tokens_at_once: The most tokens of a batch that is not a single row.
+    """
+
+    opened: OpenModel
+    resources: Resources
+    weights: Sequence[list[PrunableWeight]]
+    batches: Sequence[Batch]
+    packed: bool
+    tokens_at_once: int
+    work: Workload
+    budget: Budget
+    plan: Plan
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a resumed evaluation keeps to."""
+        return {"tokens_at_once": self.tokens_at_once, "choices": asdict(self.plan.choices)}
+
+
+def _identity(
+    opened: OpenModel, resources: Resources, rows: Sequence[Row], *, packed: bool
+) -> dict[str, Any]:
+    """Return what, if it were different, would give other hidden states."""
+    asked, record = hashlib.sha256(), opened.folder / RECORD
+    for row in rows:
+        asked.update(f"{len(row)} {len(row.labels)} {row.first} ".encode())
+        asked.update(row.tokens)
+        asked.update(row.labels)
+    trusted = resources.trust_remote_code
+    return {
+        **source_fingerprints(opened.checkpoint, trusted=trusted),
+        "source_record": summary(file_pieces(record)) if record.is_file() else None,
+        "rows": asked.hexdigest(),
+        "packed": packed,
+        "device": device_name(opened.streamed.device),
+        "dtype": str(opened.streamed.dtype),
+        "compute_weights": resources.compute_weights,
+        **{name: version for name, version in versions().items() if name in COMPUTING},
+    }
+
+
+def _planned(
     opened: OpenModel,
-    weights: Sequence[list[PrunableWeight]],
     resources: Resources,
     rows: Sequence[Row],
-    budget: Budget,
+    job: EvaluationJob,
     *,
     packed: bool,
-) -> tuple[list[Batch], Plan]:
-    """Return the batches with the most tokens that fit the budget, and their plan."""
+) -> _Setup:
+    """Return the setup with the most tokens at once that fit the budget, or that were begun with.
+
+    What an earlier attempt has written counts as free.
+    """
     longest = max(map(len, rows))
-    tokens_at_once = max(longest, TOKENS_AT_ONCE if packed else 0)
-    fewer = "a smaller --limit" if packed else "--windows {}"
+    tokens_at_once, kept = max(longest, TOKENS_AT_ONCE if packed else 0), None
+    if job.kept is not None:
+        tokens_at_once, kept = job.kept["tokens_at_once"], Choices(**job.kept["choices"])
+    budget = budget_of(resources, opened.streamed.device, [job.folder])
+    if resources.disk is None and budget.disk_bytes is not None:
+        budget = replace(budget, disk_bytes=budget.disk_bytes + size_on_disk(job.folder))
+    weights = prunable_weights(opened.checkpoint, opened.streamed)
     while True:
         batches = pack(rows, tokens_at_once)
         tokens = max(batch.tokens_BT.numel() for batch in batches)
         work = work_of(
             opened, weights, EVALUATION, resources, nsamples=len(batches), seqlen=tokens,
-            row_length=longest, samples_option=fewer,
+            row_length=longest, samples_option="a smaller --limit" if packed else "--windows {}",
         )  # fmt: skip
         memory.settle_allocator(work.boundary_bytes)
         try:
-            return batches, plan(work, budget)
+            found = plan(work, budget, kept=kept)
         except BudgetError:
-            if tokens == longest:
+            if tokens == longest or kept is not None:
                 raise
-        tokens_at_once = max(longest, tokens_at_once // 2)
+            tokens_at_once = max(longest, tokens_at_once // 2)
+        else:
+            return _Setup(
+                opened=opened, resources=resources, weights=weights, batches=batches,
+                packed=packed, tokens_at_once=tokens_at_once, work=work, budget=budget, plan=found,
+            )  # fmt: skip
 
 
-def _sweep(
-    opened: OpenModel,
-    resources: Resources,
-    weights: Sequence[list[PrunableWeight]],
-    planned: Plan,
-    batches: Sequence[Batch],
-    what: str,
-    folder: Path,
-    progress: Progress,
-) -> dict[Row, Score]:
-    checkpoint, streamed, choices = opened.checkpoint, opened.streamed, planned.choices
-    kind = resources.resident_kind
+def _stages(setup: _Setup) -> list[Stage]:
+    depth = setup.opened.streamed.depth
+    return [
+        Stage(name="embed", steps=len(setup.batches), cost=0),
+        Stage(name="dense", steps=depth, cost=1),
+        Stage(name="head", steps=len(setup.batches), cost=1 / depth),
+    ]
+
+
+@contextmanager
+def _started_or_resumed(
+    setup: _Setup, job: EvaluationJob, progress: Progress
+) -> Iterator[SweepContext]:
+    """Run the body with what the sweep works with, new or as an earlier attempt left it."""
+    checkpoint, streamed, choices = (
+        setup.opened.checkpoint,
+        setup.opened.streamed,
+        setup.plan.choices,
+    )
+    kind, in_host = setup.resources.resident_kind, setup.plan.host_spill_bytes
+    weights, table = setup.weights if kind else None, step_table(setup.work, choices)
+    what = "batch" if setup.packed else "window"
+    job.begin(str(checkpoint.folder), setup.as_json())
     with (
-        open_store(folder, planned.host_spill_bytes) as store,
+        open_store(job.folder, in_host, job.start_over) as store,
         Offload(store, streamed.device, progress, choices.behind_bytes) as offload,
     ):
+        store.adopt(job.stored())
+        for entry in job.entries:
+            progress.restore(entry["stage"], entry["seconds"])
         run = SweepContext(
             model=streamed,
             checkpoint=checkpoint,
-            tokens=[batch.tokens_BT for batch in batches],
-            samples=SampleSet(len(batches), tolerated=0, what=what),
-            table=steps(EVALUATION, Layout(depth=streamed.depth)),
-            loader=BlockLoader(
-                checkpoint, streamed, progress, weights if kind else None, choices, kind
-            ),
+            tokens=[batch.tokens_BT for batch in setup.batches],
+            samples=SampleSet(len(setup.batches), tolerated=0, what=what),
+            table=table,
+            done=steps_done(table, len(job.entries)),
+            durable=not in_host,
+            job=job,
+            store=store,
+            loader=BlockLoader(checkpoint, streamed, progress, weights, choices, kind),
             offload=offload,
             progress=progress,
         )
-        embed(run)
-        dense_sweep(run)
-        return row_scores(run, batches)
+        with closing(run):
+            yield run
+
+
+@contextmanager
+def _kept_or_removed(parent: Path, identity: Mapping[str, Any]) -> Iterator[EvaluationJob]:
+    """Run the body with the job of an evaluation, which is removed when that is over.
+
+    Whatever ends the body early, what is done is kept, and the error says where.
+    """
+    job = EvaluationJob(parent, identity)
+    try:
+        clear_away(parent)
+        yield job
+    except BaseException as error:
+        told = _told(error, job)
+        job.close()
+        if told is not None:
+            raise told from (None if isinstance(error, type(told)) else error)
+        raise
+    job.remove()
+
+
+def _told(error: BaseException, job: EvaluationJob) -> LowmemGblmError | None:
+    """Return the error to raise instead of the one that ends an evaluation, or None."""
+    cause, told = cause_of(error)
+    kept = f"What is done is kept in {job.folder}"
+    if not job.entries or cause == "job error":
+        return told if told is not error else None
+    if told is None:
+        error.add_note(kept)
+        return None
+    return type(told)(
+        f"{told}. {kept}: the same command resumes it; to discard it, remove that folder"
+    )
 
 
 def _work_folder(resources: Resources) -> Path:
@@ -188,23 +294,3 @@ def _told_of_its_disk(planned: Plan, folder: Path) -> Iterator[None]:
         needs = f"{gibibytes(planned.spill_bytes)} are needed in {folder} and {free} are free"
         what_to_do = "give the same command again, or give another --work-dir"
         raise explained(error, needs, what_to_do) from error
-
-
-@contextmanager
-def _folder(parent: Path) -> Iterator[Path]:
-    """Run the body with a new folder, which is removed afterwards."""
-    parent.mkdir(parents=True, exist_ok=True)
-    own = OwnedFolder(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)), _OWNER)
-    try:
-        yield own.path
-    finally:
-        own.remove()
-
-
-def _remove_left_behind(parent: Path) -> None:
-    """Remove folders of this user whose process was killed: they may hold gigabytes."""
-    for folder in parent.glob(f"{_PREFIX}*"):
-        # Jobs may have folders of like names, and a folder may be about to be marked: both stay.
-        with suppress(OSError, JobError):
-            if folder.lstat().st_uid == os.getuid() and owner_of(folder) == _OWNER:
-                OwnedFolder(folder, _OWNER).remove()

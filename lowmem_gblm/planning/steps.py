@@ -108,8 +108,9 @@ class Layout:
         unpruned: Blocks of which nothing is pruned.
         streams: Streams of hidden states that the prune sweep carries.
         parts: Parts of a block that are pruned one after the other; each is measured by itself.
-        durable_interval: Of the steps of "reverse", "search" and "prune" every such one is durable;
-            above 1, those of "dense" which write a boundary that is kept.
+        durable_interval: Of the steps of "reverse", "search" and "prune" every such one is durable,
+            and of "dense" in an evaluation; in a run that prunes, above 1, those of "dense" which
+            write a boundary that is kept.
         saves, takes: Whether statistics are saved for later runs, or taken from an earlier one.
         rank, ranks: This process, and the processes that share the samples and write in turn.
     """
@@ -154,21 +155,35 @@ def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
     found: list[Step] = []
     for stage in schedule.stages:
         rows = list(_rows(stage, schedule, layout))
-        every = _durable_every(stage, layout)
+        every = _durable_every(stage, schedule, layout)
         # And the last two: what the first drops is gone when the next stage begins to write.
         ends = [at % every == 0 or at > len(rows) - 2 for at in range(1, len(rows) + 1)]
+        if stage == "head" and not schedule.keeps_boundaries:
+            # The losses of an evaluation are its result, which is nowhere before it ends.
+            ends = [False]
         found += [replace(row, durable=end) for row, end in zip(rows, ends, strict=True)]
     return _between_durable_steps(_with_drops(found))
 
 
-def _durable_every(stage: Stage, layout: Layout) -> int:
+def _durable_every(stage: Stage, schedule: Schedule, layout: Layout) -> int:
     """Return the interval at which the steps of a stage are durable.
 
-    In the dense sweep it is that of the boundaries which are kept, and thus on the disk anyway.
+    In the dense sweep before a reverse sweep it is that of the boundaries which are kept, and thus
+    on the disk anyway.
     """
-    if stage in ("reverse", "search", "prune"):
+    evaluates = stage == "dense" and not schedule.keeps_boundaries
+    if evaluates or stage in ("reverse", "search", "prune"):
         return layout.durable_interval
     return layout.boundary_interval if stage == "dense" and layout.durable_interval > 1 else 1
+
+
+def steps_done(table: Sequence[Step], entries: int) -> int:
+    """Return how many steps are done: those up to the last one of which the journal has an entry.
+
+    `entries` is the number of entries: the journal has one for every durable step.
+    """
+    durable = [number for number, step in enumerate(table, start=1) if step.durable]
+    return [0, *durable][entries]
 
 
 def reverse_order(depth: int, interval: int) -> list[tuple[int, bool]]:
@@ -316,13 +331,14 @@ def _between_durable_steps(rows: Sequence[Step]) -> tuple[Step, ...]:
 
     A resumed run begins after the last durable step. A key that a step between two durable ones
     writes is held if it is dropped before the second one ends; any other key is on the disk, and
-    stays there until a durable step no longer needs it.
+    stays there until a durable step no longer needs it, or until the run is over.
     """
     found: list[Step] = []
     held: set[Key] = set()
     put_off: list[Key] = []
     for at, row in enumerate(rows):
-        end = next(later for later in range(at, len(rows)) if rows[later].durable)
+        left = range(at, len(rows))
+        end = next((later for later in left if rows[later].durable), len(rows))
         dropped = {key for step in rows[at + 1 : end + 1] for key in step.drops}
         own = () if row.durable else tuple(key for key in row.writes if key in dropped)
         drops = [key for key in row.drops if row.durable or key in {*held, *row.writes}]

@@ -44,7 +44,8 @@ from lowmem_gblm.storage.disk_errors import blamed
 from lowmem_gblm.storage.hub import CACHED
 from lowmem_gblm.storage.in_place_marker import remove_marker, write_marker
 from lowmem_gblm.storage.job import Job
-from lowmem_gblm.storage.job_state import read_journal
+from lowmem_gblm.storage.job_state import how_to_start_over
+from lowmem_gblm.storage.journal import read_journal
 from lowmem_gblm.storage.raw_io import (
     PIECE_BYTES,
     checked,
@@ -218,7 +219,8 @@ def check_overwritable(source: Checkpoint, names: Iterable[str], *, shared: bool
 
 def overwritten_blocks(work_folder: Path) -> list[int]:
     """Return the blocks of which the journal of a job has the new tensors."""
-    names = [one for entry in read_journal(work_folder, in_place=True) for one in entry["shards"]]
+    entries = read_journal(work_folder, how_to_start_over(work_folder, in_place=True))
+    names = [name for entry in entries for name in entry["shards"]]
     return sorted(int(Path(name).stem.removeprefix("overwrites-")) for name in names)
 
 

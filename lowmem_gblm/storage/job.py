@@ -1,16 +1,13 @@
-"""A job that can be interrupted at any instant: its identity, and a journal of finished steps.
+"""A prune that can be interrupted at any instant: its identity, and a journal of finished steps.
 
-    OUTPUT.work/
-        job.json            what identifies the job, how to type it again, what was chosen
-        samples.safetensors the calibration samples, if no name of a text leads to them again
-        journal/000000.json one file per finished step: pass, records, what is stored in which file
-        dense-3, …          what is stored between passes (`tensor_store`)
-
-Every file appears complete or not at all (`atomic`), so after a crash the journal ends with the
-last step of which everything is on the disk. A resumed job begins with the step after it.
+OUTPUT.work/
+    job.json            what identifies the job, how to type it again, what was chosen
+    samples.safetensors the calibration samples, if no name of a text leads to them again
+    journal/000000.json one file per finished step: pass, records, what is stored in which file
+    dense-3, …          what is stored between passes (`tensor_store`)
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -20,12 +17,13 @@ from lowmem_gblm.storage import job_state
 from lowmem_gblm.storage.atomic import flush_folder, publish_json
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import is_about
+from lowmem_gblm.storage.journal import JOURNAL, Journal, has_steps
 from lowmem_gblm.storage.kept_samples import SAMPLES
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, owner_of
 from lowmem_gblm.storage.pending_folder import partial_folder
 
 
-class Job:
+class Job(Journal):
     """The work folder of one run, created if it does not exist.
 
     Args:
@@ -35,9 +33,6 @@ class Job:
 
     Attributes:
         owner: The mark of a folder that belongs to this job.
-        start_over: How to start over, if this job cannot be resumed.
-        entries: Entries of the journal, oldest first.
-        attempts: Number of this attempt: one more than the last that has finished a step.
     """
 
     def __init__(
@@ -55,9 +50,7 @@ class Job:
             in_place = found["identity"]["in_place"]
             self.id: str = found["id"]
             self.owner = f"{self.id} {folder.absolute()}"
-            self.start_over = job_state.how_to_start_over(folder, in_place)
-            self.entries = job_state.read_journal(folder, in_place=in_place)
-            self.attempts = 1 + max((entry["attempt"] for entry in self.entries), default=0)
+            super().__init__(folder, job_state.how_to_start_over(folder, in_place))
         except BaseException:
             if (folder / job_state.DESCRIPTION).is_file():
                 self._own.close()
@@ -65,27 +58,9 @@ class Job:
                 self._own.remove()
             raise
 
-    def stored(self) -> dict[str, Any]:
-        """Return what is stored in the work folder, by name, as `TensorStore.adopt` takes it."""
-        tables: dict[str, Any] = {}
-        for entry in self.entries:
-            tables |= entry["stored"]
-            for name in entry["dropped"]:
-                tables.pop(name, None)
-        return tables
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Add to the journal that a step is done."""
-        entry = entry | {"attempt": self.attempts}
-        publish_json(job_state.entry_path(self.folder, len(self.entries)), entry, "the journal")
-        self.entries.append(entry)
-
-    def clean(self, stored: Collection[str]) -> None:
+    def remove_unlisted(self) -> None:
         """Remove what an earlier process has written and not written down."""
-        kept = {*stored, MARK, job_state.DESCRIPTION, SAMPLES}
-        for path in self.folder.iterdir():
-            if path.is_file() and path.name not in kept:
-                path.unlink()
+        self.clean([MARK, job_state.DESCRIPTION, SAMPLES])
 
     def close(self) -> None:
         """Close the folder and keep all files, so that another process can resume the job."""
@@ -105,7 +80,7 @@ class Job:
     ) -> dict[str, Any]:
         """Return the description of the job that is resumed; or of a new job, after writing it."""
         earlier = job_state.read_description(self.folder)
-        found = earlier if job_state.has_steps(self.folder) else None
+        found = earlier if has_steps(self.folder) else None
         if found != expected:
             raise JobError(
                 f"another process has worked in {self.folder} meanwhile: give the same command "
@@ -115,7 +90,7 @@ class Job:
             # The marker of an earlier job that has finished no step may name its id.
             begun = {**description, "id": earlier["id"] if earlier else token_hex(8)}
             self._own.empty(but=[job_state.DESCRIPTION])
-            (self.folder / job_state.JOURNAL).mkdir()
+            (self.folder / JOURNAL).mkdir()
             flush_folder(self.folder)
             self._describe(begun)
             return begun
@@ -148,7 +123,7 @@ def check_partial(output: Path, job: Job) -> None:
     """Raise `JobError` if the partial output belongs to a job in another folder."""
     number, _, name = owner_of(partial_folder(output)).partition(" ")
     folder = Path(name)
-    if number in ("", job.id) or folder == job.folder.absolute() or not job_state.has_steps(folder):
+    if number in ("", job.id) or folder == job.folder.absolute() or not has_steps(folder):
         return
     if (job_state.read_description(folder) or {}).get("id") == number:
         raise JobError(

@@ -12,11 +12,11 @@ from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE, RECORD
 from lowmem_gblm.storage.checkpoint.strict_json import read_json
 from lowmem_gblm.storage.disk_errors import resume_command
 from lowmem_gblm.storage.in_place_marker import check_complete, is_about, remove_marker
+from lowmem_gblm.storage.journal import has_steps
 from lowmem_gblm.storage.locking import MARK, OwnedFolder, model_lock
 from lowmem_gblm.storage.pending_folder import check_absent, partial_folder
 
 DESCRIPTION = "job.json"
-JOURNAL = "journal"
 # What is another when a job was moved or copied.
 PLACES = ("folder", "output", "request")
 DESCRIBED = {"id", "identity", "choices", *PLACES}
@@ -102,28 +102,6 @@ def remove_finished(output: Path, job: str) -> None:
         # The record goes last: it says whose the other files are.
         (output / RECORD).unlink(missing_ok=True)
         output.rmdir()
-
-
-def has_steps(folder: Path) -> bool:
-    """Return whether the job in a work folder has finished a step, and so can be resumed."""
-    return any((folder / JOURNAL).glob("*.json"))
-
-
-def read_journal(folder: Path, *, in_place: bool) -> list[dict[str, Any]]:
-    """Return the entries of the journal, oldest first; raise `JobError` if one is damaged."""
-    last = max((path.stem for path in (folder / JOURNAL).glob("*.json")), default="-1")
-    paths = [entry_path(folder, number) for number in range(int(last) + 1)]
-    try:
-        return [read_json(path) for path in paths]
-    except CheckpointError as error:
-        raise JobError(
-            f"{error}. Look at the disk; {how_to_start_over(folder, in_place)}"
-        ) from None
-
-
-def entry_path(folder: Path, number: int) -> Path:
-    """Return the path of an entry of the journal."""
-    return folder / JOURNAL / f"{number:06}.json"
 
 
 def how_to_start_over(folder: Path, in_place: bool) -> str:

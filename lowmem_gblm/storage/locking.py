@@ -51,6 +51,7 @@ class OwnedFolder:
         self._lock = open(path / MARK, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_still_there()
             with blamed(path / MARK, "the mark of the folder"):
                 self._lock.truncate(0)
                 self._lock.write(os.fsencode(owner))
@@ -60,6 +61,15 @@ class OwnedFolder:
         except OSError:
             self._lock.close()
             raise
+
+    def _check_still_there(self) -> None:
+        """Raise `BlockingIOError` if another process has just removed the folder, with its lock."""
+        try:
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / MARK)):
+                return
+        except FileNotFoundError:
+            pass
+        raise BlockingIOError
 
     def empty(self, but: Collection[str] = ()) -> None:
         """Remove what an earlier process left in the folder, except files of these names."""

@@ -1,5 +1,7 @@
 """Boundaries: hidden states between blocks, and the forward pass from one to the next."""
 
+from itertools import groupby, islice
+
 import torch
 
 from lowmem_gblm.model.block_loader import Block
@@ -14,10 +16,11 @@ from lowmem_gblm.sweeps.statistics.finite import all_finite
 def embed(run: SweepContext) -> None:
     """Write boundary 0 of every sample and held-out window; record how the blocks are called."""
     if run.is_done("embed"):
-        # The first two samples tell how the blocks are called, and whether always alike.
+        # The first two samples of a shape tell how the blocks are called, and whether always alike.
         with run.model.filled(run.checkpoint):
-            for tokens_BT in run.tokens[:2]:
-                run.model.embed(tokens_BT)
+            for _, alike in groupby(run.tokens, key=lambda tokens_BT: tokens_BT.shape):
+                for tokens_BT in islice(alike, 2):
+                    run.model.embed(tokens_BT)
     for step in run.steps("embed"):
         with run.model.filled(run.checkpoint):
             for n, tokens_BT in enumerate((*run.tokens, *run.held_out)):

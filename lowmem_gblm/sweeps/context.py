@@ -25,6 +25,7 @@ from lowmem_gblm.runtime.progress import Progress
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 from lowmem_gblm.storage.in_place import BlockWriter
 from lowmem_gblm.storage.job import Job
+from lowmem_gblm.storage.journal import Journal
 from lowmem_gblm.storage.tensor_store import TensorStore
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from lowmem_gblm.sweeps.gradient_store import GradientStore
@@ -46,6 +47,7 @@ class SweepContext:
             0 they are numbered after the samples.
         table: The steps of the run, in order.
         done: How many steps of the table an earlier attempt has made durable.
+        durable: Whether steps are written down; not where host memory stands in for the disk.
         losses: Loss of every active sample, in nats per token; empty before the head.
     """
 
@@ -56,10 +58,15 @@ class SweepContext:
     samples: SampleSet
     table: Sequence[Step]
     done: int = 0
+    durable: bool
+    job: Journal
+    store: TensorStore
     loader: BlockLoader
     offload: Offload
     progress: Progress
     losses: list[float] = field(default_factory=list)
+    _since: float = field(default_factory=time.monotonic)
+    _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
 
     def is_done(self, stage: Stage) -> bool:
         """Return whether an earlier attempt has finished a stage."""
@@ -93,8 +100,49 @@ class SweepContext:
             assert next(resident, None) is None
 
     def finish(self, step: Step) -> None:
-        """Finish a step: drop what no later step reads."""
-        self.offload.drop(step.drops)
+        """Make a step durable: its tensors, then its journal entry; then drop what is read no more.
+
+        A step that is not durable by itself becomes so with the next one that is. This happens
+        beside the next step, in a thread; an OSError may be that of the step before. Where host
+        memory stands in for the disk nothing can be resumed, and nothing is written down.
+        """
+        if not step.durable:
+            for key in step.drops:
+                self.store.drop(str(key))
+            return
+        with self.progress.waiting():
+            self._committer.settle()
+        names, writing = self.offload.in_flight()
+        entry = self._journal_entry(step)
+        names = names.union(self.store.written()).difference(entry["dropped"])
+        self._committer.begin(self._make_durable, entry, names, writing)
+
+    def close(self) -> None:
+        """Let the step under way become durable."""
+        self._committer.close()
+
+    def _make_durable(
+        self, entry: dict[str, Any], names: set[str], writing: Sequence[Future[None]]
+    ) -> None:
+        """Make a step durable, in the committing thread, once its writes to the store end."""
+        for future in writing:
+            future.result()
+        if self.durable:
+            # What is held in memory is no file.
+            stored = self.store.publish(sorted(names & {*self.store.written()}))
+            self.job.add(entry | {"stored": stored})
+        for name in entry["dropped"]:
+            self.store.drop(name)
+
+    def _journal_entry(self, step: Step) -> dict[str, Any]:
+        now = time.monotonic()
+        seconds, self._since = round(now - self._since, 3), now
+        return {
+            "stage": step.stage,
+            "block": step.block,
+            "seconds": seconds,
+            "dropped": [str(key) for key in step.drops],
+        }
 
     def _left(self, stage: Stage) -> list[Step]:
         return [step for step in self.table[self.done :] if step.stage == stage]
@@ -112,11 +160,10 @@ class SweepContext:
 
 @dataclass(kw_only=True)
 class PruneContext(SweepContext):
-    """The context of a run that prunes: its steps are durable.
+    """The context of a run that prunes.
 
     Attributes:
         loss_scale: The factor of the loss on its way back.
-        durable: Whether steps are written down; not where host memory stands in for the disk.
         statistics, taken: What is measured, and what an earlier run has saved.
         saver: Saves statistics for later runs; None if none are saved.
         search: The candidates for the options of the method, and their losses.
@@ -126,18 +173,14 @@ class PruneContext(SweepContext):
     choices: Choices
     statistics: NeededStatistics
     loss_scale: float
-    durable: bool
     device_name: str
     job: Job
-    store: TensorStore
     gradients: GradientStore
     output: BlockWriter
     pruner: BlockPruner
     taken: TakenStatistics
     saver: StatisticsSaver | None
     search: OptionSearch
-    _since: float = field(default_factory=time.monotonic)
-    _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
     _written: list[int] = field(default_factory=list)
 
     def activations(self, nsamples: int) -> list[ActivationStatistic]:
@@ -174,25 +217,6 @@ class PruneContext(SweepContext):
             return self.gradients.of_block(block)
         return self.taken.gradients_of(block) if step.takes else ()
 
-    def finish(self, step: Step) -> None:
-        """Make a step durable: its tensors, then its journal entry; then drop what is read no more.
-
-        A step that is not durable by itself becomes so with the next one that is. This happens
-        beside the next step, in a thread; an OSError may be that of the step before. Where host
-        memory stands in for the disk nothing can be resumed, and nothing is written down.
-        """
-        if not step.durable:
-            for key in step.drops:
-                self.store.drop(str(key))
-            return
-        with self.progress.waiting():
-            self._committer.settle()
-        names, writing = self.offload.in_flight()
-        entry = self._journal_entry(step)
-        names = names.union(self.store.written()).difference(entry["dropped"])
-        blocks, self._written = self._written, []
-        self._committer.begin(self._make_durable, entry, names, blocks, writing)
-
     def write_rest(self) -> None:
         """Write what no block holds, and the side files."""
         with self.progress.stage("finish"):
@@ -211,10 +235,6 @@ class PruneContext(SweepContext):
         self._committer.begin(self._publish, record, card, manifest).result()
         return record
 
-    def close(self) -> None:
-        """Let the step under way become durable."""
-        self._committer.close()
-
     def _publish(self, record: dict[str, Any], card: str, manifest: dict[str, Any]) -> None:
         """Publish the results and forget the job, in the committing thread."""
         if self.saver is not None:
@@ -223,36 +243,25 @@ class PruneContext(SweepContext):
         self.job.forget()
 
     def _make_durable(
-        self,
-        entry: dict[str, Any],
-        names: set[str],
-        blocks: list[int],
-        writing: Sequence[Future[None]],
+        self, entry: dict[str, Any], names: set[str], writing: Sequence[Future[None]]
     ) -> None:
-        """Make a step durable, in the committing thread, once its writes to the store end."""
-        for future in writing:
-            future.result()
+        """Make the pruned blocks and saved statistics of a step durable, and then the step."""
+        blocks = entry["blocks"]
         if blocks:
             self.output.settle()
         if self.durable:
-            # What is held in memory is no file.
-            stored = self.store.publish(sorted(names & {*self.store.written()}))
-            shards = self.output.finished(blocks)
             saved = {} if self.saver is None else self.saver.writer.finished(blocks)
-            self.job.add(entry | {"stored": stored, "shards": shards, "statistics": saved})
+            entry |= {"shards": self.output.finished(blocks), "statistics": saved}
+        super()._make_durable(entry, names, writing)
+        if self.durable:
             self.output.committed(blocks)
-        for name in entry["dropped"]:
-            self.store.drop(name)
 
     def _journal_entry(self, step: Step) -> dict[str, Any]:
-        now = time.monotonic()
-        seconds, self._since = round(now - self._since, 3), now
+        blocks, self._written = self._written, []
         return {
-            "stage": step.stage,
-            "block": step.block,
+            **super()._journal_entry(step),
             "device": self.device_name,
-            "seconds": seconds,
-            "dropped": [str(key) for key in step.drops],
+            "blocks": blocks,
             **self.pruner.journal_entry(),
             **self.samples.journal_entry(),
             "losses": self.losses if step.stage == "head" else [],

@@ -176,10 +176,10 @@ def test_a_budget_is_kept_or_refused(
 def refusing_batches_beyond(tokens: int) -> Callable[..., Any]:
     from lowmem_gblm.commands.scoring import plan
 
-    def refusing(work: Any, budget: Any) -> Any:
+    def refusing(work: Any, budget: Any, **kept: Any) -> Any:
         if work.seqlen > tokens:
             raise BudgetError("too large")
-        return plan(work, budget)
+        return plan(work, budget, **kept)
 
     return refusing
 
@@ -196,15 +196,19 @@ def test_answers_that_are_nan_are_refused(
 
 
 @pytest.mark.parametrize("stage", ["embed", "dense", "head"])
-def test_tasks_are_stopped_and_leave_nothing(
+def test_stopped_tasks_are_resumed(
     measure: Callable[..., dict[str, Any]], stage: str, tmp_path: Path
 ) -> None:
+    plain = measure()
+
     def listener(tick: Tick) -> None:
         if tick.stage == stage:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StopRequested):
         measure(listener=listener)
+    assert any(tmp_path.glob("*/journal/*"))
+    assert measure()["results"] == plain["results"]
     assert not list(tmp_path.iterdir())
 
 

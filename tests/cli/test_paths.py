@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,14 +15,13 @@ import pytest
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
-from lowmem_gblm.commands import scoring
 from lowmem_gblm.commands.paths import check_apart, paths_of
 from lowmem_gblm.commands.request import PruneRequest, request_from_json, to_json
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.storage.atomic import publish_folder
 from lowmem_gblm.storage.checkpoint.file_access import side_files
 from lowmem_gblm.storage.hub import locate
-from lowmem_gblm.storage.locking import MARK, OwnedFolder
+from lowmem_gblm.storage.locking import MARK
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
@@ -240,56 +238,3 @@ def test_a_folder_in_a_model_that_cannot_be_listed_is_an_error(
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError, match="Input/output error"):
         list(side_files(tmp_path))
-
-
-def evaluate(model: Path, text: Path, folder: Path) -> None:
-    lowmem_gblm.evaluate(model, text=str(text), seqlen=32, windows=2, work_dir=folder)
-
-
-def test_what_a_killed_evaluation_left_is_removed_by_the_next_one(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    left = tmp_path / "lowmem-gblm-killed"
-    OwnedFolder(left, "eval").close()
-    (left / "dense-3").touch()
-    evaluate(llama, text_file, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("owner", ["", "0123abcd /somewhere/lowmem-gblm-x.work"])
-def test_the_folder_of_a_job_is_none_that_an_evaluation_left(
-    owner: str, llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    OwnedFolder(tmp_path / "lowmem-gblm-x.work", owner).close()
-    evaluate(llama, text_file, tmp_path)
-    assert (tmp_path / "lowmem-gblm-x.work").is_dir()
-
-
-def test_what_another_evaluation_is_using_or_has_only_begun_stays(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    other = OwnedFolder(tmp_path / "lowmem-gblm-living", "eval")
-    (tmp_path / "lowmem-gblm-begun").mkdir()
-    (tmp_path / "lowmem-gblm-notes").touch()
-    before = sorted(tmp_path.rglob("*"))
-    evaluate(llama, text_file, tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-    other.close()
-
-
-def test_what_another_user_left_stays(
-    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = tmp_path / "lowmem-gblm-killed"
-    OwnedFolder(left, "eval").close()
-    monkeypatch.setattr(scoring.os, "getuid", lambda: left.stat().st_uid + 1)
-    evaluate(llama, text_file, tmp_path)
-    assert left.is_dir()
-
-
-def test_the_folder_of_an_evaluation_is_locked(tmp_path: Path) -> None:
-    with scoring._folder(tmp_path / "new") as folder:
-        assert folder.parent == tmp_path / "new"
-        with open(folder / MARK, "ab") as mark, pytest.raises(BlockingIOError):
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert not folder.exists()

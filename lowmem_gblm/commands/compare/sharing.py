@@ -12,7 +12,8 @@ from lowmem_gblm.commands.paths import paths_of
 from lowmem_gblm.commands.prune.reuse import serving_names
 from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.methods import find_method
-from lowmem_gblm.storage.job_state import has_steps, read_description
+from lowmem_gblm.storage.job_state import read_description
+from lowmem_gblm.storage.journal import has_steps
 from lowmem_gblm.storage.statistics_folder import (
     StatisticsFolder,
     holds_statistics,

@@ -12,17 +12,14 @@ A job with finished steps is never removed: its cause may go away, as a device e
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from lowmem_gblm.commands.causes import Cause, cause_of
 from lowmem_gblm.commands.estimate import still_needed
 from lowmem_gblm.commands.prune.setup import PruneSetup
-from lowmem_gblm.errors import BudgetError, DeviceError, JobError, LowmemGblmError
-from lowmem_gblm.runtime.accelerator import is_device_error
+from lowmem_gblm.errors import LowmemGblmError
 from lowmem_gblm.storage.checkpoint.file_access import MARKER_FILE
 from lowmem_gblm.storage.disk_errors import explained, to_resume, to_resume_or_discard
 
 Done = Literal["nothing", "finished steps", "weights overwritten"]
-Cause = Literal["interrupted", "disk", "device, numbers, model", "job error", "bug"]
 Hint = Literal["resume", "lost"]
 
 # What is said after the error. How to resume after an interruption or a disk is said elsewhere.
@@ -37,7 +34,7 @@ _HINTS: dict[tuple[Done, Cause], tuple[Hint, ...]] = {
 
 def told_error(error: BaseException, done: Done, setup: PruneSetup) -> LowmemGblmError | None:
     """Return the error to raise instead of the one that ends a run, or None; a bug gets notes."""
-    cause, told = _cause(error)
+    cause, told = cause_of(error)
     if cause == "disk" and isinstance(error, OSError):
         work_folder = setup.paths.work_folder
         needs = still_needed(setup.plan, setup.paths, Path(error.filename or work_folder))
@@ -49,24 +46,6 @@ def told_error(error: BaseException, done: Done, setup: PruneSetup) -> LowmemGbl
     if told is None or (told is error and not hints):
         return None
     return type(told)(". ".join([str(told), *hints]))
-
-
-def _cause(error: BaseException) -> tuple[Cause, LowmemGblmError | None]:
-    """Return why a run ends, and the error as one of ours where it has one."""
-    if isinstance(error, JobError):
-        return "job error", error
-    if isinstance(error, LowmemGblmError):
-        return "device, numbers, model", error
-    if not isinstance(error, Exception):
-        return "interrupted", None
-    if isinstance(error, OSError) and error.errno is not None:
-        return "disk", None
-    first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "device, numbers, model", BudgetError(f"out of memory: {first}")
-    if is_device_error(error):
-        return "device, numbers, model", DeviceError(f"the device has failed: {first}")
-    return "bug", None
 
 
 def _said(hint: Hint, done: Done, setup: PruneSetup) -> str:

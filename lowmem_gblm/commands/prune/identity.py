@@ -24,8 +24,8 @@ from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
 from lowmem_gblm.storage.in_place import overwritten_blocks
 
 # Of these another version may compute other numbers; the samples are known by their tokens.
-_COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
-_PACKAGES = (*_COMPUTING, "safetensors", "accelerate", "tokenizers")
+COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
+_PACKAGES = (*COMPUTING, "safetensors", "accelerate", "tokenizers")
 # What `_fingerprints` returns.
 FINGERPRINTS = (
     "source_headers", "source_bytes", "source_config", "calibration_tokens", "held_out_tokens",
@@ -49,7 +49,7 @@ def identity(
     # Files are known by what is in them, wherever they lie.
     found["calibration"] = "a file" if Path(text).is_absolute() else text
     found |= _fingerprints(scope, samples_NT)
-    found |= {name: version for name, version in versions().items() if name in _COMPUTING}
+    found |= {name: version for name, version in versions().items() if name in COMPUTING}
     # Headers do not tell whether the model was pruned in place in the meantime.
     found["source_pruned"] = (scope.model.folder / RECORD).exists()
     if request.in_place:
@@ -106,30 +106,41 @@ def versions() -> Mapping[str, str]:
 def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str | None]:
     """Return the SHA-256 of the model, of the samples and of the statistics that are taken.
 
-    Names, dtypes, shapes and places of all tensors count, and the first bytes of some hundreds of
-    tensors, which differ between two models of one architecture. Tensors that are overwritten are
-    not looked at. Python code of the model counts if it runs. Where no sample is drawn, the samples
-    are those of the statistics.
+    Tensors that are overwritten are not looked at. Where no sample is drawn, the samples are those
+    of the statistics.
     """
     request, checkpoint = scope.request, scope.model.checkpoint
-    source = hashlib.sha256()
-    for entry in checkpoint.tensors.values():
-        line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
-        source.update(line.encode())
     gone = {name for block in scope.pruned_names for name in block if request.in_place}
     calibration_NT, held_out_NT = scope.split(samples_NT)
     tokens = _hash(calibration_NT)
     saved = scope.saved
     if saved is not None and not len(samples_NT):
         tokens = saved.manifest["identity"].get("calibration_tokens")
-    config = configuration_hash(checkpoint.folder, trusted=request.trust_remote_code)
     return {
-        "source_headers": source.hexdigest(),
-        "source_bytes": source_bytes(checkpoint, gone),
-        "source_config": config,
+        **source_fingerprints(checkpoint, gone, trusted=request.trust_remote_code),
         "calibration_tokens": tokens,
         "held_out_tokens": _hash(held_out_NT) if len(held_out_NT) else None,
         "statistics_taken": None if saved is None else saved.fingerprint,
+    }
+
+
+def source_fingerprints(
+    checkpoint: Checkpoint, but: Collection[str] = (), *, trusted: bool
+) -> dict[str, str]:
+    """Return the SHA-256 of what tells a model from others.
+
+    Names, dtypes, shapes and places of all tensors count, and the first bytes of some hundreds of
+    tensors, which differ between two models of one architecture, except those named. Python code
+    of the model counts if it runs.
+    """
+    headers = hashlib.sha256()
+    for entry in checkpoint.tensors.values():
+        line = f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name} {entry.offset}\n"
+        headers.update(line.encode())
+    return {
+        "source_headers": headers.hexdigest(),
+        "source_bytes": source_bytes(checkpoint, but),
+        "source_config": configuration_hash(checkpoint.folder, trusted=trusted),
     }
 
 

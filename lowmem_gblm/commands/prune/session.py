@@ -1,6 +1,6 @@
 """The context of one run: assembled as an earlier attempt left it, put away when the run ends."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from lowmem_gblm.commands.texts import InMemory
 from lowmem_gblm.errors import JobError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.bnb import check_usable
-from lowmem_gblm.planning.steps import Step
+from lowmem_gblm.planning.steps import steps_done
 from lowmem_gblm.planning.totals import step_flops
 from lowmem_gblm.runtime import memory
 from lowmem_gblm.runtime.accelerator import device_name
@@ -164,7 +164,7 @@ def _assemble(
     in_host = setup.plan.host_spill_bytes
     store = within.enter_context(open_store(setup.paths.work_folder, in_host, job.start_over))
     store.adopt(job.stored())
-    job.clean(job.stored())
+    job.remove_unlisted()
     offload = within.enter_context(Offload(store, streamed.device, progress, choices.behind_bytes))
     # Gradient magnitudes are held in memory where no step writes any.
     in_memory = all(key.is_per_sample for step in setup.table for key in step.writes)
@@ -176,7 +176,7 @@ def _assemble(
         held_out=held_out_NT[:, None].unbind(),
         samples=SampleSet(len(samples_NT), scaled=scope.loss_scale > 1),
         table=setup.table,
-        done=_steps_done(setup.table, job),
+        done=steps_done(setup.table, len(job.entries)),
         loader=BlockLoader(
             checkpoint, streamed, progress, scope.weights, choices, request.resident_kind
         ),
@@ -210,12 +210,6 @@ def _assemble(
         run.samples.restore({"dropped_samples": earlier, "weakened_samples": []})
     _restore(run, job)
     return run
-
-
-def _steps_done(table: Sequence[Step], job: Job) -> int:
-    """Return how many steps are done: those up to the last one that the journal has."""
-    durable = [number for number, step in enumerate(table, start=1) if step.durable]
-    return [0, *durable][len(job.entries)]
 
 
 def _restore(run: PruneContext, job: Job) -> None:
