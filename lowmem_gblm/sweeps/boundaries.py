@@ -9,8 +9,7 @@ from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.planning.keys import Stream, boundary
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.context import SweepContext
-from lowmem_gblm.sweeps.sample_set import non_finite
-from lowmem_gblm.sweeps.statistics.finite import all_finite
+from lowmem_gblm.sweeps.statistics.finite import FiniteSamples
 
 
 def embed(run: SweepContext) -> None:
@@ -38,12 +37,14 @@ def advance(
 
     Samples that leave it non-finite are dropped. `tap` is used until it has seen every matrix.
     """
-    order, finite = run.samples.active, []
+    order = run.samples.active
+    finite = FiniteSamples(order, run.model.device)
     after = boundary(stream, block.index + 1)
-    for n, (hidden,) in run.offload.prefetch([boundary(stream, block.index)], order):
+    arriving = run.offload.prefetch([boundary(stream, block.index)], order)
+    for at, (n, (hidden,)) in enumerate(arriving):
         if tap is not None and not tap.never_seen:
             tap = None
         out = run.model.forward_block(block.index, hidden, tap)
-        finite.append(all_finite(out))
+        finite.look_at(at, out)
         run.offload.write_behind(after, n, out)
-    run.samples.drop(non_finite(order, finite), step.stage, block.index)
+    run.samples.drop(finite.others(), step.stage, block.index)

@@ -14,9 +14,8 @@ from lowmem_gblm.planning.keys import Stream, boundary
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext
-from lowmem_gblm.sweeps.sample_set import non_finite
 from lowmem_gblm.sweeps.statistics.base import ActivationStatistic
-from lowmem_gblm.sweeps.statistics.finite import all_finite
+from lowmem_gblm.sweeps.statistics.finite import FiniteSamples
 
 
 def prune_sweep(run: PruneContext) -> None:
@@ -67,15 +66,16 @@ def _run(
 ) -> list[int]:
     """Run samples through a block; return those that leave it non-finite, where it `advances`."""
     tap = Tap(block.module, block.slots, measured)
-    finite = []
-    for n, (hidden,) in run.offload.prefetch([boundary(stream, block.index)], order):
+    finite = FiniteSamples(order, run.model.device)
+    arriving = run.offload.prefetch([boundary(stream, block.index)], order)
+    for at, (n, (hidden,)) in enumerate(arriving):
         out = run.model.forward_block(block.index, hidden, tap)
         for statistic in measured:
             statistic.finish_sample()
         if advances:
-            finite.append(all_finite(out))
+            finite.look_at(at, out)
             run.offload.write_behind(boundary(stream, block.index + 1), n, out)
         else:
             tap.skip(tap.last)
     tap.check_all_seen()
-    return non_finite(order, finite) if advances else []
+    return finite.others()

@@ -15,9 +15,6 @@ the sample is first tried with a smaller scale, a power of two that is divided o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lowmem_gblm.errors import NonFiniteError
 
 # One try divides by 2^4; after three of them the smallest gradients vanish.
@@ -111,11 +108,3 @@ class SampleSet:
         first = self.dropped[0]
         block = "" if first["block"] is None else f"block {first['block']} of "
         return f"it began with {self._what} {first['sample']} in {block}the {first['pass']} pass"
-
-
-def non_finite(order: Sequence[int], finite: Sequence[Tensor]) -> list[int]:
-    """Return the samples that are not finite, from a flag for each; waits once for their device."""
-    if not finite:
-        return []
-    flags = torch.stack(list(finite)).tolist()
-    return [n for n, sound in zip(order, flags, strict=True) if not sound]

@@ -6,13 +6,17 @@ import json
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import lowmem_gblm
 from lowmem_gblm.cli.main import main
+from lowmem_gblm.commands import scoring
 from lowmem_gblm.model import block_loader
 from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.planning.resources import Resources
+from lowmem_gblm.sweeps.batches import Row
 from support.forks import run_forked
 from support.tiny_models import save_tiny
 
@@ -89,3 +93,30 @@ def test_memory_does_not_grow_with_depth(method: str, text_file: Path, tmp_path:
         peaks.append(json.loads(done.out)["memory"]["host_peak_bytes"])
     shallow, deep = peaks
     assert deep <= 1.05 * shallow, f"{deep / shallow:.3f} times as much"
+
+
+def score(model: str, count: int) -> None:
+    """Score so many rows of 64 tokens, as `eval --tasks` does; print the peak of host memory."""
+    draw, resources = np.random.default_rng(0), Resources()
+    with scoring.model_to_score(model, resources) as opened:
+        rows = [
+            Row.of(draw.integers(0, 60, 64), draw.integers(0, 60, 2), first=62)
+            for _ in range(count)
+        ]
+        print(scoring.score(opened, resources, rows, packed=True).memory["host_peak_bytes"])
+
+
+def test_memory_of_an_evaluation_grows_with_neither_depth_nor_questions(tmp_path: Path) -> None:
+    """Each in a process with nothing else: few questions, many, and few of a deeper model.
+
+    Batches have 2048 tokens, so that their hidden states are as large as those of real models. The
+    tokens of 3,700 more questions take 4 MB; of 18 more blocks the weights are 14 MB.
+    """
+    models = [
+        str(save_tiny("llama", tmp_path / f"{blocks}", blocks=blocks, width=128))
+        for blocks in (2, 20)
+    ]
+    asked = [(models[0], 300), (models[0], 4000), (models[1], 300)]
+    few, many, deep = (int(run_forked(score, *one).out) for one in asked)
+    assert many <= 1.05 * few, f"{many / few:.3f} times as much"
+    assert deep <= 1.05 * few, f"{deep / few:.3f} times as much"

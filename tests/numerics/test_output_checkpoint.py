@@ -168,6 +168,15 @@ def test_in_place_has_the_shards_of_the_model(tmp_path):
         PruneRequest(model=str(tmp_path), in_place=True, max_shard_size=1000)
 
 
+def test_mergekit_loads_it_like_any_other(pruned):
+    loading = "mergekit.io.lazy_tensor_loader"
+    found = pytest.importorskip(loading, reason="needs mergekit")
+    loader = found.LazyTensorLoader.from_disk(str(pruned.output))
+    expected = tensors_of(pruned.output)
+    assert loader.index.tensor_paths.keys() == expected.keys()
+    assert all(torch.equal(loader.get_tensor(name), one) for name, one in expected.items())
+
+
 def test_transformers_loads_it_like_any_other(pruned):
     _, messages = AutoModelForCausalLM.from_pretrained(pruned.output, output_loading_info=True)
     assert not any(messages.values())
