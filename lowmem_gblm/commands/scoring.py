@@ -208,12 +208,9 @@ def _started_or_resumed(
     setup: _Setup, job: EvaluationJob, progress: Progress
 ) -> Iterator[SweepContext]:
     """Run the body with what the sweep works with, new or as an earlier attempt left it."""
-    checkpoint, streamed, choices = (
-        setup.opened.checkpoint,
-        setup.opened.streamed,
-        setup.plan.choices,
-    )
-    kind, in_host = setup.resources.resident_kind, setup.plan.host_spill_bytes
+    opened, choices, in_host = setup.opened, setup.plan.choices, setup.plan.host_spill_bytes
+    checkpoint, streamed = opened.checkpoint, opened.streamed
+    kind = setup.resources.resident_kind
     weights, table = setup.weights if kind else None, step_table(setup.work, choices)
     what = "batch" if setup.packed else "window"
     job.begin(str(checkpoint.folder), setup.as_json())
