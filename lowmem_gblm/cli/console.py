@@ -149,8 +149,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     if plan["seconds"] is not None:
         parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in plan["seconds"].items())
         stage, rate = plan["disk_rate"]
-        rows["disk rate"] = f"{gibibytes(rate)}/s keep {stage} from waiting"
+        rows["disk speed"] = f"{gibibytes(rate)}/s are enough; {stage} needs the most"
         rows["time"] = f"about {clock(plan['total_seconds'])} ({parts})"
+    else:
+        rows["time"] = "not known: the device is not here to be measured"
     return [*(f"{name:12} {value}" for name, value in rows.items()), *plan["reasons"]]
 
 

@@ -156,7 +156,10 @@ def _typed(parse: Callable[[str], Any], *, several: bool = False) -> Callable[[s
         try:
             return parse_several(text, parse) if several else parse(text)
         except RequestError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            # argparse names the option itself.
+            option, _, said = str(error).partition(" ")
+            text = said if option.startswith("--") else str(error)
+            raise argparse.ArgumentTypeError(text) from None
 
     typed.__name__ = getattr(parse, "__name__", "value")
     return typed

@@ -22,9 +22,9 @@ _IN_PLACE = ("in_place", "overwrite_my_only_copy", "in_place_shared")
 _VARIED = ("method", "sparsity", "pattern", "seed")
 _STATISTICS = ("save_statistics", "statistics_dtype", "statistics")
 _EXIT_CODES = (
-    "Exit codes: 0 done, 2 bad request or failing disk, 3 checkpoint unusable, 4 does not fit the "
-    "budget or on the disk, 5 output exists or is in use, or statistics do not serve, 6 non-finite "
-    "numbers, 7 verification failed, 130 interrupted."
+    "Exit codes: 0 done, 1 a bug, 2 bad request, failing disk, device or upload, 3 checkpoint "
+    "unusable, 4 does not fit the budget or on the disk, 5 output exists or is in use, or "
+    "statistics do not serve, 6 non-finite numbers, 7 verification failed, 130 interrupted."
 )
 Commands = Any
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_gblm.commands.held_out import check_enough, held_out_starts
@@ -98,9 +99,12 @@ def _scarce(source: Text | Documents, drawn: _Drawn, count: int) -> list[str]:
     if drawn.room >= count:
         return []
     found = "" if isinstance(source, Text) else f" in {drawn.documents} documents"
+    # The note is in pruning.json, which has no path of this machine.
+    path = Path(source.origin)
+    name = path.name if path.is_file() else source.origin
     return [
-        f"{source.origin} has room for {drawn.room} distinct windows{found}: the {count} "
-        f"calibration samples repeat some of its text"
+        f"{name} has room for {drawn.room} distinct windows{found}: the {count} calibration "
+        f"samples repeat some of its text"
     ]
 
 

@@ -18,7 +18,7 @@ from lowmem_gblm.methods import find_method
 from lowmem_gblm.options import flag_of, options, parse_bytes
 from lowmem_gblm.storage.atomic import publish_file
 from lowmem_gblm.storage.checkpoint.file_access import BASE_CARD, CARD, RECORD
-from lowmem_gblm.storage.hub import public_name
+from lowmem_gblm.storage.hub import hub_id, public_name
 
 _TEXT = """\
 ---
@@ -63,7 +63,7 @@ def model_card(scope: PruneScope, record: dict[str, Any]) -> str:
     """Return the text of the card of a finished run."""
     method, base = scope.method, record["model"]
     return _TEXT.format(
-        front_matter=_front_matter(scope.model.folder, record),
+        front_matter=_front_matter(scope, record),
         base=base,
         method=method.name,
         zeros=record["sparsity_measured"],
@@ -111,7 +111,7 @@ def _table(
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _front_matter(folder: Path, record: dict[str, Any]) -> str:
+def _front_matter(scope: PruneScope, record: dict[str, Any]) -> str:
     """Return the metadata of the card as YAML."""
     from huggingface_hub import ModelCardData
 
@@ -120,11 +120,12 @@ def _front_matter(folder: Path, record: dict[str, Any]) -> str:
     pattern = record["pattern"]
     patterns = dict.fromkeys(pattern.values() if isinstance(pattern, dict) else [pattern])
     data = ModelCardData(
-        base_model=_hub_id(record["model"]),
+        # The name of a folder would be a link to another model, or to none.
+        base_model=_valid(hub_id(scope.request.model)),
         library_name="transformers",
         tags=["pruned", "sparse", record["method"], *patterns, "lowmem-gblm"],
         datasets=None if text is None else [text],
-        **licence_of(folder),
+        **licence_of(scope.model.folder),
     )
     yaml: str = data.to_yaml()
     return yaml
@@ -136,16 +137,16 @@ def _dataset(calibration: str) -> str | None:
     A data set may be given as "owner/name:config:split".
     """
     name = calibration.partition(":")[0]
-    return _DATASETS.get(calibration, _hub_id(name) if "/" in name else None)
+    return _DATASETS.get(calibration, _valid(name) if "/" in name else None)
 
 
-def _hub_id(name: str) -> str | None:
-    """Return the name of a model if it may be one of the Hub, which refuses a card with others."""
+def _valid(name: str | None) -> str | None:
+    """Return a name if it may be one of the Hub, which refuses a card with others."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(name)
+        validate_repo_id(name or "")
     except HFValidationError:
         return None
     return name

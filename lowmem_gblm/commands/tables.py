@@ -55,13 +55,15 @@ def table_from_hub(path: str, option: str, **asked: Any) -> Any:
     `asked` are arguments of `datasets.load_dataset`. With `streaming`, not all is downloaded: the
     part is shuffled, and its first rows are taken.
     """
-    from lowmem_gblm.storage.hub import offline_if_unreachable
+    import datasets  # noqa: F401
+
+    from lowmem_gblm.storage.hub import NO_ANSWER, offline_if_unreachable
 
     with offline_if_unreachable() as answers:
         try:
             return _load(path, **asked)
         except _load_errors() as error:
-            reason = _reason(error) if answers else "it does not answer, or HF_HUB_OFFLINE is set"
+            reason = _reason(error) if answers else NO_ANSWER
             raise RequestError(
                 f"{path} cannot be loaded from the Hub: {reason}. Without a network give a local "
                 f"text: {option} FILE"

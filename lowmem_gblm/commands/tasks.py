@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from lowmem_gblm.commands.request import EvalRequest
 from lowmem_gblm.errors import LowmemGblmError, NonFiniteError, RequestError, first_line, shown
 from lowmem_gblm.model.open_model import OpenModel
+from lowmem_gblm.storage.hub import offline_if_unreachable
 from lowmem_gblm.sweeps.batches import Row, Score
 
 _PACKAGE = "lm_eval"
@@ -43,9 +44,11 @@ class TaskSuite:
             from lowmem_gblm.commands.harness import StreamedLM
 
             _seed()
-            self._tasks = _load(request)
             self._model = StreamedLM(opened, request)
-            self.rows = self._model.rows(_requests(self._tasks["tasks"], request.limit))
+            with offline_if_unreachable():
+                self._tasks = _load(request)
+                requests = _requests(self._tasks["tasks"], request.limit)
+            self.rows = self._model.rows(requests)
 
     def result(self, scores: Mapping[Row, Score]) -> dict[str, Any]:
         """Return what the harness makes of the scores, in its own shape, and its version.

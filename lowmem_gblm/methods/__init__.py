@@ -14,6 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowmem_gblm.errors import NonFiniteError, RequestError
@@ -181,7 +182,10 @@ def find_method(name: str) -> Method:
     expected = "lowmem_gblm.methods.Method of that name with a dataclass of options"
     extension: Method | None = load_extension(_EXTENSIONS, name, "method", _is_method, expected)
     if extension is None:
-        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
+        known = method_names()
+        nearest = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise RequestError(f"unknown method {name!r}: choose one of {', '.join(known)}{hint}")
     return extension
 
 

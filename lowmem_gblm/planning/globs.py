@@ -31,11 +31,15 @@ def check_globs(option: str, globs: Sequence[str], names: Sequence[str], what: s
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
     if idle:
         said = "; ".join(
-            f"--{option} {shown(repr(glob))} matches no {what}, the nearest are "
-            f"{', '.join(map(shown, nearest_names(glob, names)))}"
+            f"--{option} {shown(repr(glob))} matches no {what}, {_nearest(glob, names)}"
             for glob in idle
         )
         raise RequestError(f"{said}. Give globs over complete names, as '*.mlp.*'")
+
+
+def _nearest(glob: str, names: Sequence[str]) -> str:
+    found = list(map(shown, nearest_names(glob, names)))
+    return f"the nearest {'is' if len(found) == 1 else 'are'} {', '.join(found)}"
 
 
 def nearest_names(glob: str, names: Sequence[str], most: int = 3) -> list[str]:

@@ -36,6 +36,8 @@ _PACKED_BYTES = {4: 0.5 + 4 / 64, 8: 1 + 4 / 256}
 _ARRIVING = 2
 
 Parts = dict[str, int]
+# The pass before the first stage.
+TOKENIZING = "text"
 
 
 @dataclass
@@ -77,7 +79,7 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
         "the process itself": process,
         "text and tokens": _PER_TEXT_BYTE * work.text_bytes,
     }
-    found = [Footprint("text", host=tokenizing)] if work.text_bytes else []
+    found = [Footprint(TOKENIZING, host=tokenizing)] if work.text_bytes else []
     for name in (*work.schedule.stages, "finish"):
         footprint = Footprint(name, host={"the process itself": process})
         if work.on_gpu:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from lowmem_gblm.planning.memory_use import Footprint, accumulator_bytes
+from lowmem_gblm.planning.memory_use import TOKENIZING, Footprint, accumulator_bytes
 from lowmem_gblm.planning.plan import Budget, Requirements
 from lowmem_gblm.planning.sizes import Choices, Workload, slices_within, stores
 from lowmem_gblm.planning.totals import DiskUse
@@ -68,8 +68,8 @@ def refusal(
     stored = max(0, minimum.disk_bytes - output - saved)
     disk = {"output": output, "stored between passes": stored, "saved statistics": saved}
     needs = (
-        (f"host memory in {host.name}", minimum.host_bytes, budget.host_bytes, host.host),
-        (f"GPU memory in {gpu.name}", minimum.gpu_bytes, budget.gpu_bytes, gpu.gpu),
+        (f"host memory {_when(host)}", minimum.host_bytes, budget.host_bytes, host.host),
+        (f"GPU memory {_when(gpu)}", minimum.gpu_bytes, budget.gpu_bytes, gpu.gpu),
         ("disk space", minimum.disk_bytes, budget.disk_bytes, disk),
     )
     missing = [
@@ -83,8 +83,14 @@ def refusal(
             "neither host memory nor disk space alone is too small, but both together are: the "
             f"least is {gibibytes(minimum.host_bytes)} and {gibibytes(minimum.disk_bytes)}"
         ]
-    last = f"It would fit with {' or '.join(fits)}" if fits else "Nothing else would fit, either"
+    last = "Fewer or shorter samples would not fit, either"
+    if fits:
+        last = f"It would fit with {' or '.join(fits)}"
     return ". ".join([*missing, f"{last}."])
+
+
+def _when(at: Footprint) -> str:
+    return "to tokenize the text" if at.name == TOKENIZING else f"in the stage {at.name}"
 
 
 def _listed(parts: dict[str, int]) -> str:

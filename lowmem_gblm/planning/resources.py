@@ -40,8 +40,8 @@ class Resources:
         parse=parse_bytes, metavar="SIZE",
     )  # fmt: skip
     work_dir: Path | None = option(
-        None, "folder for what is stored between passes [OUTPUT.work]", identity=False, parse=Path,
-        metavar="DIR",
+        None, "folder for OUTPUT.work, what is stored between passes [that of OUTPUT]",
+        identity=False, parse=Path, metavar="DIR",
     )  # fmt: skip
 
     @property

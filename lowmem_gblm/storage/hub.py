@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ _UNWANTED = ["consolidated*", "original/*"]
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
 # What the folder of a model in a cache of the Hub begins with.
 CACHED = "models--"
+NO_ANSWER = "it does not answer, or HF_HUB_OFFLINE is set"
 # For a connection, and for the answer; and for all, as to look up a name may take longer.
 _PATIENCE_S = 2.0
 _LONGEST_S = 4.0
@@ -52,39 +54,45 @@ def is_on_hub(model: str) -> bool:
     return not Path(model).exists() and model != EMBEDDED and bool(_HUB_ID.fullmatch(model))
 
 
-def public_name(model: str) -> str:
-    """Return what a model is called elsewhere: its Hub id, or else the name of its folder."""
+def hub_id(model: str) -> str | None:
+    """Return the Hub id of a model: as given, or that of a folder in the Hub's cache; else None."""
     if is_on_hub(model):
         return model
-    for part in Path(model).resolve().parts:
-        if part.startswith(CACHED):
-            return part.removeprefix(CACHED).replace("--", "/")
-    return Path(os.path.abspath(model)).name
+    parts = [part for part in Path(model).resolve().parts if part.startswith(CACHED)]
+    return parts[0].removeprefix(CACHED).replace("--", "/") if parts else None
+
+
+def public_name(model: str) -> str:
+    """Return what a model is called elsewhere: its Hub id, or else the name of its folder."""
+    return hub_id(model) or Path(os.path.abspath(model)).name
 
 
 def _download(model: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        with activity(f"looking up {model} on the Hub"):
+    with activity(f"looking up {model} on the Hub"), offline_if_unreachable() as answers:
+        try:
             return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=_UNWANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"there is no model folder {model}, and the Hub does not give it: {first_line(error)}"
-        ) from None
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = first_line(error) if answers else NO_ANSWER
+            raise CheckpointError(
+                f"there is no model folder {model}, and the Hub does not give it: {reason}. Give "
+                f"the folder of a model, or its id on the Hub as owner/name"
+            ) from None
 
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
     """Run the body with whether the Hub answers; if not, libraries look into their caches alone.
 
-    Otherwise they would try again for half a minute.
+    Otherwise they would try again for half a minute. What is to read data sets is imported before.
     """
-    import datasets
     from huggingface_hub import constants
 
-    settings = (constants, datasets.config)
+    # It takes over the setting when it is imported, which takes seconds.
+    datasets = sys.modules.get("datasets")
+    settings = [constants, *([] if datasets is None else [datasets.config])]
     former = [one.HF_HUB_OFFLINE for one in settings]
     answers = not any(former) and _answers(constants.ENDPOINT)
     try:

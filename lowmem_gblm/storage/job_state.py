@@ -1,6 +1,7 @@
 """What earlier attempts at a job have left in its folders: asked once, under the model's lock."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from lowmem_gblm.storage.locking import MARK, OwnedFolder, model_lock
 from lowmem_gblm.storage.pending_folder import check_absent, partial_folder
 
 DESCRIPTION = "job.json"
+_SHA256, _HASH_DIGITS = re.compile("[0-9a-f]{64}"), 8
 # What is another when a job was moved or copied.
 PLACES = ("folder", "output", "request")
 DESCRIBED = {"id", "identity", "choices", *PLACES}
@@ -145,4 +147,11 @@ def _difference(name: str, old: Any, new: Any) -> str:
         pairs = enumerate(zip(old, new, strict=False))
         others = [str(index) for index, (one, other) in pairs if one != other]
         return f"{name}: other in {', '.join(others)}"
-    return f"{name}: {old!r}, now {new!r}"
+    return f"{name}: {_brief(old)}, now {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    """Return a value for a message; of a SHA-256 its beginning."""
+    if isinstance(value, str) and _SHA256.fullmatch(value):
+        return f"{value[:_HASH_DIGITS]}…"
+    return repr(value)

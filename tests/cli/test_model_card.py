@@ -180,11 +180,15 @@ def test_folders_are_called_as_they_were_typed(
     assert names == {".": "plain", "../other": "other", "../plain/": "plain", "../link": "org/name"}
 
 
-def test_the_base_of_a_pruned_model_is_what_was_pruned(model: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_that_is_pruned_again_has_no_base_on_the_hub(
+    model: Path, tmp_path: Path
+) -> None:
+    """The name of a folder would be a link to a model of that name, or to none."""
     (model / "README.md").write_text(BASE)
     first = pruned(model, tmp_path / "first")
     second = pruned(tmp_path / "first", tmp_path / "second", sparsity=0.75)
-    assert second.data.base_model == "first"
+    assert second.data.base_model is None
+    assert "# first, pruned by " in second.content
     assert second.data.license == "llama2"
     assert (tmp_path / "second" / "README.base.md").read_text() == first.content
     lowmem_gblm.verify(tmp_path / "second", tmp_path / "first")

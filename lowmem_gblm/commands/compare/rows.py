@@ -140,9 +140,11 @@ def _shared(row: Row) -> list[str]:
     taken = sorted({name for run in row["runs"] for name in run["taken"]})
     if not taken:
         return []
+    one = len(taken) == 1
     return [
-        f"the statistics {' and '.join(taken)} were measured by the first run that needs them; the "
-        f"seconds of the other rows do not have that"
+        f"the statistic{'s' * (not one)} {' and '.join(taken)} {'was' if one else 'were'} measured "
+        f"by the first run that needs {'it' if one else 'them'}; the seconds of the other rows do "
+        f"not have that"
     ]
 
 

@@ -171,8 +171,8 @@ def test_the_command_line_packs_conversations(small: Path, tmp_path: Path) -> No
     expected = hashlib.sha256(samples_NT.numpy().tobytes()).hexdigest()
     assert record["fingerprints"]["calibration_tokens"] == expected
     assert record["notes"] == [
-        f"{file} has room for 2 distinct windows in 3 documents: the 4 calibration samples repeat "
-        f"some of its text"
+        f"{file.name} has room for 2 distinct windows in 3 documents: the 4 calibration samples "
+        f"repeat some of its text"
     ]
 
 

@@ -216,7 +216,7 @@ def test_a_refusal_lists_the_parts_and_what_would_fit() -> None:
     with pytest.raises(BudgetError) as caught:
         made(Budget(gpu_bytes=least - MIB))
     sentence = str(caught.value)
-    assert re.search(r"at least [0-9.]+ GiB of GPU memory in (reverse|prune)", sentence)
+    assert re.search(r"at least [0-9.]+ GiB of GPU memory in the stage (reverse|prune)", sentence)
     assert "may be used: " in sentence
     assert "resident block" in sentence
     shorter = " or ".join(f"--seqlen {seqlen}" for seqlen in (1024, 512, 256, 128))
@@ -232,7 +232,9 @@ def test_a_refusal_names_the_option_of_the_command(option: str) -> None:
 
 
 def test_a_refusal_says_when_nothing_helps() -> None:
-    with pytest.raises(BudgetError, match=r"31\.0 KiB may be used.*Nothing else would fit, either"):
+    with pytest.raises(
+        BudgetError, match=r"31\.0 KiB may be used.*Fewer or shorter samples would not"
+    ):
         made(Budget(host_bytes=31 << 10))
 
 
