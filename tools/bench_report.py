@@ -183,7 +183,7 @@ def report(figures: Figures) -> list[str]:
         *stage_table(run),
         "",
         *rate_lines(figures["rates"], run),
-        *forward_lines(figures["rates"], run),
+        *forward_lines(figures["forward_passes"]),
         *use_lines(run),
     ]
     if figures["baselines"]:
@@ -223,23 +223,15 @@ def rate_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
     return lines
 
 
-def forward_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
-    """Return the run, and its passes, as a multiple of as many plain forward passes in memory."""
-    passes = [one["forward_pass"] for one in rates.values() if "forward_pass" in one]
-    if not passes:
+def forward_lines(sweeps: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the sweeps as a multiple of as many plain forward passes, measured in turns."""
+    if not sweeps:
         return []
-    mean = sum(passes) / len(passes)
-    counts = {name: count for name, count in FORWARDS.items() if name in run["stages"]}
-    parts = ", ".join(
-        f"{name} {run['stages'][name]['seconds'] / (count * mean):.2f}"
-        for name, count in counts.items()
-    )
-    ratio = run["seconds"] / (sum(counts.values()) * mean)
-    measured = ", then ".join(f"{one:.2f}" for one in passes)
-    return [
-        f"run           {ratio:.2f} × {sum(counts.values())} forward passes of {measured} s "
-        f"({parts})"
-    ]
+    least = {name: FORWARDS[name] * one["forward"] for name, one in sweeps.items()}
+    parts = ", ".join(f"{name} {one['seconds'] / least[name]:.2f}" for name, one in sweeps.items())
+    ratio = sum(one["seconds"] for one in sweeps.values()) / sum(least.values())
+    count = sum(FORWARDS[name] for name in sweeps)
+    return [f"in turns      {ratio:.2f} × {count} forward passes in memory ({parts})"]
 
 
 def use_lines(run: Figures) -> list[str]:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Measures plain forward passes of a model that is in memory: what a run's passes cannot go below.
+"""Compares the sweeps of a run with plain forward passes of the model in memory, in turns.
 
-The decoder alone runs, without the head, on the calibration samples that a run would draw.
+After every block of a sweep one sample runs through the decoder, without the head, of the same
+model in memory. The speed of a machine may change by a half from one minute to the next; what is
+compared is measured within seconds. OUTPUT is pruned, and its memory means nothing.
 
 Usage:
-    python tools/forward_pass.py MODEL --text FILE [--nsamples N] [--seqlen T] [--dtype NAME]
+    python tools/forward_pass.py MODEL OUTPUT --text FILE [--nsamples N] [--seqlen T] [--dtype NAME]
 """
 
 from __future__ import annotations
@@ -14,22 +16,56 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+import lowmem_gblm
 from lowmem_gblm.commands.calibration import calibration_samples
 from lowmem_gblm.commands.texts import open_source
 from lowmem_gblm.model.tokenizer import load_tokenizer
 from lowmem_gblm.runtime import accelerator
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def seconds_of_a_pass(asked: argparse.Namespace) -> list[float]:
-    """Return the seconds of every pass over all samples, after one that is not counted."""
+SWEEPS = ("dense", "reverse", "prune")
+
+
+class InTurns:
+    """A listener of a run that lets a sample through the decoder in memory after every block.
+
+    Attributes:
+        seconds: By sweep, the seconds of every sample.
+    """
+
+    def __init__(self, decoder: Any, samples_NT: Tensor) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._decoder = decoder
+        self._samples_NT = samples_NT
+
+    def __call__(self, tick: lowmem_gblm.Tick) -> None:
+        if tick.stage in SWEEPS:
+            self.seconds[tick.stage].append(self.forward(tick.step % len(self._samples_NT)))
+
+    @torch.no_grad()
+    def forward(self, number: int) -> float:
+        """Return the seconds that a sample takes."""
+        sample_1T = self._samples_NT[number][None]
+        accelerator.synchronize(sample_1T.device)
+        start = time.perf_counter()
+        self._decoder(input_ids=sample_1T, use_cache=False)
+        accelerator.synchronize(sample_1T.device)
+        return time.perf_counter() - start
+
+
+def compared(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return of every sweep its `seconds`, and those of a `forward` pass over all samples."""
     device = accelerator.choose_device(asked.device)
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype))
-    decoder = model.to(device).eval().get_decoder()
     samples = calibration_samples(
         open_source(asked.text, "calibration"),
         load_tokenizer(asked.model),
@@ -37,32 +73,39 @@ def seconds_of_a_pass(asked: argparse.Namespace) -> list[float]:
         seqlen=asked.seqlen,
         seed=0,
     )
-    samples_NT = samples.tokens_NT.to(device)
-    found = []
-    with torch.no_grad():
-        for _ in range(1 + asked.repeat):
-            accelerator.synchronize(device)
-            start = time.perf_counter()
-            for tokens_T in samples_NT:
-                decoder(input_ids=tokens_T[None], use_cache=False)
-            accelerator.synchronize(device)
-            found.append(time.perf_counter() - start)
-    return found[1:]
+    turns = InTurns(model.to(device).eval().get_decoder(), samples.tokens_NT.to(device))
+    turns.forward(0)
+    record = lowmem_gblm.prune(
+        asked.model,
+        asked.output,
+        listener=turns,
+        **{name: getattr(asked, name) for name in ("nsamples", "seqlen", "dtype", "device")},
+        **{name: getattr(asked, name) for name in ("method", "activations")},
+        calibration=asked.text,
+    )
+    return {
+        name: {
+            "seconds": record["seconds"][name] - sum(seconds),
+            "forward": statistics.mean(seconds) * asked.nsamples,
+        }
+        for name, seconds in turns.seconds.items()
+    }
 
 
 def main() -> int:
     """Measure what the command line asks for and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Seconds of plain forward passes in memory.")
+    parser = argparse.ArgumentParser(description="A run's sweeps beside plain forward passes.")
     option = parser.add_argument
     option("model", type=Path, metavar="MODEL")
+    option("output", type=Path, metavar="OUTPUT")
     option("--text", required=True, metavar="FILE")
     option("--nsamples", type=int, default=8, metavar="N", help="[%(default)s]")
     option("--seqlen", type=int, default=512, metavar="T", help="[%(default)s]")
     option("--dtype", default="float32", metavar="NAME", help="[%(default)s]")
     option("--device", default="auto", help="auto, cpu, cuda or xpu [%(default)s]")
-    option("--repeat", type=int, default=3, metavar="N", help="[%(default)s]")
-    found = seconds_of_a_pass(parser.parse_args())
-    print(json.dumps({"seconds": statistics.median(found), "all": found}))
+    option("--method", default="gblm", metavar="METHOD", help="[%(default)s]")
+    option("--activations", default="pruned", help="pruned or dense [%(default)s]")
+    print(json.dumps(compared(parser.parse_args())))
     return 0
 
 
