@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares the sweeps of a run with plain forward passes of the model in memory, in turns.
 
-After every block of a sweep one sample runs through the decoder, without the head, of the same
-model in memory. The speed of a machine may change by a half from one minute to the next; what is
+After blocks of a sweep one sample runs through the decoder, without the head, of the same model in
+memory, for at most half of the time. The speed of a machine may change by a half from one minute to the next; what is
 compared is measured within seconds. OUTPUT is pruned, and its memory means nothing.
 
 Usage:
@@ -36,7 +36,10 @@ SWEEPS = ("dense", "reverse", "prune")
 
 
 class InTurns:
-    """A listener of a run that lets a sample through the decoder in memory after every block.
+    """A listener of a run that lets samples through the decoder in memory between blocks.
+
+    The first comes after the first block of a sweep; the next ones wait until the run has had as
+    much time for itself.
 
     Attributes:
         seconds: By sweep, the seconds of every sample.
@@ -46,10 +49,15 @@ class InTurns:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self._decoder = decoder
         self._samples_NT = samples_NT
+        self._ended = time.perf_counter()
 
     def __call__(self, tick: lowmem_gblm.Tick) -> None:
-        if tick.stage in SWEEPS:
-            self.seconds[tick.stage].append(self.forward(tick.step % len(self._samples_NT)))
+        if tick.stage not in SWEEPS:
+            return
+        taken = self.seconds[tick.stage]
+        if not taken or time.perf_counter() - self._ended >= taken[-1]:
+            taken.append(self.forward(len(taken) % len(self._samples_NT)))
+            self._ended = time.perf_counter()
 
     @torch.no_grad()
     def forward(self, number: int) -> float:
