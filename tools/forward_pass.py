@@ -2,8 +2,8 @@
 """Compares the sweeps of a run with plain forward passes of the model in memory, in turns.
 
 After blocks of a sweep one sample runs through the decoder, without the head, of the same model in
-memory, for at most half of the time. The speed of a machine may change by a half from one minute to the next; what is
-compared is measured within seconds. OUTPUT is pruned, and its memory means nothing.
+memory, for at most half of the time. The speed of a machine may change by a half from one minute to
+the next; what is compared is measured within seconds. OUTPUT is pruned; its memory means nothing.
 
 Usage:
     python tools/forward_pass.py MODEL OUTPUT --text FILE [--nsamples N] [--seqlen T] [--dtype NAME]
