@@ -383,9 +383,9 @@ def test_what_is_no_glob_is_refused(globs):
     [
         (
             {"exclude": ["*mpl*", "*norm*", "*self_atn*"]},
-            "--exclude '*mpl*' matches no tensor of the model, the nearest are "
+            "--exclude '*mpl*' matches no tensor of the model, the nearest is "
             "model.layers.0.mlp.down_proj.weight; --exclude '*self_atn*' matches no tensor of the "
-            "model, the nearest are model.layers.0.self_attn.k_proj.weight. Give globs over comp",
+            "model, the nearest is model.layers.0.self_attn.k_proj.weight. Give globs over comp",
         ),
         (
             {"include": ["*q_porj*", "*k_proj*"]},
