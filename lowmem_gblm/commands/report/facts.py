@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowmem_gblm.planning.messages import gibibytes
+from lowmem_gblm.storage.hub import public_name
 
 Run = dict[str, Any]
 
@@ -81,7 +82,9 @@ def _perplexity(output: Run) -> Iterator[str]:
 def windows(evaluation: Run) -> str:
     """Return what a perplexity was measured on; those of other windows do not compare with it."""
     count, length, begin = (evaluation.get(name) for name in ("windows", "seqlen", "bos"))
-    return f"{evaluation.get('text')} ({count} windows of {length} tokens{_bos(begin)})"
+    # Pages and cards are for others: they have no path of this machine.
+    text = public_name(str(evaluation.get("text")))
+    return f"{text} ({count} windows of {length} tokens{_bos(begin)})"
 
 
 def _bos(begin: Any) -> str:
