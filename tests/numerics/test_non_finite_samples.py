@@ -223,12 +223,13 @@ def test_of_few_samples_none_may_be_sick(run: Run, poison: Poison, tmp_path: Pat
 
 
 def test_a_sick_window_of_an_evaluation_is_named(
-    model: Path, text_file: Path, poison: Poison
+    model: Path, text_file: Path, poison: Poison, tmp_path: Path
 ) -> None:
     poison("dense-1", (2,))
+    asked = {"text": str(text_file), "seqlen": 16, "windows": 5, "work_dir": tmp_path}
     message = "1 of 5 windows have turned non-finite, at most 0% may: it began with window 2 in blo"
     with pytest.raises(NonFiniteError, match=message):
-        lowmem_gblm.evaluate(model, text=str(text_file), seqlen=16, windows=5)
+        lowmem_gblm.evaluate(model, **asked)
 
 
 def test_where_nothing_is_sick_nothing_is_dropped(run: Run, tmp_path: Path) -> None:
