@@ -87,9 +87,13 @@ def compared(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
         asked.model,
         asked.output,
         listener=turns,
-        **{name: getattr(asked, name) for name in ("nsamples", "seqlen", "dtype", "device")},
-        **{name: getattr(asked, name) for name in ("method", "activations")},
         calibration=asked.text,
+        nsamples=asked.nsamples,
+        seqlen=asked.seqlen,
+        dtype=asked.dtype,
+        device=asked.device,
+        method=asked.method,
+        activations=asked.activations,
     )
     return {
         name: {

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem_gblm.commands.causes import cause_of
 from lowmem_gblm.commands.estimate import budget_of, limited, work_of
-from lowmem_gblm.commands.prune.identity import COMPUTING, source_fingerprints, versions
+from lowmem_gblm.commands.prune.identity import computing_versions, source_fingerprints
 from lowmem_gblm.errors import BudgetError, LowmemGblmError
 from lowmem_gblm.model.block_loader import BlockLoader
 from lowmem_gblm.model.open_model import OpenModel, check_tokens, open_model
@@ -149,7 +149,7 @@ def _identity(
         "device": device_name(opened.streamed.device),
         "dtype": str(opened.streamed.dtype),
         "compute_weights": resources.compute_weights,
-        **{name: version for name, version in versions().items() if name in COMPUTING},
+        **computing_versions(),
     }
 
 

@@ -55,8 +55,6 @@ def table_from_hub(path: str, option: str, **asked: Any) -> Any:
     `asked` are arguments of `datasets.load_dataset`. With `streaming`, not all is downloaded: the
     part is shuffled, and its first rows are taken.
     """
-    import datasets  # noqa: F401
-
     from lowmem_gblm.storage.hub import NO_ANSWER, offline_if_unreachable
 
     with offline_if_unreachable() as answers:

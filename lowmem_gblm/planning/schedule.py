@@ -32,6 +32,11 @@ class Schedule:
         return "embed" in self.stages
 
     @property
+    def evaluates(self) -> bool:
+        """Return whether nothing is pruned: losses are all that comes of the run."""
+        return self.prune_in is None
+
+    @property
     def stores_gradients(self) -> bool:
         """Return whether the gradient magnitudes of all blocks are stored between two sweeps."""
         return {"reverse", "prune"} <= set(self.stages)

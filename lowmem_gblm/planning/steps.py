@@ -158,7 +158,7 @@ def steps(schedule: Schedule, layout: Layout) -> tuple[Step, ...]:
         every = _durable_every(stage, schedule, layout)
         # And the last two: what the first drops is gone when the next stage begins to write.
         ends = [at % every == 0 or at > len(rows) - 2 for at in range(1, len(rows) + 1)]
-        if stage == "head" and not schedule.keeps_boundaries:
+        if stage == "head" and schedule.evaluates:
             # The losses of an evaluation are its result, which is nowhere before it ends.
             ends = [False]
         found += [replace(row, durable=end) for row, end in zip(rows, ends, strict=True)]
@@ -171,8 +171,7 @@ def _durable_every(stage: Stage, schedule: Schedule, layout: Layout) -> int:
     In the dense sweep before a reverse sweep it is that of the boundaries which are kept, and thus
     on the disk anyway.
     """
-    evaluates = stage == "dense" and not schedule.keeps_boundaries
-    if evaluates or stage in ("reverse", "search", "prune"):
+    if schedule.evaluates or stage in ("reverse", "search", "prune"):
         return layout.durable_interval
     return layout.boundary_interval if stage == "dense" and layout.durable_interval > 1 else 1
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from lowmem_gblm.embedded import EMBEDDED, embedded_file, is_embedded
 from lowmem_gblm.errors import CheckpointError, first_line
@@ -86,22 +87,29 @@ def _download(model: str, wanted: list[str]) -> Path:
 def offline_if_unreachable() -> Iterator[bool]:
     """Run the body with whether the Hub answers; if not, libraries look into their caches alone.
 
-    Otherwise they would try again for half a minute. What is to read data sets is imported before.
+    Otherwise they would try again for half a minute.
     """
     from huggingface_hub import constants
 
-    # It takes over the setting when it is imported, which takes seconds.
-    datasets = sys.modules.get("datasets")
-    settings = [constants, *([] if datasets is None else [datasets.config])]
-    former = [one.HF_HUB_OFFLINE for one in settings]
-    answers = not any(former) and _answers(constants.ENDPOINT)
+    asked = constants.HF_HUB_OFFLINE
+    former = {one: one.HF_HUB_OFFLINE for one in _settings()}
+    answers = not any(former.values()) and _answers(constants.ENDPOINT)
     try:
-        for one in settings:
+        for one in former:
             one.HF_HUB_OFFLINE = not answers
         yield answers
     finally:
-        for one, value in zip(settings, former, strict=True):
-            one.HF_HUB_OFFLINE = value
+        # A module that the body has imported has taken over what was set meanwhile.
+        for one in _settings():
+            one.HF_HUB_OFFLINE = former.get(one, asked)
+
+
+def _settings() -> list[Any]:
+    """Return the modules that have the setting: that of `datasets` only if it is imported."""
+    from huggingface_hub import constants
+
+    datasets = sys.modules.get("datasets")
+    return [constants, *([] if datasets is None else [datasets.config])]
 
 
 def _answers(address: str) -> bool:

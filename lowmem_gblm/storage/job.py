@@ -1,10 +1,12 @@
 """A prune that can be interrupted at any instant: its identity, and a journal of finished steps.
 
-OUTPUT.work/
-    job.json            what identifies the job, how to type it again, what was chosen
-    samples.safetensors the calibration samples, if no name of a text leads to them again
-    journal/000000.json one file per finished step: pass, records, what is stored in which file
-    dense-3, …          what is stored between passes (`tensor_store`)
+    OUTPUT.work/
+        job.json            what identifies the job, how to type it again, what was chosen
+        samples.safetensors the calibration samples, if no name of a text leads to them again
+        journal/000000.json one file per finished step: pass, records, what is stored in which file
+        dense-3, …          what is stored between passes (`tensor_store`)
+
+What is finished is what the journal says (`journal`).
 """
 
 from collections.abc import Mapping

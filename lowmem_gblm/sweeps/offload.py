@@ -9,7 +9,7 @@ the GPU waits for the disk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -138,12 +138,6 @@ class Offload:
             if not future.done() or future.exception() is not None
         ]
         return {name for name, _ in left}, [future for _, future in left]
-
-    def drop(self, keys: Iterable[Key]) -> None:
-        """Drop everything under these keys, once all is written."""
-        self.settle()
-        for key in keys:
-            self._tensors.drop(str(key))
 
     def _settle_down_to(self, bytes_left: int) -> None:
         total = sum(size for _, size, _ in self._behind)

@@ -24,8 +24,8 @@ from lowmem_gblm.storage.checkpoint.remote_code import configuration_hash
 from lowmem_gblm.storage.in_place import overwritten_blocks
 
 # Of these another version may compute other numbers; the samples are known by their tokens.
-COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
-_PACKAGES = (*COMPUTING, "safetensors", "accelerate", "tokenizers")
+_COMPUTING = ("lowmem-gblm", "torch", "transformers", "bitsandbytes")
+_PACKAGES = (*_COMPUTING, "safetensors", "accelerate", "tokenizers")
 # What `_fingerprints` returns.
 FINGERPRINTS = (
     "source_headers", "source_bytes", "source_config", "calibration_tokens", "held_out_tokens",
@@ -49,7 +49,7 @@ def identity(
     # Files are known by what is in them, wherever they lie.
     found["calibration"] = "a file" if Path(text).is_absolute() else text
     found |= _fingerprints(scope, samples_NT)
-    found |= {name: version for name, version in versions().items() if name in COMPUTING}
+    found |= computing_versions()
     # Headers do not tell whether the model was pruned in place in the meantime.
     found["source_pruned"] = (scope.model.folder / RECORD).exists()
     if request.in_place:
@@ -101,6 +101,11 @@ def versions() -> Mapping[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def computing_versions() -> dict[str, str]:
+    """Return the versions of which another one may compute other numbers."""
+    return {name: version for name, version in versions().items() if name in _COMPUTING}
 
 
 def _fingerprints(scope: PruneScope, samples_NT: Tensor) -> dict[str, str | None]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -24,6 +26,7 @@ from lowmem_gblm.commands.request import PruneRequest
 from lowmem_gblm.commands.texts import Documents, InMemory, Text, as_calibration, open_source
 from lowmem_gblm.errors import JobError, RequestError
 from lowmem_gblm.model.tokenizer import Tokenizer, load_tokenizer
+from lowmem_gblm.storage.hub import offline_if_unreachable
 from lowmem_gblm.storage.kept_samples import SAMPLES
 from lowmem_gblm.sweeps.block_pruner import BlockPruner
 from support.tiny_models import sample_text, tiny_tokenizer
@@ -139,6 +142,21 @@ def test_without_a_network_the_sentence_comes_at_once(
         open_source(name, split)
     assert time.perf_counter() - begin < 10
     assert [one.HF_HUB_OFFLINE for one in settings] == [False, False]
+
+
+def test_what_is_imported_without_an_answer_is_not_offline_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lowmem_gblm.storage.hub._answers", lambda address: False)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    imported = SimpleNamespace(config=ModuleType("config"))
+    with offline_if_unreachable() as answers:
+        monkeypatch.setitem(sys.modules, "datasets", imported)
+        imported.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE
+        assert (answers, imported.config.HF_HUB_OFFLINE) == (False, True)
+    assert not imported.config.HF_HUB_OFFLINE
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def talking(folder: Path, template: str | None = CHAT) -> Tokenizer:
