@@ -35,6 +35,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Read by GNU OpenMP, likewise: for how long a thread that waits for the others keeps its core busy.
 # The default is milliseconds, and whatever else wants a core holds up every operation.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Read by oneDNN when it is first used: of how many products in half precision it keeps the code, a
+# megabyte each. Every number of rows has its own, and experts see another one in every sample: with
+# the default of 1024, memory would grow by a gigabyte. The plan counts what 128 take.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 __version__ = "0.2.0"
 __all__ = [

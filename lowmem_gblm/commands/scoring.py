@@ -1,6 +1,7 @@
 """The sweep of an evaluation: rows of tokens through a streamed model, once for all of them."""
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,10 @@ from lowmem_gblm.planning.plan import Budget, Plan
 from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.schedule import EVALUATION
-from lowmem_gblm.planning.sizes import Choices, Workload
+from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload
 from lowmem_gblm.planning.steps import step_table, steps_done
 from lowmem_gblm.runtime import machine, memory
-from lowmem_gblm.runtime.accelerator import device_name, peak_bytes
+from lowmem_gblm.runtime.accelerator import device_name, is_accelerator, peak_bytes
 from lowmem_gblm.runtime.progress import Listener, Progress, Stage
 from lowmem_gblm.runtime.signals import StopFlag, stop_on_signals
 from lowmem_gblm.storage.checkpoint.file_access import RECORD
@@ -39,9 +40,12 @@ from lowmem_gblm.sweeps.boundaries import embed
 from lowmem_gblm.sweeps.context import SweepContext
 from lowmem_gblm.sweeps.dense import dense_sweep, row_scores
 from lowmem_gblm.sweeps.offload import Offload, open_store
+from lowmem_gblm.sweeps.prefix_check import PrefixNotShared
+from lowmem_gblm.sweeps.prefix_groups import mask_numbers
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
 _ON_DISK = Path("/var/tmp")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,31 +85,16 @@ def score(
         DiskFull: The disk that hidden states are stored on has become full.
         JobError: What an interrupted call has left is damaged.
     """
-    streamed, stop = opened.streamed, StopFlag()
     identity = _identity(opened, resources, rows, packed=packed)
     with _kept_or_removed(_work_folder(resources), identity) as job:
-        setup = _planned(opened, resources, rows, job, packed=packed)
-        check_tokens(opened, chain.from_iterable(batch.ids() for batch in setup.batches))
-        progress = Progress(_stages(setup), listener, stop)
-        with (
-            stop_on_signals(stop),
-            _told_of_its_disk(setup.plan, job.folder.parent),
-            limited(setup.budget, setup.plan, streamed.device, stop),
-            _started_or_resumed(setup, job, progress) as run,
-        ):
-            embed(run)
-            dense_sweep(run)
-            scores = row_scores(run, setup.batches)
-    return Scored(
-        scores,
-        seconds={**progress.seconds, "total": progress.total_seconds()},
-        memory={
-            "host_peak_bytes": memory.host_peak_bytes(),
-            "host_planned_bytes": setup.plan.predicted.host_bytes,
-            "gpu_peak_bytes": peak_bytes(streamed.device),
-            "gpu_planned_bytes": setup.plan.predicted.gpu_bytes,
-        },
-    )
+        try:
+            setup = _planned(opened, resources, rows, job, packed=packed, shares_prefixes=packed)
+            return _swept(setup, job, listener)
+        except PrefixNotShared as error:
+            _log.info(f"note: every answer is computed with its own context: {error}")
+        job.discard_steps()
+        setup = _planned(opened, resources, rows, job, packed=packed, shares_prefixes=False)
+        return _swept(setup, job, listener)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +103,7 @@ class _Setup:
 
     Attributes:
         tokens_at_once: The most tokens of a batch that is not a single row.
+        shares_prefixes: Whether a prefix of several rows may be computed once.
     """
 
     opened: OpenModel
@@ -122,13 +112,44 @@ class _Setup:
     batches: Sequence[Batch]
     packed: bool
     tokens_at_once: int
+    shares_prefixes: bool
     work: Workload
     budget: Budget
     plan: Plan
 
     def as_json(self) -> dict[str, Any]:
         """Return what a resumed evaluation keeps to."""
-        return {"tokens_at_once": self.tokens_at_once, "choices": asdict(self.plan.choices)}
+        return {
+            "tokens_at_once": self.tokens_at_once,
+            "shares_prefixes": self.shares_prefixes,
+            "choices": asdict(self.plan.choices),
+        }
+
+
+def _swept(setup: _Setup, job: EvaluationJob, listener: Listener | None) -> Scored:
+    """Return the scores of all rows, after one sweep; raise `PrefixNotShared` if that is so."""
+    opened, stop = setup.opened, StopFlag()
+    check_tokens(opened, chain.from_iterable(batch.ids() for batch in setup.batches))
+    progress = Progress(_stages(setup), listener, stop)
+    with (
+        stop_on_signals(stop),
+        _told_of_its_disk(setup.plan, job.folder.parent),
+        limited(setup.budget, setup.plan, opened.streamed.device, stop),
+        _started_or_resumed(setup, job, progress) as run,
+    ):
+        embed(run)
+        dense_sweep(run)
+        scores = row_scores(run, setup.batches)
+    return Scored(
+        scores,
+        seconds={**progress.seconds, "total": progress.total_seconds()},
+        memory={
+            "host_peak_bytes": memory.host_peak_bytes(),
+            "host_planned_bytes": setup.plan.predicted.host_bytes,
+            "gpu_peak_bytes": peak_bytes(opened.streamed.device),
+            "gpu_planned_bytes": setup.plan.predicted.gpu_bytes,
+        },
+    )
 
 
 def _identity(
@@ -160,6 +181,7 @@ def _planned(
     job: EvaluationJob,
     *,
     packed: bool,
+    shares_prefixes: bool,
 ) -> _Setup:
     """Return the setup with the most tokens at once that fit the budget, or that were begun with.
 
@@ -169,16 +191,22 @@ def _planned(
     tokens_at_once, kept = max(longest, TOKENS_AT_ONCE if packed else 0), None
     if job.kept is not None:
         tokens_at_once, kept = job.kept["tokens_at_once"], Choices(**job.kept["choices"])
+        shares_prefixes = job.kept["shares_prefixes"]
     budget = budget_of(resources, opened.streamed.device, [job.folder])
     if resources.disk is None and budget.disk_bytes is not None:
         budget = replace(budget, disk_bytes=budget.disk_bytes + size_on_disk(job.folder))
     weights = prunable_weights(opened.checkpoint, opened.streamed)
+    sharing = min(longest, opened.streamed.window or longest)
+    if not shares_prefixes or compiles_for_every_shape(opened):
+        sharing = 0
     while True:
-        batches = pack(rows, tokens_at_once)
+        batches = pack(rows, tokens_at_once, sharing=sharing)
+        layouts = {batch.layout for batch in batches if batch.layout is not None}
         tokens = max(batch.tokens_BT.numel() for batch in batches)
         work = work_of(
             opened, weights, EVALUATION, resources, nsamples=len(batches), seqlen=tokens,
-            row_length=longest, samples_option="a smaller --limit" if packed else "--windows {}",
+            row_length=batches[0].tokens_BT.shape[1], mask_numbers=mask_numbers(layouts),
+            samples_option="a smaller --limit" if packed else "--windows {}",
         )  # fmt: skip
         memory.settle_allocator(work.boundary_bytes)
         try:
@@ -190,8 +218,18 @@ def _planned(
         else:
             return _Setup(
                 opened=opened, resources=resources, weights=weights, batches=batches,
-                packed=packed, tokens_at_once=tokens_at_once, work=work, budget=budget, plan=found,
+                packed=packed, tokens_at_once=tokens_at_once, shares_prefixes=shares_prefixes,
+                work=work, budget=budget, plan=found,
             )  # fmt: skip
+
+
+def compiles_for_every_shape(opened: OpenModel) -> bool:
+    """Return whether products of other numbers of tokens are compiled, 10 ms and 1 MiB each.
+
+    oneDNN does so in half precision, on a CPU; layouts would have a hundred such numbers.
+    """
+    streamed = opened.streamed
+    return not is_accelerator(streamed.device) and streamed.dtype.itemsize < FLOAT32_BYTES
 
 
 def _stages(setup: _Setup) -> list[Stage]:
@@ -225,6 +263,7 @@ def _started_or_resumed(
             model=streamed,
             checkpoint=checkpoint,
             tokens=[batch.tokens_BT for batch in setup.batches],
+            layouts={n: one.layout for n, one in enumerate(setup.batches) if one.layout},
             samples=SampleSet(len(setup.batches), tolerated=0, what=what),
             table=table,
             done=steps_done(table, len(job.entries)),

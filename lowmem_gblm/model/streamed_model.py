@@ -20,12 +20,16 @@ from lowmem_gblm.model.conversion import NameConversion
 from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, find_layers, reason
 from lowmem_gblm.model.quantized_block import PackedWeights
-from lowmem_gblm.runtime.accelerator import is_device_error, release_cache
+from lowmem_gblm.model.shared_prefix import SharedPrefix
+from lowmem_gblm.runtime.accelerator import is_accelerator, is_device_error, release_cache
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
 HEAD_LOGITS = 1 << 24
+# Between two powers of two, positions are padded to one of so many numbers.
+_LOGIT_SHAPES = 8
 _IGNORED = -100
+_Shape = tuple[torch.Size, SharedPrefix | None]
 
 
 class StreamedModel:
@@ -35,6 +39,7 @@ class StreamedModel:
         model: The Hugging Face model; the parameters of blocks that are not resident are on `meta`.
         config: The configuration of the text model.
         attention_matrices: Whether attention holds its complete [heads, T, T] probabilities.
+        window: How many tokens some blocks see at most, the last ones; None if all see all.
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
         packed: The contexts of resident blocks that are held in 4 or 8 bits, by index.
@@ -56,8 +61,9 @@ class StreamedModel:
         self.depth = len(self._layers)
         self.config: PretrainedConfig = self.model.config.get_text_config()
         self.attention_matrices: bool = self.model.config._attn_implementation == "eager"
-        self._calls: dict[torch.Size, list[Call]] = {}
-        self._first: dict[torch.Size, Tensor] = {}
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        self._calls: dict[_Shape, list[Call]] = {}
+        self._first: dict[_Shape, Tensor] = {}
         self.packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
         self.conversion = NameConversion(self.model)
@@ -115,20 +121,20 @@ class StreamedModel:
         self.packed.pop(index, None)
         _free(self.block(index).modules())
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, layout: SharedPrefix | None = None) -> Tensor:
         """Return the hidden states [B, T, hidden] that enter block 0.
 
-        The first sample of a shape also records how each block is called; with the next other one
-        it must be called with equal arguments.
+        The first sample of a shape and layout also records how each block is called; with the next
+        other one it must be called with equal arguments.
         """
         recorder = Recorder(self.depth)
         sentence = (
             f"{type(self.model).__name__} cannot be run around stand-ins for its decoder blocks"
         )
         with torch.no_grad(), _explained(sentence), stubs_in(self._layers, recorder.visit):
-            output = self._decoder(input_ids=self._ids(tokens_BT), use_cache=False)
+            output = self._run_decoder(tokens_BT, layout)
         self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
-        shape = tokens_BT.shape
+        shape = tokens_BT.shape, layout
         if shape not in self._calls:
             self._calls[shape] = recorder.calls
             self._first[shape] = tokens_BT
@@ -137,9 +143,15 @@ class StreamedModel:
             del self._first[shape]
         return recorder.entering
 
-    def forward_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
+    def forward_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        tap: Tap | None = None,
+        layout: SharedPrefix | None = None,
+    ) -> Tensor:
         """Run one resident block on hidden states [B, T, hidden]; return the same shape."""
-        call = self._calls[hidden.shape[:2]][index]
+        call = self._calls[hidden.shape[:2], layout][index]
         contexts: list[AbstractContextManager[Any] | None] = [self.packed.get(index), tap]
         if not type(self.model).__module__.startswith("transformers."):
             sentence = f"the code that comes with the checkpoint cannot run decoder block {index}"
@@ -177,40 +189,65 @@ class StreamedModel:
 
     @torch.no_grad()
     def token_losses(
-        self, hidden: Tensor, tokens_BT: Tensor, places_K: Tensor, labels_K: Tensor
+        self,
+        hidden: Tensor,
+        tokens_BT: Tensor,
+        places_K: Tensor,
+        labels_K: Tensor,
+        layout: SharedPrefix | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of labels, float32 [K], and whether each is the likeliest token.
 
         `places_K` are positions in the flattened batch, and only there are logits computed.
         """
-        places_K, labels_K = places_K.to(self.device), self._ids(labels_K)
-        output = self._decoded(hidden, tokens_BT)
-        normed = output.last_hidden_state.flatten(0, 1)[None, places_K]
-        tokens = self._ids(tokens_BT).flatten()[None, places_K]
+        count, added = len(labels_K), self._added(len(labels_K))
+        places_K = nn.functional.pad(places_K, (0, added)).to(self.device)
+        labels_K = self._ids(nn.functional.pad(labels_K, (0, added)))
+        output = self._decoded(hidden, tokens_BT, layout)
+        normed = output.last_hidden_state.flatten(0, 1)[places_K][None]
+        tokens = self._ids(tokens_BT).flatten()[places_K][None]
         losses, likeliest = [], []
         for part, _, logits in self._logit_chunks(output, normed, tokens):
             labels = labels_K[part]
             losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
-            likeliest.append(logits.argmax(dim=1) == labels)
-        return torch.cat(losses), torch.cat(likeliest)
+            likeliest.append(_are_likeliest(labels, logits))
+        return torch.cat(losses)[:count], torch.cat(likeliest)[:count]
+
+    def _added(self, count: int) -> int:
+        """Return how many positions to add for logits of few shapes: oneDNN keeps code for each."""
+        last = count % self._logit_positions
+        step = max(1, (1 << last.bit_length()) // 2 // _LOGIT_SHAPES)
+        return min(-last % step, self._logit_positions - last)
 
     def _ids(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, torch.int64)
 
-    def _decoded(self, hidden: Tensor, tokens_BT: Tensor) -> Any:
+    def _decoded(
+        self, hidden: Tensor, tokens_BT: Tensor, layout: SharedPrefix | None = None
+    ) -> Any:
         """Return the output of the decoder whose last block returns `hidden`."""
         with stubs_in(self._layers, replaying(hidden, self.depth, self._returns_tuple)):
-            return self._decoder(input_ids=self._ids(tokens_BT), use_cache=False)
+            return self._run_decoder(tokens_BT, layout)
+
+    def _run_decoder(self, tokens_BT: Tensor, layout: SharedPrefix | None) -> Any:
+        how = {} if layout is None else layout.arguments(self.dtype, self.device)
+        return self._decoder(input_ids=self._ids(tokens_BT), use_cache=False, **how)
 
     def _logit_chunks(
         self, output: Any, normed: Tensor, tokens_BT: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield parts of a row [1, T]: their places, normed hidden states and logits."""
-        size = max(1, HEAD_LOGITS // self.config.vocab_size)
-        for start in range(0, normed.shape[1], size):
-            part = slice(start, start + size)
-            chunk = normed[:, part].detach().requires_grad_(normed.requires_grad)
+        for start in range(0, normed.shape[1], self._logit_positions):
+            part = slice(start, start + self._logit_positions)
+            # Not [:, part]: its strides would have every product copy the head.
+            chunk = normed[0, part][None].detach().requires_grad_(normed.requires_grad)
             yield part, chunk, self._logits(output, chunk, self._ids(tokens_BT[:, part]))[0]
+
+    @property
+    def _logit_positions(self) -> int:
+        """Return the positions whose logits are computed at once."""
+        vocab_size: int = self.config.vocab_size
+        return max(1, HEAD_LOGITS // vocab_size)
 
     def _logits(self, output: Any, chunk: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits of the model's own forward with a decoder that returns `chunk`."""
@@ -253,6 +290,19 @@ def _explained(sentence: str) -> Iterator[None]:
         if is_device_error(error):
             raise
         raise UnsupportedModel(f"{sentence}: {reason(error)}") from error
+
+
+def _are_likeliest(labels_K: Tensor, logits_KV: Tensor) -> Tensor:
+    """Return whether each label is the first token of those with the largest logit.
+
+    On a CPU the maximum takes a tenth of the time of its place, which only few labels need.
+    """
+    if is_accelerator(logits_KV.device):
+        return logits_KV.argmax(dim=1) == labels_K
+    of_label_K = logits_KV.gather(1, labels_K[:, None])[:, 0]
+    found_K = of_label_K == logits_KV.amax(dim=1)
+    found_K[found_K.clone()] = logits_KV[found_K].argmax(dim=1) == labels_K[found_K]
+    return found_K
 
 
 def _free(modules: Iterable[nn.Module]) -> None:

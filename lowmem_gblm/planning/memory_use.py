@@ -11,6 +11,8 @@ _PROCESS_BYTES = 24 << 20
 # Kept by the allocator between blocks if it takes only very large pieces from the system: from
 # this size of a boundary on (`memory.settle_allocator`).
 _HOLES_BYTES, _HOLES_FROM_BYTES = 16 << 20, 1 << 20
+# Code that oneDNN keeps for products in half precision (`lowmem_gblm.__init__`).
+_COMPILED_BYTES = 128 * 1200 << 10
 # Most that torch keeps of a GPU for streams between which freed memory is not shared.
 _KEPT_BYTES = 256 << 20
 # Tokenizer, text, and the code that reads them.
@@ -86,6 +88,10 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
             footprint.gpu["the driver itself"] = work.context_bytes
             footprint.gpu["kept for its streams"] = min(_KEPT_BYTES, work.sizes.largest_matrix)
         added[name](footprint, work, choices)
+        if work.compiles_products:
+            footprint.host["compiled products"] = _COMPILED_BYTES
+        if work.mask_bytes:
+            _computing(footprint, work)["masks of shared prefixes"] = work.mask_bytes
         if choices.durable_interval > 1:
             footprint.host["hidden states between two steps"] = held_bytes(name, work, choices)
         found.append(footprint)

@@ -105,6 +105,7 @@ class Workload:
             that are worked on at once, numbers of a matrix that are decided at once.
         context_bytes: Memory of a GPU that its driver and its kernels take.
         row_length: Tokens that see each other, where a sample is a batch of rows; else None.
+        mask_bytes: Bytes of the masks of attention that are kept for later blocks.
         samples_option: What to type for fewer samples; `{}` stands for their number.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
         saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
@@ -131,6 +132,7 @@ class Workload:
     slab: int
     context_bytes: int = 0
     row_length: int | None = None
+    mask_bytes: int = 0
     samples_option: str = "--nsamples {}"
     writes: bool = True
     rewrites: bool = False
@@ -150,6 +152,12 @@ class Workload:
     def trials(self) -> int:
         """Return the held-out windows of all candidates together."""
         return self.candidates * self.held_out
+
+    @property
+    def compiles_products(self) -> bool:
+        """Return whether a CPU compiles products for ever other numbers of tokens, of experts."""
+        routed = self.sizes.active_fraction < 1 and self.schedule.needs_samples
+        return routed and self.itemsize < FLOAT32_BYTES and not self.on_gpu
 
     @property
     def attended(self) -> int:

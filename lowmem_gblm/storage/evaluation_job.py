@@ -72,6 +72,12 @@ class EvaluationJob(Journal):
         path = self.folder / _DESCRIPTION
         publish_json(path, {"model": model, **chosen}, "the description of the evaluation")
 
+    def discard_steps(self) -> None:
+        """Remove what is done, for the evaluation to begin in another way."""
+        self.entries.clear()
+        self.kept = None
+        self._own.empty()
+
     def close(self) -> None:
         """Keep what is done, for another process to resume it; remove a folder without any."""
         if self.entries:

@@ -1,7 +1,7 @@
 """Rows of tokens whose labels are to be scored, packed into batches of about equal lengths.
 
 Rows are padded on the right. Blocks are causal, so nothing before the padding sees it, and no mask
-is needed.
+is needed. Rows with a long common prefix may be one line (`model.shared_prefix`).
 """
 
 from collections import defaultdict
@@ -14,11 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Tokens that a batch may have if its longest row has fewer.
-TOKENS_AT_ONCE = 2048
-# Between two powers of two a batch is padded to one of so many lengths, which are 4 tokens apart at
-# least: how blocks are called is remembered for every shape.
-_LENGTHS, _SMALLEST_STEP = 8, 4
+from lowmem_gblm.model.shared_prefix import SharedPrefix
+from lowmem_gblm.sweeps.prefix_groups import share_prefixes
+
+# Tokens that a batch may have if its longest line has fewer. So many are divisible by many numbers
+# of lines: all full batches have as many tokens, and oneDNN compiles one product for all of them.
+TOKENS_AT_ONCE = 1680
+_LINES = [lines for lines in range(1, TOKENS_AT_ONCE + 1) if TOKENS_AT_ONCE % lines == 0]
+# Fewer lines are padded to one of so many lengths between two powers of two instead, which are 4
+# tokens apart at least.
+_FEW_LINES, _LENGTHS, _SMALLEST_STEP = 3, 8, 4
 _PADDING = 0
 
 
@@ -56,11 +61,14 @@ class Batch:
 
     Attributes:
         tokens_BT: The tokens of every line, int32.
-        lines: For every line, the rows that have its tokens: they differ in their labels.
+        sequences: The sequences of all lines, in order: the rows that have the same tokens. They
+            differ in their labels.
+        layout: How a line has several sequences; None if it is one.
     """
 
     tokens_BT: Tensor
-    lines: Sequence[Sequence[Row]]
+    sequences: Sequence[Sequence[Row]]
+    layout: SharedPrefix | None = None
 
     def ids(self) -> tuple[Tensor, Tensor]:
         """Return all token ids: those that the model reads, and the labels."""
@@ -68,17 +76,25 @@ class Batch:
 
     def wanted(self) -> tuple[Tensor, Tensor]:
         """Return the places of all labels in the flattened batch, int64 [K], and the labels [K]."""
-        length = self.tokens_BT.shape[1]
         places, labels = [], []
-        for number, rows in enumerate(self.lines):
+        for number, rows in enumerate(self.sequences):
             for row in rows:
                 labels.append(_unpacked(row.labels))
-                places.append(number * length + row.first + torch.arange(len(labels[-1])))
+                positions_K = row.first + torch.arange(len(labels[-1]))
+                places.append(self._places(number, positions_K))
         return torch.cat(places), torch.cat(labels)
+
+    def _places(self, number: int, positions_K: Tensor) -> Tensor:
+        """Return the places of positions in the sequence of this number."""
+        length = self.tokens_BT.shape[1]
+        if self.layout is None:
+            return number * length + positions_K
+        line, ending = divmod(number, self.layout.endings)
+        return line * length + self.layout.places(ending, positions_K)
 
     def scores(self, losses_K: Tensor, likeliest_K: Tensor) -> Iterator[tuple[Row, Score]]:
         """Yield every row with its score, from what `StreamedModel.token_losses` returns."""
-        rows = [row for rows in self.lines for row in rows]
+        rows = [row for rows in self.sequences for row in rows]
         lengths = [len(row.labels) // 4 for row in rows]
         losses = losses_K.cpu().double().split(lengths)
         likeliest = likeliest_K.cpu().split(lengths)
@@ -86,36 +102,59 @@ class Batch:
             yield row, Score(-float(loss.sum()), bool(likely.all()))
 
 
-def pack(rows: Iterable[Row], tokens_at_once: int) -> list[Batch]:
-    """Return batches of all rows, the longest first; rows of the same tokens share a line.
+def pack(rows: Iterable[Row], tokens_at_once: int, *, sharing: int = 0) -> list[Batch]:
+    """Return batches of all rows, the longest lines first; rows of the same tokens are one.
 
-    A batch has at most `tokens_at_once` tokens, or a single line.
+    A batch has at most `tokens_at_once` tokens, or a single line. A prefix is shared by sequences
+    of at most `sharing` tokens.
     """
-    lines: dict[bytes, list[Row]] = defaultdict(list)
+    alone: dict[bytes, list[Row]] = defaultdict(list)
     for row in dict.fromkeys(rows):
-        lines[row.tokens].append(row)
-    # Lines of one length stay in order, so that neighbors are likely to be of one task.
-    order = sorted(lines.values(), key=lambda line: -len(line[0]))
-    longest = len(order[0][0])
-    left, batches = iter(order), []
-    for line in left:
-        length = min(padded(len(line[0])), longest)
-        lines_of_batch = [line, *islice(left, max(1, tokens_at_once // length) - 1)]
-        batches.append(Batch(_tokens(lines_of_batch, length), lines_of_batch))
-    return batches
+        alone[row.tokens].append(row)
+    batches = []
+    groups = share_prefixes(alone, longest_sequence=sharing, tokens_at_once=tokens_at_once)
+    for layout, lines in groups.items():
+        left = iter(lines)
+        while some := list(islice(left, tokens_at_once // len(layout))):
+            tokens_BT = torch.stack([_line(line, layout) for line in some])
+            sequences = [alone.pop(tokens) for line in some for tokens in line]
+            batches.append(Batch(tokens_BT, sequences, layout))
+    batches += _batches_alone(list(alone.values()), tokens_at_once)
+    return sorted(batches, key=lambda batch: -batch.tokens_BT.shape[1])
 
 
-def padded(length: int) -> int:
-    """Return the length that rows of this length are padded to: at most an eighth more, or 3."""
+def _batches_alone(sequences: list[list[Row]], tokens_at_once: int) -> Iterator[Batch]:
+    """Yield batches of lines of one sequence each."""
+    # Those of one length stay in order, so that neighbors are likely to be of one task.
+    sequences.sort(key=lambda rows: -len(rows[0]))
+    left = iter(sequences)
+    for rows in left:
+        lines, length = shape_for(len(rows[0]), tokens_at_once)
+        # No position is beyond those of the longest row.
+        length = min(length, len(sequences[0][0]))
+        some = [rows, *islice(left, lines - 1)]
+        tokens_BT = torch.full((len(some), length), _PADDING, dtype=torch.int32)
+        for tokens_T, (row, *_) in zip(tokens_BT, some, strict=True):
+            tokens_T[: len(row)] = _unpacked(row.tokens)
+        yield Batch(tokens_BT, some)
+
+
+def shape_for(length: int, tokens_at_once: int) -> tuple[int, int]:
+    """Return how many lines a batch has whose longest has this length, and their padded length."""
     step = max(_SMALLEST_STEP, (1 << (length.bit_length() - 1)) // _LENGTHS)
-    return -(-length // step) * step
+    padded = -(-length // step) * step
+    lines = max((lines for lines in _LINES if lines * length <= tokens_at_once), default=1)
+    if lines > _FEW_LINES:
+        return lines, tokens_at_once // lines
+    return max(1, min(lines, tokens_at_once // padded)), padded
 
 
-def _tokens(lines: Sequence[Sequence[Row]], length: int) -> Tensor:
-    tokens_BT = torch.full((len(lines), length), _PADDING, dtype=torch.int32)
-    for tokens_T, line in zip(tokens_BT, lines, strict=True):
-        tokens_T[: len(line[0])] = _unpacked(line[0].tokens)
-    return tokens_BT
+def _line(sequences: Sequence[bytes], layout: SharedPrefix) -> Tensor:
+    """Return the tokens of a line [T]: the prefix, then the ending of every sequence, padded."""
+    tokens_T = torch.full((len(layout),), _PADDING, dtype=torch.int32)
+    for number, tokens in enumerate(map(_unpacked, sequences)):
+        tokens_T[layout.places(number, torch.arange(len(tokens)))] = tokens
+    return tokens_T
 
 
 def _packed(tokens: Sequence[int]) -> bytes:

@@ -9,6 +9,7 @@ from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.planning.keys import Stream, boundary
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.context import SweepContext
+from lowmem_gblm.sweeps.prefix_check import check_embeddings
 from lowmem_gblm.sweeps.statistics.finite import FiniteSamples
 
 
@@ -17,14 +18,17 @@ def embed(run: SweepContext) -> None:
     if run.is_done("embed"):
         # The first two samples of a shape tell how the blocks are called, and whether always alike.
         with run.model.filled(run.checkpoint):
-            for _, alike in groupby(run.tokens, key=lambda tokens_BT: tokens_BT.shape):
-                for tokens_BT in islice(alike, 2):
-                    run.model.embed(tokens_BT)
+            check_embeddings(run)
+            for _, alike in groupby(range(len(run.tokens)), key=run.shape):
+                for n in islice(alike, 2):
+                    run.model.embed(run.tokens[n], run.layouts.get(n))
     for step in run.steps("embed"):
         with run.model.filled(run.checkpoint):
+            check_embeddings(run)
             for n, tokens_BT in enumerate((*run.tokens, *run.held_out)):
                 run.progress.check()
-                run.offload.write_behind(step.writes[0], n, run.model.embed(tokens_BT))
+                hidden = run.model.embed(tokens_BT, run.layouts.get(n))
+                run.offload.write_behind(step.writes[0], n, hidden)
                 run.progress.step()
         run.offload.settle()
 
@@ -44,7 +48,7 @@ def advance(
     for at, (n, (hidden,)) in enumerate(arriving):
         if tap is not None and not tap.never_seen:
             tap = None
-        out = run.model.forward_block(block.index, hidden, tap)
+        out = run.model.forward_block(block.index, hidden, tap, run.layouts.get(n))
         finite.look_at(at, out)
         run.offload.write_behind(after, n, out)
     run.samples.drop(finite.others(), step.stage, block.index)

@@ -5,16 +5,18 @@ ended; a step whose body raises stays unfinished, and a resumed run does the ste
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem_gblm.model.block_loader import Block, BlockLoader
+from lowmem_gblm.model.shared_prefix import SharedPrefix
 from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.schedule import Schedule, Stage
 from lowmem_gblm.planning.sizes import Choices
@@ -43,6 +45,7 @@ class SweepContext:
 
     Attributes:
         tokens: Token ids of every sample, [B, T]; rows of a sample do not see each other.
+        layouts: How the lines of a sample share prefixes, by its number; empty in a prune run.
         held_out: Token ids of the windows by which a candidate is chosen, each [1, T]. In boundary
             0 they are numbered after the samples.
         table: The steps of the run, in order.
@@ -54,6 +57,7 @@ class SweepContext:
     model: StreamedModel
     checkpoint: Checkpoint
     tokens: Sequence[Tensor]
+    layouts: Mapping[int, SharedPrefix] = field(default_factory=dict)
     held_out: Sequence[Tensor] = ()
     samples: SampleSet
     table: Sequence[Step]
@@ -67,6 +71,10 @@ class SweepContext:
     losses: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
     _committer: SerialWorker = field(default_factory=partial(SerialWorker, "commit"))
+
+    def shape(self, n: int) -> tuple[torch.Size, SharedPrefix | None]:
+        """Return what decides how blocks are called for a sample."""
+        return self.tokens[n].shape, self.layouts.get(n)
 
     def is_done(self, stage: Stage) -> bool:
         """Return whether an earlier attempt has finished a stage."""

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lowmem_gblm.model.matmul_tap import Tap
+from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.sweeps.batches import Batch, Row, Score
 from lowmem_gblm.sweeps.boundaries import advance
 from lowmem_gblm.sweeps.context import PruneContext, SweepContext
+from lowmem_gblm.sweeps.prefix_check import check_block
 from lowmem_gblm.sweeps.statistics.finite import all_finite
 
 
 def dense_sweep(run: SweepContext) -> None:
     """Run every sample through every block, first to last; the table says which boundaries stay."""
     for step, block in run.blocks("dense"):
+        check_block(run, block)
         tap = Tap(block.module, block.slots, [])
         advance(run, step, block, "dense", tap)
         tap.check_all_seen()
@@ -54,7 +57,9 @@ def row_scores(run: SweepContext, batches: Sequence[Batch]) -> dict[Row, Score]:
         with run.model.filled(run.checkpoint):
             for n, (hidden,) in run.offload.prefetch(step.reads, range(len(batches))):
                 places_K, labels_K = batches[n].wanted()
-                found = run.model.token_losses(hidden, run.tokens[n], places_K, labels_K)
+                layout = run.layouts.get(n)
+                found = run.model.token_losses(hidden, run.tokens[n], places_K, labels_K, layout)
                 scores |= batches[n].scores(*found)
+                give_back_freed()
                 run.progress.step()
     return scores

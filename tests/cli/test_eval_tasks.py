@@ -189,7 +189,7 @@ def test_answers_that_are_nan_are_refused(
 ) -> None:
     monkeypatch.setattr(
         "lowmem_gblm.sweeps.batches.Batch.scores",
-        lambda batch, *found: [(row, NAN) for rows in batch.lines for row in rows],
+        lambda batch, *found: [(row, NAN) for rows in batch.sequences for row in rows],
     )
     with pytest.raises(NonFiniteError, match="of 16 answers have no log-probability: it is NaN"):
         measure()
@@ -207,7 +207,7 @@ def test_stopped_tasks_are_resumed(
 
     with pytest.raises(StopRequested):
         measure(listener=listener)
-    assert any(tmp_path.glob("*/journal/*"))
+    assert any(tmp_path.glob("*/journal/*")) == (stage != "embed")
     assert measure()["results"] == plain["results"]
     assert not list(tmp_path.iterdir())
 

@@ -49,6 +49,10 @@ def score(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         Row.of(draw.integers(0, 60, length), draw.integers(0, 60, 2), first=length - 2)
         for length in LENGTHS
     ]
+    # Answers to three questions, of which two have a line together.
+    for _ in range(3):
+        context = draw.integers(0, 60, 8)
+        rows += [Row.of([*context, n, n], [n, n], first=8) for n in range(3)]
 
     def score(folder: Path, listener: Any = None, **options: Any) -> dict[Row, Any]:
         resources = Resources(work_dir=folder, **options)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_gblm.sweeps.batches import Batch, Row, Score, pack, padded
+from lowmem_gblm.sweeps.batches import TOKENS_AT_ONCE, Batch, Row, Score, pack, shape_for
 
 LENGTHS = st.lists(st.integers(1, 700), min_size=1, max_size=60)
 
@@ -18,37 +18,41 @@ def row(length: int, number: int = 0, labels: int = 1) -> Row:
 
 
 def widths(batches: list[Batch]) -> list[list[int]]:
-    return [[len(line[0]) for line in batch.lines] for batch in batches]
+    return [[len(line[0]) for line in batch.sequences] for batch in batches]
 
 
 @given(LENGTHS, st.integers(1, 2048))
 def test_every_row_is_in_one_batch_of_at_most_so_many_tokens(lengths: list[int], limit: int):
     rows = [row(length, number) for number, length in enumerate(lengths)]
     batches = pack(rows, limit)
-    found = [one for batch in batches for line in batch.lines for one in line]
+    found = [one for batch in batches for rows in batch.sequences for one in rows]
     assert sorted(found, key=rows.index) == rows
     for batch in batches:
-        assert batch.tokens_BT.numel() <= limit or len(batch.lines) == 1
+        assert batch.tokens_BT.numel() <= limit or len(batch.sequences) == 1
         assert batch.tokens_BT.shape[1] <= max(lengths)
 
 
 @given(LENGTHS)
 def test_a_line_is_its_tokens_and_then_padding(lengths: list[int]) -> None:
     for batch in pack([row(length, number + 1) for number, length in enumerate(lengths)], 2048):
-        for tokens_T, (one,) in zip(batch.tokens_BT, batch.lines, strict=True):
+        for tokens_T, (one,) in zip(batch.tokens_BT, batch.sequences, strict=True):
             assert tokens_T.tolist()[: len(one)] == [int(tokens_T[0])] * len(one)
             assert not tokens_T[len(one) :].any()
 
 
-@given(st.integers(1, 10_000))
-def test_padding_is_at_most_an_eighth_or_three_tokens(length: int) -> None:
-    assert length <= padded(length) <= max(length * 9 // 8, length + 3)
+@given(st.integers(1, 10_000), st.integers(0, 3))
+def test_a_batch_fits_and_padding_is_at_most_a_third_or_few_tokens(length: int, halved: int):
+    limit = max(length, TOKENS_AT_ONCE >> halved)
+    lines, padded = shape_for(length, limit)
+    assert length <= padded <= max(length * 4 / 3, length + 3)
+    assert lines == 1 or lines * padded <= limit
 
 
-def test_there_are_few_shapes_however_many_lengths_there_are() -> None:
-    batches = pack([row(length, number) for number in range(3) for length in range(1, 4097)], 4096)
-    assert len(batches) > 5000
-    assert len({batch.tokens_BT.shape for batch in batches}) < 80
+def test_full_batches_have_as_many_tokens_whatever_their_lengths() -> None:
+    shapes = [shape_for(length, TOKENS_AT_ONCE) for length in range(1, TOKENS_AT_ONCE + 1)]
+    sizes = [lines * length for lines, length in shapes]
+    assert {size for size, (lines, _) in zip(sizes, shapes, strict=True) if lines > 3} == {1680}
+    assert len(set(sizes)) < 20
 
 
 def test_much_padding_is_rare_where_there_are_many_rows() -> None:
