@@ -29,9 +29,8 @@ class SharedPrefix:
 
     def apart(self, line: Tensor) -> Tensor:
         """Return the sequences [endings, prefix + ending, …] of a line [T, …] of anything."""
-        positions_K = torch.arange(self.prefix + self.ending)
-        sequences = [line[self.places(number, positions_K)] for number in range(self.endings)]
-        return torch.stack(sequences)
+        prefix, *endings = line.split([self.prefix, *[self.ending] * self.endings])
+        return torch.stack([torch.cat([prefix, ending]) for ending in endings])
 
     def arguments(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Return what a decoder takes for such lines: `attention_mask` and `position_ids`.

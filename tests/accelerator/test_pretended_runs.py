@@ -72,6 +72,7 @@ def all_runs(
         files = {"model": model, "calibration": str(text_file)}
         asked += [one | files for one in jobs(architecture, request.param)]
         asked += [{"model": model, "text": str(text_file), "seqlen": SEQLEN, "windows": MORE}]
+        asked += [{"model": model, "questions": MORE}]
     return list(zip(asked, in_process("run", asked), strict=True))
 
 

@@ -1,6 +1,7 @@
 """Runs of the package on the pretended device and on the CPU, in a process of their own.
 
-Reads a JSON list from stdin: jobs, each with keywords of `prune`, or with those of `evaluate`.
+Reads a JSON list from stdin: jobs, each with keywords of `prune`, or with those of `evaluate`, or
+with a number of questions whose answers are scored.
 Prints an entry for every job: hashes of the results on both devices, faults, waits, peaks.
 """
 
@@ -37,7 +38,10 @@ def main() -> None:
                 pretend.WORLD.forget()
                 output = Path(folder) / f"{number}-{device}"
                 try:
-                    if "windows" in job:
+                    if "questions" in job:
+                        record = scored_answers(**job, device=device)
+                        entry[device] = hash_of_text(repr(record["scores"]))
+                    elif "windows" in job:
                         record = lowmem_gblm.evaluate(**job | {"device": device})
                         entry[device] = hash_of_text(repr(record["perplexity"]))
                     else:
@@ -59,6 +63,23 @@ def main() -> None:
     sys.stdout.flush()
     # Threads of autograd may still hold what an error has left.
     os._exit(0)
+
+
+def scored_answers(model: str, questions: int, device: str) -> dict[str, Any]:
+    """Scores and memory of four answers to each question, which share its context."""
+    import numpy as np
+
+    from lowmem_gblm.commands.scoring import model_to_score, score
+    from lowmem_gblm.planning.resources import Resources
+    from lowmem_gblm.sweeps.batches import Row
+
+    draw, resources, rows = np.random.default_rng(0), Resources(device=device), []
+    for context in draw.integers(3, 300, (questions, 24)):
+        for answer in draw.integers(3, 300, (4, 5)):
+            rows.append(Row.of([*context, *answer], answer, first=23))
+    with model_to_score(model, resources) as opened:
+        found = score(opened, resources, rows, packed=True)
+    return {"scores": [found.scores[row] for row in rows], "memory": found.memory}
 
 
 def hash_of(folder: Path) -> str:

@@ -361,3 +361,23 @@ def test_no_larger_interval_of_boundaries_needs_less_disk(
 )
 def test_slices_keep_order_and_limit(limit: int | None, parts: list[list[int]]) -> None:
     assert slices_within([2, 3, 4, 3], limit) == parts
+
+
+def test_experts_in_half_precision_on_a_cpu_take_memory_for_compiled_products() -> None:
+    experts = replace(SIZES, active_fraction=0.3)
+    on_cpu = {"on_gpu": False, "shares_memory": True}
+
+    def host(**changes: object) -> int:
+        return made(**(on_cpu | changes)).predicted.host_bytes
+
+    assert host(sizes=experts) - host() > 120 * MIB
+    assert host(sizes=experts, itemsize=4) == host(itemsize=4)
+    assert "compiled products" not in made(sizes=experts).footprints[0].host
+    assert host(sizes=experts, method="magnitude") == host(method="magnitude")
+
+
+def test_masks_are_in_the_memory_of_where_attention_is() -> None:
+    for on_gpu in (True, False):
+        plain, masked = (made(on_gpu=on_gpu, mask_bytes=size).predicted for size in (0, GIB))
+        assert masked.gpu_bytes - plain.gpu_bytes == GIB * on_gpu
+        assert masked.host_bytes - plain.host_bytes == GIB * (not on_gpu)
