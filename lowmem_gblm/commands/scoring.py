@@ -23,7 +23,7 @@ from lowmem_gblm.planning.plan import Budget, Plan
 from lowmem_gblm.planning.planner import plan
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.planning.schedule import EVALUATION
-from lowmem_gblm.planning.sizes import FLOAT32_BYTES, Choices, Workload
+from lowmem_gblm.planning.sizes import Choices, Workload, compiles_every_shape
 from lowmem_gblm.planning.steps import step_table, steps_done
 from lowmem_gblm.runtime import machine, memory
 from lowmem_gblm.runtime.accelerator import device_name, is_accelerator, peak_bytes
@@ -41,10 +41,12 @@ from lowmem_gblm.sweeps.context import SweepContext
 from lowmem_gblm.sweeps.dense import dense_sweep, row_scores
 from lowmem_gblm.sweeps.offload import Offload, open_store
 from lowmem_gblm.sweeps.prefix_check import PrefixNotShared
-from lowmem_gblm.sweeps.prefix_groups import mask_numbers
+from lowmem_gblm.sweeps.prefix_groups import remembered_numbers
 from lowmem_gblm.sweeps.sample_set import SampleSet
 
 _ON_DISK = Path("/var/tmp")
+# The version of how rows become batches: what an earlier one has begun is not resumed.
+_BATCHING = 2
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +95,7 @@ def score(
         except PrefixNotShared as error:
             _log.info(f"note: every answer is computed with its own context: {error}")
         job.discard_steps()
+        opened.streamed.forget_calls()
         setup = _planned(opened, resources, rows, job, packed=packed, shares_prefixes=False)
         return _swept(setup, job, listener)
 
@@ -102,7 +105,7 @@ class _Setup:
     """What a sweep needs to know, and how it is done.
 
     Attributes:
-        tokens_at_once: The most tokens of a batch that is not a single row.
+        tokens_at_once: The most tokens of a batch that is not a single line.
         shares_prefixes: Whether a prefix of several rows may be computed once.
     """
 
@@ -127,7 +130,7 @@ class _Setup:
 
 
 def _swept(setup: _Setup, job: EvaluationJob, listener: Listener | None) -> Scored:
-    """Return the scores of all rows, after one sweep; raise `PrefixNotShared` if that is so."""
+    """Return the scores of all rows, in one sweep; raise `PrefixNotShared` where that shows."""
     opened, stop = setup.opened, StopFlag()
     check_tokens(opened, chain.from_iterable(batch.ids() for batch in setup.batches))
     progress = Progress(_stages(setup), listener, stop)
@@ -167,6 +170,7 @@ def _identity(
         "source_record": summary(file_pieces(record)) if record.is_file() else None,
         "rows": asked.hexdigest(),
         "packed": packed,
+        "batching": _BATCHING,
         "device": device_name(opened.streamed.device),
         "dtype": str(opened.streamed.dtype),
         "compute_weights": resources.compute_weights,
@@ -188,7 +192,7 @@ def _planned(
     What an earlier attempt has written counts as free.
     """
     longest = max(map(len, rows))
-    tokens_at_once, kept = max(longest, TOKENS_AT_ONCE if packed else 0), None
+    tokens_at_once, kept = TOKENS_AT_ONCE if packed else 0, None
     if job.kept is not None:
         tokens_at_once, kept = job.kept["tokens_at_once"], Choices(**job.kept["choices"])
         shares_prefixes = job.kept["shares_prefixes"]
@@ -196,16 +200,17 @@ def _planned(
     if resources.disk is None and budget.disk_bytes is not None:
         budget = replace(budget, disk_bytes=budget.disk_bytes + size_on_disk(job.folder))
     weights = prunable_weights(opened.checkpoint, opened.streamed)
-    sharing = min(longest, opened.streamed.window or longest)
-    if not shares_prefixes or compiles_for_every_shape(opened):
-        sharing = 0
+    sharing = _longest_sharing(opened, longest) if shares_prefixes else 0
+    heads = getattr(opened.streamed.config, "num_attention_heads", 1)
+    head_size = opened.streamed.config.hidden_size // heads
     while True:
         batches = pack(rows, tokens_at_once, sharing=sharing)
         layouts = {batch.layout for batch in batches if batch.layout is not None}
         tokens = max(batch.tokens_BT.numel() for batch in batches)
         work = work_of(
             opened, weights, EVALUATION, resources, nsamples=len(batches), seqlen=tokens,
-            row_length=batches[0].tokens_BT.shape[1], mask_numbers=mask_numbers(layouts),
+            row_length=batches[0].tokens_BT.shape[1],
+            mask_numbers=remembered_numbers(layouts, head_size),
             samples_option="a smaller --limit" if packed else "--windows {}",
         )  # fmt: skip
         memory.settle_allocator(work.boundary_bytes)
@@ -214,7 +219,7 @@ def _planned(
         except BudgetError:
             if tokens == longest or kept is not None:
                 raise
-            tokens_at_once = max(longest, tokens_at_once // 2)
+            tokens_at_once //= 2
         else:
             return _Setup(
                 opened=opened, resources=resources, weights=weights, batches=batches,
@@ -223,13 +228,13 @@ def _planned(
             )  # fmt: skip
 
 
-def compiles_for_every_shape(opened: OpenModel) -> bool:
-    """Return whether products of other numbers of tokens are compiled, 10 ms and 1 MiB each.
-
-    oneDNN does so in half precision, on a CPU; layouts would have a hundred such numbers.
-    """
+def _longest_sharing(opened: OpenModel, longest: int) -> int:
+    """Return the most tokens of a row that may share its prefix; 0 if none may."""
     streamed = opened.streamed
-    return not is_accelerator(streamed.device) and streamed.dtype.itemsize < FLOAT32_BYTES
+    # Layouts have a hundred numbers of tokens.
+    if compiles_every_shape(is_accelerator(streamed.device), streamed.dtype.itemsize):
+        return 0
+    return min(longest, streamed.window or longest)
 
 
 def _stages(setup: _Setup) -> list[Stage]:
@@ -264,6 +269,7 @@ def _started_or_resumed(
             checkpoint=checkpoint,
             tokens=[batch.tokens_BT for batch in setup.batches],
             layouts={n: one.layout for n, one in enumerate(setup.batches) if one.layout},
+            routed=setup.work.sizes.active_fraction < 1,
             samples=SampleSet(len(setup.batches), tolerated=0, what=what),
             table=table,
             done=steps_done(table, len(job.entries)),

@@ -71,13 +71,17 @@ class Recorder:
         return self.entering
 
     def returns_tuple(self, last_hidden: Tensor) -> bool:
-        """Return whether blocks must return tuples: the model has taken element 0 of a tensor."""
+        """Return whether blocks must return tuples: the model has taken row 0 of a tensor.
+
+        That does not show, and does no harm, where there is one row and the model restores its
+        shape.
+        """
         if len(self.calls) != self._depth:
             raise UnsupportedModel(
                 f"a forward pass calls {len(self.calls)} of {self._depth} decoder blocks: such a "
                 f"model cannot be streamed block by block"
             )
-        return last_hidden.ndim < self.entering.ndim
+        return last_hidden.shape[:-1] != self.entering.shape[:-1]
 
 
 def replaying(last_hidden: Tensor, depth: int, as_tuple: bool) -> Visit:

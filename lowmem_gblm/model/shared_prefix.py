@@ -27,10 +27,10 @@ class SharedPrefix:
         moved_K = positions_K + number * self.ending
         return torch.where(positions_K < self.prefix, positions_K, moved_K)
 
-    def apart(self, line: Tensor) -> Tensor:
-        """Return the sequences [endings, prefix + ending, …] of a line [T, …] of anything."""
-        prefix, *endings = line.split([self.prefix, *[self.ending] * self.endings])
-        return torch.stack([torch.cat([prefix, ending]) for ending in endings])
+    def sequence(self, line: Tensor, number: int) -> Tensor:
+        """Return the sequence [prefix + ending, …] of this number of a line [T, …] of anything."""
+        start = self.prefix + number * self.ending
+        return torch.cat([line[: self.prefix], line[start : start + self.ending]])
 
     def arguments(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Return what a decoder takes for such lines: `attention_mask` and `position_ids`.

@@ -39,7 +39,7 @@ class StreamedModel:
         model: The Hugging Face model; the parameters of blocks that are not resident are on `meta`.
         config: The configuration of the text model.
         attention_matrices: Whether attention holds its complete [heads, T, T] probabilities.
-        window: How many tokens some blocks see at most, the last ones; None if all see all.
+        window: How many tokens some blocks see at most, the last ones; None or 0 if all see all.
         block_tensors: For every block, the names on disk of its tensors.
         rest_tensors: The names on disk of all other tensors the model uses.
         packed: The contexts of resident blocks that are held in 4 or 8 bits, by index.
@@ -64,6 +64,7 @@ class StreamedModel:
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self._calls: dict[_Shape, list[Call]] = {}
         self._first: dict[_Shape, Tensor] = {}
+        self._arguments: dict[SharedPrefix, dict[str, Tensor]] = {}
         self.packed: dict[int, PackedWeights] = {}
         self._returns_tuple = False
         self.conversion = NameConversion(self.model)
@@ -133,7 +134,7 @@ class StreamedModel:
         )
         with torch.no_grad(), _explained(sentence), stubs_in(self._layers, recorder.visit):
             output = self._run_decoder(tokens_BT, layout)
-        self._returns_tuple = recorder.returns_tuple(output.last_hidden_state)
+        self._returns_tuple |= recorder.returns_tuple(output.last_hidden_state)
         shape = tokens_BT.shape, layout
         if shape not in self._calls:
             self._calls[shape] = recorder.calls
@@ -230,8 +231,17 @@ class StreamedModel:
             return self._run_decoder(tokens_BT, layout)
 
     def _run_decoder(self, tokens_BT: Tensor, layout: SharedPrefix | None) -> Any:
-        how = {} if layout is None else layout.arguments(self.dtype, self.device)
+        how: dict[str, Tensor] = {}
+        if layout is not None:
+            if layout not in self._arguments:
+                self._arguments[layout] = layout.arguments(self.dtype, self.device)
+            how = self._arguments[layout]
         return self._decoder(input_ids=self._ids(tokens_BT), use_cache=False, **how)
+
+    def forget_calls(self) -> None:
+        """Free what `embed` has recorded, to begin with other samples."""
+        for recorded in (self._calls, self._first, self._arguments):
+            recorded.clear()
 
     def _logit_chunks(
         self, output: Any, normed: Tensor, tokens_BT: Tensor

@@ -68,6 +68,14 @@ class ModelSizes:
         return [weights * FLOAT32_BYTES for weights in self.slots]
 
 
+def compiles_every_shape(on_gpu: bool, itemsize: int) -> bool:
+    """Return whether a product is compiled for every number of tokens: some 10 ms and 1 MiB each.
+
+    oneDNN does so in half precision, on a CPU.
+    """
+    return itemsize < FLOAT32_BYTES and not on_gpu
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationCost:
     """The cost of the statistics of activations of the largest block.
@@ -104,8 +112,8 @@ class Workload:
         logits_chunk, tile, slab: Logits that are computed at once, numbers of a sample's gradient
             that are worked on at once, numbers of a matrix that are decided at once.
         context_bytes: Memory of a GPU that its driver and its kernels take.
-        row_length: Tokens that see each other, where a sample is a batch of rows; else None.
-        mask_bytes: Bytes of the masks of attention that are kept for later blocks.
+        row_length: Tokens of a line, where a sample is a batch of lines; else None.
+        mask_bytes: Bytes of masks and rotary tables of shared prefixes, kept for later blocks.
         samples_option: What to type for fewer samples; `{}` stands for their number.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
         saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
@@ -155,9 +163,9 @@ class Workload:
 
     @property
     def compiles_products(self) -> bool:
-        """Return whether a CPU compiles products for ever other numbers of tokens, of experts."""
+        """Return whether many products are compiled: experts have other tokens in every sample."""
         routed = self.sizes.active_fraction < 1 and self.schedule.needs_samples
-        return routed and self.itemsize < FLOAT32_BYTES and not self.on_gpu
+        return routed and compiles_every_shape(self.on_gpu, self.itemsize)
 
     @property
     def attended(self) -> int:

@@ -73,10 +73,12 @@ class EvaluationJob(Journal):
         publish_json(path, {"model": model, **chosen}, "the description of the evaluation")
 
     def discard_steps(self) -> None:
-        """Remove what is done, for the evaluation to begin in another way."""
+        """Discard what is done, for the evaluation to begin in another way."""
+        if self.entries:
+            # In one operation: a job with a part of its journal would be a damaged one.
+            (self.folder / JOURNAL).rename(self.folder / f"{JOURNAL}-discarded")
         self.entries.clear()
         self.kept = None
-        self._own.empty()
 
     def close(self) -> None:
         """Keep what is done, for another process to resume it; remove a folder without any."""

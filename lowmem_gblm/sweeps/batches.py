@@ -17,8 +17,9 @@ from torch import Tensor
 from lowmem_gblm.model.shared_prefix import SharedPrefix
 from lowmem_gblm.sweeps.prefix_groups import share_prefixes
 
-# Tokens that a batch may have if its longest line has fewer. So many are divisible by many numbers
-# of lines: all full batches have as many tokens, and oneDNN compiles one product for all of them.
+# Tokens that a batch may have, unless it is a single line. So many are divisible by many numbers of
+# lines: all full batches of more than 3 lines have as many tokens, and oneDNN compiles one product
+# for all of them.
 TOKENS_AT_ONCE = 1680
 _LINES = [lines for lines in range(1, TOKENS_AT_ONCE + 1) if TOKENS_AT_ONCE % lines == 0]
 # Fewer lines are padded to one of so many lengths between two powers of two instead, which are 4

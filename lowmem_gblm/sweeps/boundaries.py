@@ -1,15 +1,17 @@
 """Boundaries: hidden states between blocks, and the forward pass from one to the next."""
 
+from contextlib import nullcontext
 from itertools import groupby, islice
 
 import torch
+from torch import Tensor
 
 from lowmem_gblm.model.block_loader import Block
 from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.planning.keys import Stream, boundary
 from lowmem_gblm.planning.steps import Step
 from lowmem_gblm.sweeps.context import SweepContext
-from lowmem_gblm.sweeps.prefix_check import check_embeddings
+from lowmem_gblm.sweeps.prefix_check import check_embeddings, foreign_errors_mean_no
 from lowmem_gblm.sweeps.statistics.finite import FiniteSamples
 
 
@@ -21,16 +23,22 @@ def embed(run: SweepContext) -> None:
             check_embeddings(run)
             for _, alike in groupby(range(len(run.tokens)), key=run.shape):
                 for n in islice(alike, 2):
-                    run.model.embed(run.tokens[n], run.layouts.get(n))
+                    _embedded(run, n, run.tokens[n])
     for step in run.steps("embed"):
         with run.model.filled(run.checkpoint):
             check_embeddings(run)
             for n, tokens_BT in enumerate((*run.tokens, *run.held_out)):
                 run.progress.check()
-                hidden = run.model.embed(tokens_BT, run.layouts.get(n))
-                run.offload.write_behind(step.writes[0], n, hidden)
+                run.offload.write_behind(step.writes[0], n, _embedded(run, n, tokens_BT))
                 run.progress.step()
         run.offload.settle()
+
+
+def _embedded(run: SweepContext, n: int, tokens_BT: Tensor) -> Tensor:
+    """Return boundary 0 of a sample; raise `PrefixNotShared` if only its layout makes it fail."""
+    layout = run.layouts.get(n)
+    with nullcontext() if layout is None else foreign_errors_mean_no():
+        return run.model.embed(tokens_BT, layout)
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ class SweepContext:
     Attributes:
         tokens: Token ids of every sample, [B, T]; rows of a sample do not see each other.
         layouts: How the lines of a sample share prefixes, by its number; empty in a prune run.
+        routed: Whether blocks send every token to some experts.
         held_out: Token ids of the windows by which a candidate is chosen, each [1, T]. In boundary
             0 they are numbered after the samples.
         table: The steps of the run, in order.
@@ -58,6 +59,7 @@ class SweepContext:
     checkpoint: Checkpoint
     tokens: Sequence[Tensor]
     layouts: Mapping[int, SharedPrefix] = field(default_factory=dict)
+    routed: bool = False
     held_out: Sequence[Tensor] = ()
     samples: SampleSet
     table: Sequence[Step]

@@ -43,9 +43,12 @@ def share_prefixes(
     return kept
 
 
-def mask_numbers(layouts: Collection[SharedPrefix]) -> int:
-    """Return how many numbers the masks of these layouts have."""
-    return sum(len(one) ** 2 for one in layouts)
+def remembered_numbers(layouts: Collection[SharedPrefix], head_size: int) -> int:
+    """Return how many numbers are remembered for these layouts: masks, and rotary tables.
+
+    Tables are those of two numbers of lines: of full batches, and of the last one.
+    """
+    return sum(len(one) ** 2 + 2 * 2 * len(one) * head_size for one in layouts)
 
 
 def _groups(

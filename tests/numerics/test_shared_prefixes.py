@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem_gblm.commands import scoring
 from lowmem_gblm.model.shared_prefix import SharedPrefix
@@ -17,7 +18,7 @@ from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.sweeps import prefix_check
 from lowmem_gblm.sweeps.batches import Row, Score
-from support.tiny_models import ARCHITECTURES, save_tiny, tiny_model
+from support.tiny_models import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 
 # See 16 tokens in some blocks.
 WINDOWED = ("mistral", "gemma2")
@@ -176,15 +177,61 @@ def test_a_block_in_the_middle_that_cannot_share_is_found_out(
     assert layouts
     assert caplog.messages == [
         "note: every answer is computed with its own context: decoder block 1 does not compute "
-        "answers that share it as it computes them apart"
+        "sequences with a shared prefix as it computes them apart"
     ]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_rounding_to_bfloat16_is_no_difference(
-    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    layouts: list[SharedPrefix],
+    models: Callable[[str], Path], architecture: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, layouts: list[SharedPrefix], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(scoring, "compiles_for_every_shape", lambda opened: False)
-    score(models("llama"), rows_of([40, 41, 100]), tmp_path, dtype="bfloat16")
+    monkeypatch.setattr(scoring, "compiles_every_shape", lambda *given: False)
+    with caplog.at_level(logging.INFO, "lowmem_gblm"):
+        score(models(architecture), rows_of([40, 41, 100]), tmp_path, dtype="bfloat16")
     assert layouts
-    assert prefix_check._tolerance(torch.zeros(1, dtype=torch.bfloat16)) < 0.004
+    assert not caplog.messages
+
+
+LAYOUT = SharedPrefix(prefix=2, ending=8, endings=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_wrong_tokens_are_a_difference_unless_they_are_routed(dtype: torch.dtype) -> None:
+    """A window that is a little shorter than the sequence cuts off what the last tokens see."""
+    expected = torch.randn(1, 10, 64, dtype=dtype)
+    found = expected.clone()
+    found[0, -2:] *= 1.1
+    assert not prefix_check._differ(expected.clone(), expected, LAYOUT)
+    assert prefix_check._differ(found, expected, LAYOUT)
+    assert not prefix_check._differ(found, expected, LAYOUT, routed=True)
+    found[0, 4:] *= 1.1
+    assert prefix_check._differ(found, expected, LAYOUT, routed=True)
+
+
+def test_only_the_shared_sequence_may_not_be_non_finite() -> None:
+    expected = torch.randn(1, 10, 64)
+    found = expected.clone()
+    found[0, 5] = torch.nan
+    assert prefix_check._differ(found, expected, LAYOUT)
+    assert not prefix_check._differ(found, found.clone(), LAYOUT)
+
+
+def test_models_without_a_stated_window_are_found_out_by_their_last_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-Neo has windows under another name, and counts them by places in a line."""
+    config = AutoConfig.for_model(
+        "gpt_neo", vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, window_size=14,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    rows = rows_of([9, 9])
+    expected = score(tmp_path / "model", rows, tmp_path / "work", packed=False)
+    with caplog.at_level(logging.INFO, "lowmem_gblm"):
+        assert_close(score(tmp_path / "model", rows, tmp_path / "work"), expected)
+    (message,) = caplog.messages
+    assert "decoder block 1 does not" in message

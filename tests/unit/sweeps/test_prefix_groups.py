@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowmem_gblm.model.shared_prefix import SharedPrefix
 from lowmem_gblm.sweeps import prefix_groups
 from lowmem_gblm.sweeps.batches import Row, pack
-from lowmem_gblm.sweeps.prefix_groups import mask_numbers, share_prefixes
+from lowmem_gblm.sweeps.prefix_groups import share_prefixes
 
 LAYOUTS = st.builds(SharedPrefix, st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
 # Few tokens and three contexts, so that sequences often begin alike.
@@ -60,7 +60,8 @@ def test_an_ending_sees_the_prefix_and_itself(layout: SharedPrefix) -> None:
 @given(LAYOUTS)
 def test_sequences_apart_are_the_prefix_and_one_ending(layout: SharedPrefix) -> None:
     line_T = torch.arange(len(layout))
-    for number, sequence_T in enumerate(layout.apart(line_T)):
+    for number in range(layout.endings):
+        sequence_T = layout.sequence(line_T, number)
         start = layout.prefix + number * layout.ending
         ending = range(start, start + layout.ending)
         assert sequence_T.tolist() == [*range(layout.prefix), *ending]
@@ -79,8 +80,12 @@ def test_no_sequence_is_lost_and_every_line_has_its_tokens(
         if layout is not None:
             assert layout.prefix + layout.ending <= sharing
             assert batch.tokens_BT.numel() <= tokens_at_once
-            lines = [layout.apart(line_T) for line_T in batch.tokens_BT]
-            for tokens_T, (row, *_) in zip(torch.cat(lines), batch.sequences, strict=True):
+            placed = [
+                layout.sequence(line_T, number)
+                for line_T in batch.tokens_BT
+                for number in range(layout.endings)
+            ]
+            for tokens_T, (row, *_) in zip(placed, batch.sequences, strict=True):
                 read = np.frombuffer(row.tokens, np.int32).tolist()
                 assert tokens_T.tolist() == read + [0] * (len(tokens_T) - len(read))
 
@@ -131,6 +136,6 @@ def test_masks_have_a_bound_and_the_best_layouts_are_kept(monkeypatch) -> None:
     asked = {"longest_sequence": 512, "tokens_at_once": 2048}
     every = share_prefixes(sequences, **asked)
     assert {layout.prefix for layout in every} == {64, 160, 320}
-    monkeypatch.setattr(prefix_groups, "_MASK_NUMBERS", mask_numbers(every) - 1)
+    monkeypatch.setattr(prefix_groups, "_MASK_NUMBERS", sum(len(one) ** 2 for one in every) - 1)
     kept = share_prefixes(sequences, **asked)
     assert {layout.prefix for layout in kept} == {64, 160}
