@@ -101,6 +101,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models by architecture, each made once. Not to be modified."""
+    from support.tiny_models import save_tiny
+
+    made: dict[str, Path] = {}
+
+    def model(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture) / "model"
+            made[architecture] = save_tiny(architecture, folder)
+        return made[architecture]
+
+    return model
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small blocks in one file. Not to be modified."""
     from support.tiny_models import save_tiny

@@ -61,7 +61,6 @@ def work_of(
     in_place: bool = False,
     text_bytes: int = 0,
     row_length: int | None = None,
-    mask_numbers: int = 0,
     samples_option: str = "--nsamples {}",
 ) -> Workload:
     """Return what is to be done, before any weight is loaded; without a method, an evaluation."""
@@ -87,7 +86,6 @@ def work_of(
         slab=AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
         context_bytes=context_bytes(streamed.device),
         row_length=row_length,
-        mask_bytes=mask_numbers * streamed.dtype.itemsize,
         samples_option=samples_option,
         writes=method is not None and not in_place,
         rewrites=in_place,

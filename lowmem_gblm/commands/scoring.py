@@ -201,8 +201,6 @@ def _planned(
         budget = replace(budget, disk_bytes=budget.disk_bytes + size_on_disk(job.folder))
     weights = prunable_weights(opened.checkpoint, opened.streamed)
     sharing = _longest_sharing(opened, longest) if shares_prefixes else 0
-    heads = getattr(opened.streamed.config, "num_attention_heads", 1)
-    head_size = opened.streamed.config.hidden_size // heads
     while True:
         batches = pack(rows, tokens_at_once, sharing=sharing)
         layouts = {batch.layout for batch in batches if batch.layout is not None}
@@ -210,9 +208,10 @@ def _planned(
         work = work_of(
             opened, weights, EVALUATION, resources, nsamples=len(batches), seqlen=tokens,
             row_length=batches[0].tokens_BT.shape[1],
-            mask_numbers=remembered_numbers(layouts, head_size),
             samples_option="a smaller --limit" if packed else "--windows {}",
         )  # fmt: skip
+        remembered = remembered_numbers(layouts, work.sizes.hidden_size // work.sizes.heads)
+        work = replace(work, layout_bytes=remembered * work.itemsize)
         memory.settle_allocator(work.boundary_bytes)
         try:
             found = plan(work, budget, kept=kept)

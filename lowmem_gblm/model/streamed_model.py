@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from lowmem_gblm.errors import CheckpointError, UnsupportedModel
 from lowmem_gblm.model.block_calls import Call, Recorder, check_same, replaying, stubs_in
 from lowmem_gblm.model.conversion import NameConversion
+from lowmem_gblm.model.lengths import rounded_up
 from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, find_layers, reason
 from lowmem_gblm.model.quantized_block import PackedWeights
@@ -217,8 +218,7 @@ class StreamedModel:
     def _added(self, count: int) -> int:
         """Return how many positions to add for logits of few shapes: oneDNN keeps code for each."""
         last = count % self._logit_positions
-        step = max(1, (1 << last.bit_length()) // 2 // _LOGIT_SHAPES)
-        return min(-last % step, self._logit_positions - last)
+        return min(rounded_up(last, _LOGIT_SHAPES), self._logit_positions) - last
 
     def _ids(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, torch.int64)

@@ -90,8 +90,8 @@ def footprints(work: Workload, choices: Choices) -> list[Footprint]:
         added[name](footprint, work, choices)
         if work.compiles_products:
             footprint.host["compiled products"] = _COMPILED_BYTES
-        if work.mask_bytes:
-            _computing(footprint, work)["masks of shared prefixes"] = work.mask_bytes
+        if work.layout_bytes:
+            _computing(footprint, work)["layouts of shared prefixes"] = work.layout_bytes
         if choices.durable_interval > 1:
             footprint.host["hidden states between two steps"] = held_bytes(name, work, choices)
         found.append(footprint)

@@ -113,7 +113,7 @@ class Workload:
             that are worked on at once, numbers of a matrix that are decided at once.
         context_bytes: Memory of a GPU that its driver and its kernels take.
         row_length: Tokens of a line, where a sample is a batch of lines; else None.
-        mask_bytes: Bytes of masks and rotary tables of shared prefixes, kept for later blocks.
+        layout_bytes: Bytes of masks and rotary tables of shared prefixes, kept for all blocks.
         samples_option: What to type for fewer samples; `{}` stands for their number.
         rewrites: Whether pruned blocks are written over the dense ones, by way of the work folder.
         saves, takes: Bytes of the statistics of every block that are saved for later runs, or that
@@ -140,7 +140,7 @@ class Workload:
     slab: int
     context_bytes: int = 0
     row_length: int | None = None
-    mask_bytes: int = 0
+    layout_bytes: int = 0
     samples_option: str = "--nsamples {}"
     writes: bool = True
     rewrites: bool = False

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem_gblm.model.lengths import rounded_up
 from lowmem_gblm.model.shared_prefix import SharedPrefix
 from lowmem_gblm.sweeps.prefix_groups import share_prefixes
 
@@ -142,8 +143,7 @@ def _batches_alone(sequences: list[list[Row]], tokens_at_once: int) -> Iterator[
 
 def shape_for(length: int, tokens_at_once: int) -> tuple[int, int]:
     """Return how many lines a batch has whose longest has this length, and their padded length."""
-    step = max(_SMALLEST_STEP, (1 << (length.bit_length() - 1)) // _LENGTHS)
-    padded = -(-length // step) * step
+    padded = rounded_up(length, _LENGTHS, _SMALLEST_STEP)
     lines = max((lines for lines in _LINES if lines * length <= tokens_at_once), default=1)
     if lines > _FEW_LINES:
         return lines, tokens_at_once // lines

@@ -67,11 +67,8 @@ def foreign_errors_mean_no() -> Iterator[None]:
 
 def _checked(run: SweepContext) -> list[tuple[int, SharedPrefix]]:
     """Return the sample whose sequences are the longest, and its layout; none if none share."""
-
-    def length(one: tuple[int, SharedPrefix]) -> int:
-        return one[1].prefix + one[1].ending
-
-    return sorted(run.layouts.items(), key=length, reverse=True)[:1]
+    layouts = run.layouts.items()
+    return [max(layouts, key=lambda one: one[1].prefix + one[1].ending)] if layouts else []
 
 
 def _last(lines: Tensor, layout: SharedPrefix) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from lowmem_gblm.model.lengths import rounded_down, rounded_up
 from lowmem_gblm.model.shared_prefix import SharedPrefix
 
 _TOKEN_BYTES = 4
@@ -80,15 +81,11 @@ def _layout(shared: int, longest: int, endings: int, longest_sequence: int) -> S
 
     No position in it is beyond those of the longest sequence of all.
     """
-    prefix = shared // _step(shared) * _step(shared)
+    prefix = rounded_down(shared, _LENGTHS, _SMALLEST_STEP)
     if not prefix:
         return None
-    ending = -(-(longest - prefix) // _step(longest - prefix)) * _step(longest - prefix)
+    ending = rounded_up(longest - prefix, _LENGTHS, _SMALLEST_STEP)
     return SharedPrefix(prefix, min(ending, longest_sequence - prefix), endings)
-
-
-def _step(length: int) -> int:
-    return max(_SMALLEST_STEP, (1 << length.bit_length()) // 2 // _LENGTHS)
 
 
 def _tokens_in(sequence: bytes) -> int:

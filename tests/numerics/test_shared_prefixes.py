@@ -18,24 +18,11 @@ from lowmem_gblm.model.streamed_model import StreamedModel
 from lowmem_gblm.planning.resources import Resources
 from lowmem_gblm.sweeps import prefix_check
 from lowmem_gblm.sweeps.batches import Row, Score
-from support.tiny_models import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+from support.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 # See 16 tokens in some blocks.
 WINDOWED = ("mistral", "gemma2")
 Scores = dict[Row, Score]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def model(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture) / "model"
-            made[architecture] = save_tiny(architecture, folder)
-        return made[architecture]
-
-    return model
 
 
 @pytest.fixture

@@ -44,20 +44,6 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Tiny models by architecture, each made once."""
-    made: dict[str, Path] = {}
-
-    def model(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture) / "model"
-            made[architecture] = save_tiny(architecture, folder)
-        return made[architecture]
-
-    return model
-
-
 @cache
 def requests_of(folder: Path, names: Sequence[str], shots: int) -> list[Any]:
     """The requests of ten questions of each task."""

@@ -376,8 +376,8 @@ def test_experts_in_half_precision_on_a_cpu_take_memory_for_compiled_products() 
     assert host(sizes=experts, method="magnitude") == host(method="magnitude")
 
 
-def test_masks_are_in_the_memory_of_where_attention_is() -> None:
+def test_layouts_are_in_the_memory_of_where_attention_is() -> None:
     for on_gpu in (True, False):
-        plain, masked = (made(on_gpu=on_gpu, mask_bytes=size).predicted for size in (0, GIB))
+        plain, masked = (made(on_gpu=on_gpu, layout_bytes=size).predicted for size in (0, GIB))
         assert masked.gpu_bytes - plain.gpu_bytes == GIB * on_gpu
         assert masked.host_bytes - plain.host_bytes == GIB * (not on_gpu)
