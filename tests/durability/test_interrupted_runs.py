@@ -118,13 +118,17 @@ def goes_on(code: int, lines: list[str], output: Path, expected: dict[str, str])
         assert content(output) == expected
         return
     assert code == 130, lines
-    if re.fullmatch(WHOLE, lines[-1]):
+    # Where Python drops what a signal raises, as in the callback of a weak reference, a command
+    # ends at once and does not say what it has kept. A random moment is rarely one of these.
+    at_once = lines[-2:-1] == [ENDED]
+    if re.fullmatch(WHOLE, lines[-1]) or (at_once and output.exists()):
         assert content(output) == expected
         return
-    assert re.fullmatch(f"{KEPT}|{NOTHING}", lines[-2]), lines
     work_folder = output.with_name("out.work")
-    has_steps = any(work_folder.glob("journal/*.json"))
-    assert has_steps == bool(re.fullmatch(KEPT, lines[-2]))
+    if not at_once:
+        assert re.fullmatch(f"{KEPT}|{NOTHING}", lines[-2]), lines
+        has_steps = any(work_folder.glob("journal/*.json"))
+        assert has_steps == bool(re.fullmatch(KEPT, lines[-2]))
     assert not output.exists()
     program, *again = shlex.split(lines[-1])
     assert program == "lowmem-gblm"
@@ -155,6 +159,29 @@ def test_interrupted_at_random_moments(
         goes_on(code, lines, tmp_path / "out", expected[0])
         shutil.rmtree(tmp_path / "out")
     assert interrupted > MOMENTS / 4
+
+
+def test_a_signal_that_python_drops_ends_at_once(
+    argv: list[str],
+    expected: tuple[dict[str, str], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Late:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    prune = actions.prune
+
+    def dropping(*given: Any) -> object:
+        Late()
+        return prune(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(actions, "prune", dropping)
+        code, lines = Child(argv, tmp_path / "log").ended()
+    assert (code, lines[:-1]) == (130, [ENDED])
+    goes_on(code, lines, tmp_path / "out", expected[0])
 
 
 def test_a_signal_while_the_display_of_progress_is_freed_is_no_second_one(
