@@ -183,7 +183,7 @@ def report(figures: Figures) -> list[str]:
         *stage_table(run),
         "",
         *rate_lines(figures["rates"], run),
-        *forward_lines(figures["forward_passes"]),
+        *plain_lines(figures["plain_passes"]),
         *use_lines(run),
     ]
     if figures["baselines"]:
@@ -223,15 +223,29 @@ def rate_lines(rates: Mapping[str, Rates], run: Figures) -> list[str]:
     return lines
 
 
-def forward_lines(sweeps: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the sweeps as a multiple of as many plain forward passes, measured in turns."""
+def plain_lines(sweeps: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the sweeps as multiples of plain passes of the model in memory, measured in turns.
+
+    First of as many forward passes as their arithmetic is worth, then of the passes that they make:
+    of forward passes, and in the reverse sweep of a forward and a backward pass.
+    """
     if not sweeps:
         return []
-    least = {name: FORWARDS[name] * one["forward"] for name, one in sweeps.items()}
+    forwards = {name: FORWARDS[name] * one["forward"] for name, one in sweeps.items()}
+    passes = {name: one.get("backward", forwards[name]) for name, one in sweeps.items()}
+    count = sum(FORWARDS[name] for name in sweeps)
+    return [
+        _multiples(sweeps, forwards, f"{count} forward passes in memory"),
+        _multiples(sweeps, passes, "the same passes in memory"),
+    ]
+
+
+def _multiples(
+    sweeps: Mapping[str, Mapping[str, float]], least: Mapping[str, float], what: str
+) -> str:
     parts = ", ".join(f"{name} {one['seconds'] / least[name]:.2f}" for name, one in sweeps.items())
     ratio = sum(one["seconds"] for one in sweeps.values()) / sum(least.values())
-    count = sum(FORWARDS[name] for name in sweeps)
-    return [f"in turns      {ratio:.2f} × {count} forward passes in memory ({parts})"]
+    return f"in turns      {ratio:.2f} × {what} ({parts})"
 
 
 def use_lines(run: Figures) -> list[str]:

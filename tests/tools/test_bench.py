@@ -144,33 +144,34 @@ def test_the_rate_of_a_mixture_is_that_of_its_seconds(tool: Any) -> None:
     assert tool("bench_report").mixed_rate(rates, {"forward": 4, "weight": 1}) == 2.5
 
 
-def test_sweeps_are_multiples_of_the_forward_passes_beside_them(tool: Any) -> None:
+def test_sweeps_are_multiples_of_the_passes_beside_them(tool: Any) -> None:
     sweeps = {
         "dense": {"seconds": 11.0, "forward": 10.0},
-        "reverse": {"seconds": 60.0, "forward": 20.0},
+        "reverse": {"seconds": 60.0, "forward": 20.0, "backward": 80.0},
         "prune": {"seconds": 49.0, "forward": 10.0},
     }
-    assert tool("bench_report").forward_lines(sweeps) == [
-        "in turns      1.33 × 6 forward passes in memory (dense 1.10, reverse 1.00, prune 2.45)"
+    assert tool("bench_report").plain_lines(sweeps) == [
+        "in turns      1.33 × 6 forward passes in memory (dense 1.10, reverse 1.00, prune 2.45)",
+        "in turns      1.09 × the same passes in memory (dense 1.10, reverse 0.75, prune 2.45)",
     ]
-    assert not tool("bench_report").forward_lines({})
+    assert not tool("bench_report").plain_lines({})
 
 
-def test_forward_passes_are_taken_between_blocks(tool: Any, model: Path, tmp_path: Path) -> None:
+def test_plain_passes_are_taken_between_blocks(tool: Any, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     asked = Namespace(
         model=model, output=output, text=str(TEXT), nsamples=NSAMPLES, seqlen=SEQLEN,
         dtype="float32", device="cpu", method="gblm", activations="pruned",
     )  # fmt: skip
-    forward, calls = tool("forward_pass").InTurns.forward, []
+    forward, calls = tool("plain_passes").InTurns.forward, []
 
     def noting(self: Any, number: int) -> float:
         calls.append(number)
         return float(forward(self, number))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tool("forward_pass").InTurns, "forward", noting)
-        found = tool("forward_pass").compared(asked)
+        patch.setattr(tool("plain_passes").InTurns, "forward", noting)
+        found = tool("plain_passes").compared(asked)
     depth = tool("bench_model").SHAPES["tiny"].blocks
     assert 1 + 3 <= len(calls) <= 1 + 3 * depth
     assert set(calls) <= set(range(NSAMPLES))
@@ -178,6 +179,8 @@ def test_forward_passes_are_taken_between_blocks(tool: Any, model: Path, tmp_pat
     seconds = json.loads((output / "pruning.json").read_text())["seconds"]
     assert all(0 < one["seconds"] < seconds[name] for name, one in found.items())
     assert all(one["forward"] > 0 for one in found.values())
+    assert [name for name, one in found.items() if "backward" in one] == ["reverse"]
+    assert found["reverse"]["backward"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +224,7 @@ def test_bench_says_what_it_measured(figures: tuple[dict[str, Any], str]) -> Non
     assert found["job"]["shape"]["blocks"] == 2
     assert found["rates"]["before"].keys() == found["rates"]["after"].keys()
     assert {"forward", "input", "weight", "device", "threads"} <= set(found["rates"]["before"])
-    assert found["forward_passes"].keys() == {"dense", "reverse", "prune"}
+    assert found["plain_passes"].keys() == {"dense", "reverse", "prune"}
     for word in ("tiny, 2 blocks, 2 × 32 tokens", "rate before", "in turns", "host peak", "in-mem"):
         assert word in printed
 
