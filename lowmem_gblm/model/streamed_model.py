@@ -22,7 +22,12 @@ from lowmem_gblm.model.matmul_tap import Tap
 from lowmem_gblm.model.meta_model import FOREIGN_ERRORS, build_meta_model, find_layers, reason
 from lowmem_gblm.model.quantized_block import PackedWeights
 from lowmem_gblm.model.shared_prefix import SharedPrefix
-from lowmem_gblm.runtime.accelerator import is_accelerator, is_device_error, release_cache
+from lowmem_gblm.runtime.accelerator import (
+    fuses_attention,
+    is_accelerator,
+    is_device_error,
+    release_cache,
+)
 from lowmem_gblm.runtime.memory import give_back_freed
 from lowmem_gblm.storage.checkpoint.reader import Checkpoint
 
@@ -61,7 +66,7 @@ class StreamedModel:
         self._prefix, self._layers = find_layers(self.model)
         self.depth = len(self._layers)
         self.config: PretrainedConfig = self.model.config.get_text_config()
-        self.attention_matrices: bool = self.model.config._attn_implementation == "eager"
+        self.attention_matrices = _holds_attention_matrices(self.model.config, device, dtype)
         self.window: int | None = getattr(self.config, "sliding_window", None)
         self._calls: dict[_Shape, list[Call]] = {}
         self._first: dict[_Shape, Tensor] = {}
@@ -289,6 +294,19 @@ class StreamedModel:
             if not names:
                 raise CheckpointError(f"{checkpoint.folder} has no tensor of decoder block {index}")
         return blocks, rest
+
+
+def _holds_attention_matrices(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Return whether attention without a mask holds its complete [heads, T, T] probabilities."""
+    if config._attn_implementation == "eager":
+        return True
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return not fuses_attention(device, dtype, heads, key_heads, head_width)
 
 
 @contextmanager

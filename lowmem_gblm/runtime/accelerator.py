@@ -25,6 +25,8 @@ _REFUSED = ("mps",)
 CONTEXT_BYTES = 512 << 20
 _LARGEST_CONTEXT_BYTES = 1536 << 20
 _MARGIN = 0.02
+# Which kernel attention has does not depend on how many tokens there are, if more than one.
+_SOME_TOKENS = 64
 # Read by CUDA when it starts: without it, products are not the same bits twice.
 _REPRODUCIBLE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _context_bytes: dict[torch.device, int] = {}
@@ -99,6 +101,27 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     module = torch.get_device_module(device)
     return bool(module.is_bf16_supported(including_emulation=False))
+
+
+def fuses_attention(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_width: int
+) -> bool:
+    """Return whether attention without a mask is one kernel, which holds no [heads, T, T].
+
+    So it is on a CPU, in half precision, and where every head has keys of its own. Whether float32
+    heads that share keys have such a kernel depends on the GPU and on torch, which is asked; a GPU
+    that is not here is taken to have none.
+    """
+    if not is_accelerator(device) or dtype.itemsize < torch.float32.itemsize or heads == key_heads:
+        return True
+    if device.type != _TYPES[0] or not is_here(device):
+        return False
+    query, key = (
+        torch.empty(1, count, _SOME_TOKENS, head_width, dtype=dtype, device=device)
+        for count in (heads, key_heads)
+    )
+    asked = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_efficient_attention(asked)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from lowmem_gblm.model import prunable
 from lowmem_gblm.model.from_config import _stored_dtype, describe, read_or_describe
 from lowmem_gblm.model.prunable import prunable_weights
 from lowmem_gblm.model.streamed_model import StreamedModel
+from lowmem_gblm.runtime import accelerator
 from lowmem_gblm.storage.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from lowmem_gblm.storage.hub import locate
 from support.tiny_models import ARCHITECTURES, save_tiny
@@ -270,3 +271,20 @@ def test_what_is_refused_is_refused_before_its_weights_are_downloaded(
 
 def test_a_folder_needs_no_weights_to_be_found(tmp_path: Path) -> None:
     assert locate(str(tmp_path), weights=False) == tmp_path
+
+
+@pytest.mark.parametrize(("dtype", "holds"), [("float32", True), ("bfloat16", False)])
+def test_a_plan_has_room_for_the_attention_of_a_gpu_that_is_not_here(
+    dtype: str, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, heads that share keys may have no kernel without [heads, T, T]."""
+    monkeypatch.setattr(accelerator, "is_here", lambda device: False)
+    heads, seqlen = SIZES["num_attention_heads"], 1024
+    shared, own = (
+        lowmem_gblm.plan(
+            config(tmp_path / "model", num_key_value_heads=number, max_position_embeddings=seqlen),
+            dtype=dtype, seqlen=seqlen, device="cuda", gpu_memory="8GiB",
+        )["predicted"]["gpu_bytes"]
+        for number in (heads // 2, heads)
+    )  # fmt: skip
+    assert (shared - own > heads * seqlen**2 * 4) is holds

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import lowmem_gblm
 from lowmem_gblm.methods.masks import bisected, keep_largest
 from lowmem_gblm.model.bnb import check_usable
+from lowmem_gblm.runtime.accelerator import fuses_attention
 from support.crashes import content
 
 pytestmark = [
@@ -41,6 +42,26 @@ def test_a_gpu_decides_nearly_as_a_cpu_and_the_same_twice(
 def test_the_peak_is_within_the_plan(device: torch.device, tmp_path: Path) -> None:
     record = lowmem_gblm.prune("demo", tmp_path / "out", device=str(device), **SIZE)
     assert 0 < record["memory"]["gpu_peak_bytes"] <= record["memory"]["gpu_planned_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_attention_holds_its_matrices_only_where_that_is_planned(
+    dtype: torch.dtype, key_heads: int, device: torch.device
+) -> None:
+    query, key = (
+        torch.rand(1, heads, 2048, 64, dtype=dtype, device=device, requires_grad=True)
+        for heads in (8, key_heads)
+    )
+    torch.accelerator.reset_peak_memory_stats(device)
+    before = torch.accelerator.memory_allocated(device)
+    shares = key_heads < 8
+    torch.nn.functional.scaled_dot_product_attention(
+        query, key, key, is_causal=True, enable_gqa=shares
+    ).sum().backward()
+    taken = torch.accelerator.max_memory_allocated(device) - before
+    if fuses_attention(device, dtype, 8, key_heads, 64):
+        assert taken < 8 * 2048 * 2048 * dtype.itemsize
 
 
 def test_selection_on_a_gpu_is_that_of_a_cpu(device: torch.device) -> None:

@@ -124,6 +124,37 @@ def test_bfloat16_counts_where_a_device_has_it_itself(module: Module) -> None:
     assert accelerator.has_bfloat16(CPU)
 
 
+@pytest.mark.parametrize("answer", [True, False])
+def test_of_heads_in_float32_that_share_keys_torch_is_asked(
+    module: Module, monkeypatch: pytest.MonkeyPatch, answer: bool
+) -> None:
+    asked: list[Any] = []
+
+    def on_cpu(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == GPU
+        return torch.zeros(size, dtype=dtype)
+
+    def able(parameters: Any) -> bool:
+        asked.append(parameters)
+        return answer
+
+    monkeypatch.setattr(accelerator.torch, "empty", on_cpu)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", able)
+    assert accelerator.fuses_attention(GPU, torch.float32, 8, 2, 16) is answer
+    (one,) = asked
+    assert (one.query.shape[1], one.key.shape[1], one.query.shape[3]) == (8, 2, 16)
+    assert one.is_causal
+    assert one.enable_gqa
+    assert one.attn_mask is None
+    for device, dtype, key_heads in (
+        (CPU, torch.float32, 2), (GPU, torch.bfloat16, 2), (GPU, torch.float32, 8),
+    ):  # fmt: skip
+        assert accelerator.fuses_attention(device, dtype, 8, key_heads, 16)
+    module.is_available = lambda: False
+    assert not accelerator.fuses_attention(GPU, torch.float32, 8, 2, 16)
+    assert len(asked) == 1
+
+
 def test_a_device_has_a_name(module: Module) -> None:
     assert accelerator.device_name(torch.device("cuda:1")) == "Card 1"
     assert accelerator.device_name(CPU) == "cpu"
