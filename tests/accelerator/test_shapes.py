@@ -18,6 +18,8 @@ CARD = int(23.5 * GIB)
 JOBS = [
     ("7B", CARD, {"method": "gblm"}),
     ("70B", CARD, {"method": "sparsegpt"}),
+    ("70B", CARD, {"method": "wanda"}),
+    ("70B", CARD, {"method": "gblm", "activations": "dense"}),
     pytest.param("70B", CARD, {"method": "gblm"}, marks=pytest.mark.slow),
     pytest.param("405B", CARD, {"method": "gblm"}, marks=pytest.mark.slow),
 ]
@@ -31,12 +33,16 @@ def test_the_peak_is_the_planned_one(model: str, card: int, options: dict[str, A
         {
             "config": MODELS[model],
             "gpu_bytes": card,
-            "nsamples": 3,
+            "nsamples": 6,
             "write_bytes_s": 7e8,
             "options": options | {"seqlen": 2048},
         },
     )
     assert (found["error"], found["faults"]) == (None, [])
-    planned = max(found["planned"].values())
-    reserved = max(found["reserved"].values()) + found["context_bytes"]
-    assert reserved <= planned <= TOO_MUCH * reserved, found["holders"]
+    planned, context = found["planned"], found["context_bytes"]
+    reserved = {
+        stage: taken + context for stage, taken in found["reserved"].items() if stage in planned
+    }
+    assert max(planned.values()) <= TOO_MUCH * max(reserved.values())
+    over = {stage: taken for stage, taken in reserved.items() if taken > planned[stage]}
+    assert not over, (planned, found["holders"])
