@@ -25,6 +25,9 @@ _PIECE_BYTES = 1 << 24
 _DECIDING = 6
 # The allocator holds more than what is in use: a factor of the tensors that come and go.
 _ALLOCATOR_SLACK = 1.1
+# The share of a sample's tensors whose memory on a GPU decisions cannot use again, as it is in
+# pieces of other sizes; simulated.
+_KEPT_OF_SAMPLE = 0.2
 # Hidden-sized and feature-sized tensors of one sample that are alive at once.
 _FORWARD_HIDDEN, _FORWARD_FEATURES = 6, 1.0
 _GRAPH_HIDDEN, _GRAPH_FEATURES = 14, 2.5
@@ -164,7 +167,8 @@ def _prune(at: Footprint, work: Workload, choices: Choices) -> None:
     if running > deciding:
         computing["one sample"] = running
     else:
-        computing["one decision"] = deciding
+        kept = int(_KEPT_OF_SAMPLE * running) if work.on_gpu else 0
+        computing["one decision"] = deciding + kept
     if work.schedule.needs_samples:
         _carried(at, work, choices)
     if work.on_gpu and work.schedule.stores_gradients:
