@@ -53,8 +53,7 @@ class InTurns:
         self.seconds: dict[str, dict[str, list[float]]] = {}
         self._decoder = decoder
         self._samples_NT = samples_NT
-        self._taken = 0
-        self._ended = self._waits = 0.0
+        self._next = 0.0
         matrices = {
             layer.weight for layer in decoder.layers.modules() if isinstance(layer, nn.Linear)
         }
@@ -67,17 +66,16 @@ class InTurns:
     def __call__(self, tick: lowmem_gblm.Tick) -> None:
         if tick.stage not in SWEEPS:
             return
-        if tick.stage in self.seconds and time.perf_counter() - self._ended < self._waits:
+        start = time.perf_counter()
+        if tick.stage in self.seconds and start < self._next:
             return
         taken = self.seconds.setdefault(tick.stage, defaultdict(list))
-        number = self._taken % len(self._samples_NT)
-        start = time.perf_counter()
+        number = len(taken["forward"]) % len(self._samples_NT)
         taken["forward"].append(self.forward(number))
         if tick.stage == "reverse":
             taken["backward"].append(self.backward(number))
-        self._taken += 1
-        self._ended = time.perf_counter()
-        self._waits = self._ended - start
+        ended = time.perf_counter()
+        self._next = ended + (ended - start)
 
     def forward(self, number: int) -> float:
         """Return the seconds of a forward pass of a sample."""

@@ -18,7 +18,8 @@ from lowmem_gblm.errors import BudgetError, RequestError
 
 CPU = torch.device("cpu")
 
-_TYPES = ("cuda", "xpu")
+_CUDA = "cuda"
+_TYPES = (_CUDA, "xpu")
 # Apple's GPUs share the memory of the host and have no streams: no plan here is right for them.
 _REFUSED = ("mps",)
 # What drivers and kernels take of a GPU beside torch's allocator, where it cannot be measured.
@@ -114,7 +115,7 @@ def fuses_attention(
     """
     if not is_accelerator(device) or dtype.itemsize < torch.float32.itemsize or heads == key_heads:
         return True
-    if device.type != _TYPES[0] or not is_here(device):
+    if device.type != _CUDA or not is_here(device):
         return False
     query, key = (
         torch.empty(1, count, _SOME_TOKENS, head_width, dtype=dtype, device=device)
